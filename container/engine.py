@@ -1,0 +1,248 @@
+#!/usr/bin/env python3
+"""The container engine: find it, build the image, start a sandbox, sweep up. Host side, standard library only.
+
+usage: engine.py name | image | sweep | doctor | data FOLDER NAME ...
+
+`name` prints podman or docker, `image` builds what is missing and prints the tag, `sweep` removes what a killed
+run left behind, `doctor` prints what this machine can hold. Exit 2 with one line when something is missing.
+"""
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+REGISTRY_BASE = "docker.io/library/python:3.12-slim"
+DEBIAN_BASE = "localhost/autoresearch-base:debian"
+PULL_TIMEOUT_S = 600
+UID = "10001:10001"  # nobody on the host
+PIDS = 512  # data loader workers and threads fit, a fork bomb does not
+FILES = 8192  # open files
+DATA_MEMORY = "8g"  # for preparing a data set
+DATA_LIMIT_S = 6 * 3600
+TMP_SIZE = "2g"  # /tmp inside, counts against the memory limit
+SHM_SIZE = "2g"  # shared memory of data loader workers, likewise
+
+
+class EngineError(Exception):
+    """Something is missing; the message says what to do."""
+
+
+@functools.lru_cache(maxsize=None)
+def name() -> str:
+    """podman or docker, whichever answers first. Raises EngineError when neither does."""
+    asked = os.environ.get("AR_ENGINE")
+    for engine in [asked] if asked else ["podman", "docker"]:
+        if shutil.which(engine) and (engine == "podman" or run([engine, "version"]).returncode == 0):
+            return engine
+    raise EngineError(f"no container engine: {asked or 'neither podman nor a docker daemon'} answers; run ./run.sh setup")
+
+
+def run(argv: list[str], **kw) -> subprocess.CompletedProcess:
+    return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", **kw)
+
+
+@functools.lru_cache(maxsize=None)
+def quirks() -> tuple[str, ...]:
+    """Flags without which podman does not start on machines that lack CAP_SYS_RESOURCE or mix cgroup versions.
+
+    Below its own hard limits podman may set any ulimit; above them it fails, so both are always named.
+    """
+    limits = [min(x, h) if h != resource.RLIM_INFINITY else x for x, h in
+              ((FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1]), (4096, resource.getrlimit(resource.RLIMIT_NPROC)[1]))]
+    flags = ["--ulimit", f"nofile={limits[0]}:{limits[0]}", "--ulimit", f"nproc={limits[1]}:{limits[1]}"]
+    return tuple(flags)
+
+
+@functools.lru_cache(maxsize=None)
+def client() -> tuple[str, ...]:
+    """The client and its global flags. crun refuses the mixed cgroup layout, runc does not."""
+    if name() == "podman" and Path("/sys/fs/cgroup/unified").is_dir() and shutil.which("runc"):
+        return ("podman", "--runtime", "runc")
+    return (name(),)
+
+
+def rootless() -> bool:
+    if name() == "podman":
+        return os.geteuid() != 0
+    return "rootless" in run(["docker", "info", "--format", "{{.SecurityOptions}}"]).stdout
+
+
+def limits_hold() -> bool:
+    """Whether memory, process and CPU limits are enforced: not by rootless podman on cgroup v1."""
+    return not (rootless() and not Path("/sys/fs/cgroup/cgroup.controllers").exists())
+
+
+@functools.lru_cache(maxsize=None)
+def gpu_flags() -> tuple[str, ...]:
+    """Flags that pass the GPU through, none without one. podman 4 ignores --gpus without a word, so it gets CDI."""
+    if not shutil.which("nvidia-smi") or run(["nvidia-smi", "-L"]).returncode:
+        return ()
+    return ("--device", "nvidia.com/gpu=all") if name() == "podman" else ("--gpus", "all")
+
+
+def caller() -> str:
+    """The user inside that is the caller outside: root in a rootless engine is the caller."""
+    return "0:0" if rootless() else f"{os.getuid()}:{os.getgid()}"
+
+
+def label() -> str:
+    """The mark of this repository's containers, the same in all its worktrees."""
+    common = run(["git", "-C", str(HERE), "rev-parse", "--path-format=absolute", "--git-common-dir"]).stdout.strip()
+    return "autoresearch=" + hashlib.sha256(common.encode()).hexdigest()[:12]
+
+
+def sandbox(container: str, image: str, command: list[str], *, memory: str, limit_s: int, mounts: dict[str, str | Path],
+            out_size: str | None = None, gpu: bool = True, writable: Path | None = None) -> list[str]:
+    """argv of a locked-down `run`: no network, read-only, no privileges, size-limited memory, processes and tmpfs.
+
+    mounts: path inside -> path on the host, all read-only. out_size: size of a tmpfs at /out. writable: a folder of
+    the caller's at /writable, for our own data preparation only, which then runs as the caller.
+    The run limit here is only the third line of defence: PID 1 inside keeps the time, and the caller kills.
+    """
+    flags = [*client(), "run", "--rm", "-i", "--name", container, "--label", label(), "--network", "none", "--read-only",
+             "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--security-opt", f"seccomp={HERE / 'seccomp.json'}",
+             "--user", caller() if writable else UID, "--pids-limit", str(PIDS), "--memory", memory, "--memory-swap", memory,
+             "--cpus", str(os.cpu_count()), "--ipc", "private", "--shm-size", SHM_SIZE, "--ulimit", "core=0:0",
+             "--hostname", "sandbox", "--workdir", "/tmp", "--log-driver", "none", "--pull", "never",
+             "--tmpfs", f"/tmp:rw,nosuid,nodev,size={TMP_SIZE},mode=1777"]
+    if out_size:
+        flags += ["--tmpfs", f"/out:rw,nosuid,nodev,noexec,size={out_size},mode=1777"]
+    if name() == "podman":
+        flags += ["--read-only-tmpfs=false", "--security-opt", "label=disable", "--timeout", str(limit_s + 30)]
+    for inside, host in {"/harness": HERE, **mounts}.items():
+        flags += ["-v", f"{Path(host).resolve()}:{inside}:ro"]
+    if writable:
+        flags += ["-v", f"{writable.resolve()}:/writable:rw"]
+    return [*flags, *quirks(), *(gpu_flags() if gpu else ()), image, *command]
+
+
+def kill(container: str) -> None:
+    """End a container and wait until it is gone. Quiet when it already is."""
+    run([*client(), "rm", "-f", container])
+
+
+def sweep() -> None:
+    """Remove containers that a killed run left. Only under the run lock: then none of them has an owner."""
+    left = run([*client(), "ps", "-aq", "--filter", f"label={label()}"]).stdout.split()
+    if left:
+        run([*client(), "rm", "-f", *left])
+
+
+def image_tag(base: str) -> str:
+    """The tag is a hash of everything the image is made of, so an unchanged one is found at once."""
+    h = hashlib.sha256(base.encode())
+    for f in ("Containerfile", "requirements.txt"):
+        h.update((HERE / f).read_bytes())
+    return f"localhost/autoresearch:{h.hexdigest()[:12]}"
+
+
+def exists(tag: str) -> bool:
+    return run([*client(), "image", "inspect", tag]).returncode == 0
+
+
+def find_image() -> str:
+    """The tag of the image that is built. Raises EngineError when there is none."""
+    for base in (REGISTRY_BASE, DEBIAN_BASE):
+        if exists(image_tag(base)):
+            return image_tag(base)
+    raise EngineError("the image is not built, or container/ has changed since; run ./run.sh setup")
+
+
+def image() -> str:
+    """Find or build the image, return its tag."""
+    try:
+        return find_image()
+    except EngineError:
+        base = make_base()
+    say(f"building the image from {base}: torch and its friends, about 3 GB to fetch, 5 to 10 minutes")
+    secrets = tempfile.mkdtemp(prefix="ar-build-")
+    try:
+        files = pip_secrets(Path(secrets))
+        argv = [*client(), "build", *(quirks() if name() == "podman" else ()), "--build-arg", f"BASE={base}", "-t", image_tag(base)]
+        for key, path in files.items():
+            argv += ["--secret", f"id={key},src={path}"]
+        done = subprocess.run([*argv, str(HERE)], stdin=subprocess.DEVNULL, stdout=sys.stderr, env={**os.environ, "DOCKER_BUILDKIT": "1"})
+    finally:
+        shutil.rmtree(secrets)
+    if done.returncode:
+        raise EngineError(f"{name()} build failed (see above); mend it and run ./run.sh setup again")
+    return image_tag(base)
+
+
+def make_base() -> str:
+    """A base image: from the registry, or, where none is reached, made from this machine's Debian packages."""
+    try:
+        if exists(REGISTRY_BASE) or run([*client(), "pull", REGISTRY_BASE], timeout=PULL_TIMEOUT_S).returncode == 0:
+            return REGISTRY_BASE
+    except subprocess.TimeoutExpired:
+        pass
+    say("no image registry in reach: making a base image from Debian packages")
+    if not exists(DEBIAN_BASE):
+        with tempfile.TemporaryDirectory(prefix="ar-base-") as d:
+            subprocess.run([str(HERE / "base_image.sh"), f"{d}/base.tar"], check=True, stdout=sys.stderr)
+            subprocess.run([*client(), "import", f"{d}/base.tar", DEBIAN_BASE], check=True, stdout=sys.stderr)
+    return DEBIAN_BASE
+
+
+def pip_secrets(folder: Path) -> dict[str, Path]:
+    """The host's pip index settings and certificates, for the build step alone. Paths on the host mean nothing inside."""
+    keep = ("index-url", "extra-index-url", "trusted-host", "proxy", "timeout")
+    lines = []
+    for line in run(["python3", "-m", "pip", "config", "list"]).stdout.splitlines():
+        key, _, value = line.partition("=")
+        option, value = key.rsplit(".", 1)[-1], value.strip("'\"")
+        if option in keep and "file:" not in value:
+            lines.append(f"{option} = {value}\n")
+    (folder / "pip.conf").write_text("[global]\n" + "".join(lines))
+    ca = next((p for p in ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem") if Path(p).exists()), None)
+    if not ca:
+        raise EngineError("no certificate bundle found under /etc/ssl; install ca-certificates")
+    return {"pip_conf": folder / "pip.conf", "ca": Path(ca)}
+
+
+def data(folder: str, *args: str) -> int:
+    """Run prepare_data.py to make the data set data/<name>. `folder` is data/, args are its own; returns its status."""
+    options = list(args)
+    mounts = {"/repo/prepare_data.py": HERE.parent / "prepare_data.py", "/repo/container": HERE}
+    if "--odvg" in options and options[-1] != "--odvg":
+        at = options.index("--odvg") + 1
+        mounts["/odvg"], options[at] = Path(options[at]), "/odvg"
+        if not Path(mounts["/odvg"]).is_dir():
+            raise EngineError(f"--odvg {mounts['/odvg']}: no such folder; it holds train.jsonl, val.jsonl, test.jsonl and images/")
+    Path(folder).mkdir(exist_ok=True)
+    argv = sandbox(f"ar-{os.getpid()}-data", image(), ["python", "/repo/prepare_data.py", *options, "--out", f"/writable/{args[0]}"],
+                   memory=DATA_MEMORY, limit_s=DATA_LIMIT_S, mounts=mounts, gpu=False, writable=Path(folder))
+    return subprocess.run(argv, stdin=subprocess.DEVNULL).returncode
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(verb: str, *rest: str) -> None:
+    if verb == "name":
+        print(name())
+    elif verb == "image":
+        print(image())
+    elif verb == "sweep":
+        sweep()
+    elif verb == "data":
+        sys.exit(data(*rest))
+    else:
+        sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:] or ["help"])
+    except (EngineError, subprocess.CalledProcessError) as e:
+        say(f"run.sh: {e}")
+        sys.exit(2)

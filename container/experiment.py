@@ -1,0 +1,285 @@
+#!/usr/bin/env python3
+"""One run of one train.py: train, embed both sides, judge. Host side, standard library only.
+
+usage: experiment.py WORK DATA BUDGET_S MEMORY SEED LOG
+
+WORK holds the snapshot train.py (world-readable) and receives result.json and ranks.npy. What the sandboxes send is
+untrusted: it is capped, never opened here, and passed on to the next sandbox; only the judge's answer is read.
+result.json: {"outcome": "ok" | "failed", "reason": "...", "metrics": {...}, "train": {...}, "seed": n, "timing": {...}}
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+sys.dont_write_bytecode = True
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import engine  # noqa: E402
+
+GRACE_S = 5  # between the budget, at which PID 1 inside kills, and the kill from outside
+IMPORT_LIMIT_S = 120  # until a sandbox has imported torch
+PROBE_LIMIT_S = 60  # load and encode a few training rows
+EMBED_LIMIT_S = 120  # load and encode one side
+JUDGE_LIMIT_S = 120
+OUT_SIZE = "2g"  # tmpfs for what training leaves, within the memory limit
+OUT_MAX = 2 << 30  # bytes of archive that leave the sandbox
+ARRAY_MAX = 512 << 20  # bytes of one side's embeddings
+LINE_MAX = 4096  # bytes of a JSON line from a sandbox
+LOG_HEAD, LOG_TAIL = 256 << 10, 256 << 10  # bytes of the log kept from either end
+
+
+class Failed(Exception):
+    """The attempt failed; the message is its reason, one line."""
+
+
+class Sandbox:
+    """A started container: JSON lines and raw bytes on its standard output, its log on standard error."""
+
+    def __init__(self, stage: str, image: str, command: list[str], log: Log | None = None, env: dict | None = None, **limits):
+        self.name = f"ar-{os.getpid()}-{stage}"
+        inside = ["env", *(f"{k}={v}" for k, v in (env or {}).items()), *command]
+        argv = engine.sandbox(self.name, image, inside, **limits)
+        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.killed = False
+        self.drain = threading.Thread(target=self._read_log, args=(log,), daemon=True)
+        self.drain.start()
+
+    def _read_log(self, log: Log | None) -> None:
+        while chunk := self.process.stderr.read1(1 << 16):
+            if log:
+                log.write(chunk)
+
+    def line(self, limit_s: float) -> dict:
+        """The next JSON line, {} when the container ended, said nothing in time, or said something else."""
+        with self.killed_after(limit_s):
+            try:
+                found = json.loads(self.process.stdout.readline(LINE_MAX))
+                return found if isinstance(found, dict) else {}
+            except ValueError:
+                return {}
+
+    def copy_to(self, target, most: int, limit_s: float) -> int:
+        """Copy the rest of its output to a file object, at most `most` bytes; kill it when it sends more."""
+        size = 0
+        with self.killed_after(limit_s):
+            while chunk := self.process.stdout.read1(1 << 20):
+                size += len(chunk)
+                if size > most:
+                    self.kill()
+                    raise Failed(f"invalid output: more than {most >> 20} MiB")
+                target.write(chunk)
+        return size
+
+    def send(self, source: Path | None) -> None:
+        """Feed a file to its standard input and close that. A container that has ended is noticed later."""
+        with contextlib.suppress(BrokenPipeError):
+            if source:
+                with open(source, "rb") as f:
+                    while chunk := f.read(1 << 20):
+                        self.process.stdin.write(chunk)
+            self.process.stdin.close()
+
+    @contextlib.contextmanager
+    def killed_after(self, limit_s: float):
+        timer = threading.Timer(limit_s, self.kill)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def kill(self) -> None:
+        self.killed = True
+        engine.kill(self.name)
+        self.process.kill()
+
+    def wait(self) -> int:
+        with self.killed_after(EMBED_LIMIT_S):
+            code = self.process.wait()
+        self.drain.join(5)
+        return code
+
+
+class Log:
+    """A file that keeps the beginning and the end of what it is given, with control characters as they come."""
+
+    def __init__(self, path: Path):
+        self.file, self.room, self.tail, self.dropped = open(path, "ab", buffering=0), LOG_HEAD, b"", 0
+
+    def write(self, data: bytes) -> None:
+        head, rest = data[: self.room], data[self.room :]
+        self.file.write(head)
+        self.room -= len(head)
+        self.tail += rest
+        if len(self.tail) > 2 * LOG_TAIL:
+            self.dropped += len(self.tail) - LOG_TAIL
+            self.tail = self.tail[-LOG_TAIL:]
+
+    def close(self) -> None:
+        if self.dropped:
+            self.file.write(b"\n[... %d bytes left out ...]\n" % self.dropped)
+        self.file.write(self.tail)
+        self.file.close()
+
+
+def last_step(log: Path) -> str:
+    """train.py's own progress, for the reason of a failure: '143 of 300 steps', or '' when it printed none."""
+    found = re.findall(rb"^step (\d{1,9})/(\d{1,9})\b", log.read_bytes(), re.M)
+    return f"{int(found[-1][0])} of {int(found[-1][1])} steps" if found else ""
+
+
+def claims(log: Path) -> dict:
+    """`key: value` lines after the last `---` that train.py printed: shown as its own claims, never used to decide."""
+    text = log.read_bytes().decode("utf-8", "replace")
+    lines = text.rpartition("\n---\n")[2].splitlines() if "\n---\n" in text else []
+    pairs = (re.fullmatch(r"([a-z_]{1,20}):\s*([\w.,%+>/ -]{1,60})", line.strip()) for line in lines[-20:])
+    return {m[1]: m[2].strip() for m in pairs if m}
+
+
+def why_training_ended(end: dict, sandbox: Sandbox, budget: int, memory: str, log: Path) -> str:
+    """The reason of a training that did not end well, in one line."""
+    steps = last_step(log)
+    after = f" after {end.get('seconds', budget)} s" + (f", {steps}" if steps else "")
+    status = end.get("status")
+    if status == "limit" or (not end and sandbox.killed):
+        return f"time limit: killed at the budget of {budget} s{', ' + steps if steps else ', before its first step line'}"
+    if status == "killed" and end.get("oom") or (not end and not sandbox.killed):
+        return f"out of memory: more than {memory} of main memory{after}"
+    if b"OutOfMemoryError" in log.read_bytes()[-20000:]:
+        return f"out of memory on the GPU{after}"
+    if status == "killed":
+        return f"killed by its own signal {end.get('signal')}{after}"
+    return f"crash{after}"
+
+
+def train(sandbox: Sandbox, work: Path, budget: int, memory: str, log: Path, on_ready) -> dict:
+    """Wait for the training to end; returns what PID 1 said of it. Raises Failed."""
+    ready = sandbox.line(IMPORT_LIMIT_S)
+    if not ready:
+        raise Failed(f"the sandbox did not start: {tail_of(log)}")
+    on_ready(ready)
+    end = sandbox.line(budget + GRACE_S)
+    if end.get("status") != "ok":
+        sandbox.wait()
+        raise Failed(why_training_ended(end, sandbox, budget, memory, log))
+    if sandbox.line(PROBE_LIMIT_S + GRACE_S).get("status") != "ok":
+        sandbox.wait()
+        raise Failed("load: training ended well, but load() or encoding training rows failed (traceback in the log)")
+    with open(work / "out.tar", "wb") as f:
+        sandbox.copy_to(f, OUT_MAX, EMBED_LIMIT_S)
+    sandbox.wait()
+    return {**end, "device": ready.get("device", "cpu")}
+
+
+def tail_of(log: Path) -> str:
+    return re.sub(r"[^\x20-\x7e]", " ", log.read_bytes()[-300:].decode("utf-8", "replace")).strip() or "no message"
+
+
+def embed(sandbox: Sandbox, work: Path, side: str, errors: list[str]) -> None:
+    """Send what training left, store this side's array; in a thread of its own, so failures go into a list."""
+    try:
+        sandbox.send(work / "out.tar")
+        end = sandbox.line(EMBED_LIMIT_S + GRACE_S)
+        if end.get("status") != "ok":
+            kind = {"limit": f"longer than {EMBED_LIMIT_S} s", "killed": "out of memory" if end.get("oom") else "killed"}
+            what = kind.get(end.get("status")) or f"{end.get('error', 'Exception')} at line {end.get('lines', [])}"
+            raise Failed(f"embedding the validation {side} failed: {what} of train.py")
+        with open(work / f"{side}.npy", "wb") as f:
+            sandbox.copy_to(f, ARRAY_MAX, EMBED_LIMIT_S)
+    except Failed as e:
+        errors.append(str(e))
+
+
+def judge(work: Path, data: Path, image: str, split: str) -> dict:
+    """Metrics of the two arrays; stores the ranks. Raises Failed with the judge's reason."""
+    for f in ("images.npy", "captions.npy"):
+        (work / f).chmod(0o644)
+    sandbox = Sandbox("judge", image, ["python", "-I", "/harness/judge.py", "/key.npy", "/images.npy", "/captions.npy"],
+                      memory="4g", limit_s=JUDGE_LIMIT_S, gpu=False,
+                      mounts={"/key.npy": data / f"{split}.key.npy", "/images.npy": work / "images.npy",
+                              "/captions.npy": work / "captions.npy"})
+    sandbox.send(None)
+    found = sandbox.line(JUDGE_LIMIT_S)
+    with open(work / "ranks.npy", "wb") as f:
+        sandbox.copy_to(f, ARRAY_MAX, JUDGE_LIMIT_S)
+    sandbox.wait()
+    if "metrics" not in found:
+        raise Failed(f"invalid output: {found.get('invalid', 'the judge did not answer')}")
+    return found["metrics"]
+
+
+def one_run(work: Path, data: Path, budget: int, memory: str, seed: int, log_path: Path, split: str = "val") -> dict:
+    """Train, embed, judge. Returns what result.json holds; containers are gone afterwards, whatever happened."""
+    image, log, started = engine.find_image(), Log(log_path), time.monotonic()
+    stamps, sides, result = {}, {}, {"seed": seed}
+    common = {"image": image, "memory": memory}
+    code = {"/code/train.py": work / "train.py"}
+
+    def on_ready(ready: dict) -> None:
+        """Start the embedding sandboxes now: their imports then happen while training runs."""
+        stamps["ready"] = time.monotonic()
+        for side in ("images", "captions"):
+            sides[side] = Sandbox(side, command=["nice", "python", "-I", "/harness/stage.py", "embed"],
+                                  env={"LIMIT_S": EMBED_LIMIT_S}, limit_s=budget + 2 * EMBED_LIMIT_S, out_size=OUT_SIZE,
+                                  mounts={**code, "/data": data / split / side}, **common)
+
+    trainer = Sandbox("train", command=["python", "-I", "/harness/stage.py", "train"], log=log, out_size=OUT_SIZE,
+                      env={"LIMIT_S": budget, "BUDGET_S": budget, "SEED": seed, "DATA": "/data", "OUT": "/out"},
+                      limit_s=budget + IMPORT_LIMIT_S, mounts={**code, "/data": data / "train"}, **common)
+    try:
+        trainer.send(None)
+        end = train(trainer, work, budget, memory, log_path, on_ready)
+        stamps["trained"] = time.monotonic()
+        errors: list[str] = []
+        threads = [threading.Thread(target=embed, args=(s, work, side, errors)) for side, s in sides.items()]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        stamps["embedded"] = time.monotonic()
+        if errors:
+            raise Failed(errors[0])
+        result |= {"outcome": "ok", "metrics": judge(work, data, image, split), "train": end}
+    except Failed as e:
+        result |= {"outcome": "failed", "reason": str(e), "train": {}}
+    finally:
+        for s in (trainer, *sides.values()):
+            if s.process.poll() is None:
+                s.kill()
+        log.close()
+    result["train"]["claims"] = claims(log_path)
+    result["timing"] = timing(started, stamps, result)
+    return result
+
+
+def timing(started: float, stamps: dict, result: dict) -> dict:
+    """Seconds of each stage; training is what PID 1 measured after its imports, the rest is the harness's own."""
+    now, t = time.monotonic(), stamps
+    train_s = result["train"].get("seconds", 0.0)
+    out = {"total": now - started, "train": train_s}
+    if "embedded" in t:
+        out |= {"start": t["ready"] - started, "collect": t["trained"] - t["ready"] - train_s,
+                "embed": t["embedded"] - t["trained"], "judge": now - t["embedded"]}
+    return {k: round(v, 2) for k, v in out.items()}
+
+
+def main(work: str, data: str, budget: str, memory: str, seed: str, log: str) -> None:
+    result = one_run(Path(work), Path(data), int(budget), memory, int(seed), Path(log))
+    Path(work, "result.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 7:
+        sys.exit(__doc__)
+    try:
+        main(*sys.argv[1:])
+    except engine.EngineError as e:
+        print(f"run.sh: {e}", file=sys.stderr)
+        sys.exit(2)

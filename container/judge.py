@@ -1,0 +1,97 @@
+"""The metric. Runs in a sandbox of its own, without train.py: two arrays and the key in, ranks and metrics out.
+
+usage: judge.py KEY.npy IMAGES.npy CAPTIONS.npy
+
+Prints one JSON line, {"metrics": {...}} followed by the ranks as raw .npy bytes, or {"invalid": "why"}.
+Ranks are exact, counted from 1; ties count half, so that a constant embedding ranks in the middle, not first.
+"""
+import io
+import json
+import sys
+
+import numpy as np
+
+MAX_WIDTH = 4096  # embedding dimensions
+CHUNK = 1024  # rows of the score matrix held at once
+RECALL_AT = (1, 5, 10)
+
+
+class InvalidOutput(ValueError):
+    """What train.py's model returned cannot be judged; the message says why."""
+
+
+def load_embeddings(path: str, n: int) -> np.ndarray:
+    """Read an untrusted .npy and return it as unit rows, float32 (n, D).
+
+    Raises InvalidOutput for pickles, broken files, wrong shape, dtype, count or width, and non-finite values.
+    """
+    try:
+        a = np.load(path, allow_pickle=False, mmap_mode="r")
+    except (ValueError, OSError, EOFError) as e:
+        raise InvalidOutput(f"not a plain array: {str(e)[:80]}") from None
+    if not isinstance(a, np.ndarray) or a.ndim != 2 or a.dtype != np.float32:
+        raise InvalidOutput(f"want float32 (n, D), got {getattr(a, 'dtype', type(a))} {getattr(a, 'shape', '')}")
+    if len(a) != n or not 1 <= a.shape[1] <= MAX_WIDTH:
+        raise InvalidOutput(f"want {n} rows of 1 to {MAX_WIDTH} numbers, got {a.shape}")
+    a = np.array(a)
+    if not np.isfinite(a).all():
+        raise InvalidOutput("NaN or infinity in the embeddings")
+    norm = np.linalg.norm(a.astype(np.float64), axis=1, keepdims=True)
+    return (a / np.where(norm > 0, norm, 1)).astype(np.float32)
+
+
+def ranks(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
+    """Rank of gallery row i for query row i, float64 (n,): 1 + strictly better + half of the ties.
+
+    The true score is taken from the same matrix: a separate dot product rounds differently and loses ties.
+    """
+    out = np.empty(len(queries))
+    for start in range(0, len(queries), CHUNK):
+        scores = queries[start : start + CHUNK] @ gallery.T
+        rows = np.arange(len(scores))
+        true = scores[rows, start + rows][:, None]
+        better = np.count_nonzero(scores > true, axis=1)
+        ties = np.count_nonzero(scores == true, axis=1) - 1
+        out[start : start + CHUNK] = 1 + better + ties / 2
+    return out
+
+
+def retrieval(images: np.ndarray, captions: np.ndarray, key: np.ndarray) -> tuple[dict, np.ndarray]:
+    """Metrics and ranks (2, n) of unit embeddings (n, D); key[i] is the row of the caption that belongs to image i."""
+    captions = captions[key]
+    both = np.stack([ranks(images, captions), ranks(captions, images)])
+    n = len(key)
+    metrics = {
+        "mean_rank": float(both.mean()),
+        "median_rank": float(np.median(both, axis=1).mean()),
+        "gallery": n,
+        "random": (n + 1) / 2,
+        "i2t": [float((both[0] <= k).mean() * 100) for k in RECALL_AT],
+        "t2i": [float((both[1] <= k).mean() * 100) for k in RECALL_AT],
+    }
+    return metrics, both
+
+
+def main(key_path: str, images_path: str, captions_path: str) -> None:
+    key = np.load(key_path, allow_pickle=False)
+    out = sys.stdout.buffer
+    try:
+        sides = []
+        for side, path in (("encode_image", images_path), ("encode_text", captions_path)):
+            try:
+                sides.append(load_embeddings(path, len(key)))
+            except InvalidOutput as e:
+                raise InvalidOutput(f"{side}: {e}") from None
+        if sides[0].shape[1] != sides[1].shape[1]:
+            raise InvalidOutput(f"image and text embeddings differ in width: {sides[0].shape[1]} and {sides[1].shape[1]}")
+    except InvalidOutput as e:
+        out.write(json.dumps({"invalid": str(e)}).encode() + b"\n")
+        return
+    metrics, both = retrieval(*sides, key)
+    array = io.BytesIO()
+    np.save(array, both.astype(np.float32))
+    out.write(json.dumps({"metrics": metrics}).encode() + b"\n" + array.getvalue())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

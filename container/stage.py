@@ -1,0 +1,223 @@
+"""PID 1 inside the sandbox: run train.py, or embed one side of the validation pairs with it.
+
+usage: stage.py train  < nothing              /code/train.py and /data (training table) mounted, /out a tmpfs
+       stage.py embed  < source and archive   /data (one side, without the other) mounted, /out a tmpfs
+
+Everything heavy is imported first, then a child is forked: it runs the untrusted code with its standard output
+turned to standard error. Standard output belongs to this process: JSON lines, then raw bytes (the archive of /out,
+or an array). The child may do to itself what it likes; ptrace is closed by seccomp and this process is not dumpable,
+so it can neither stop the clock nor write into the stream. What comes out is still untrusted for the host.
+"""
+import builtins
+import ctypes
+import io
+import json
+import os
+import runpy
+import select
+import signal
+import sys
+import tarfile
+import time
+import traceback
+from pathlib import Path
+
+import datasets
+import numpy as np
+import open_clip  # noqa: F401  (imported for train.py: the time it takes is then not training time)
+import torch
+
+BATCH = 250  # images or captions encoded at once
+PROBE = 4  # training rows that `load` must encode right after training, where a traceback may still be shown
+PROBE_LIMIT_S = 60
+PR_SET_DUMPABLE = 4
+LIBC = ctypes.CDLL(None)
+CODE = Path("/code/train.py")
+MAX_ROWS_OF_TRACE = 40
+
+
+def say(stream, **fields) -> None:
+    """One JSON line to the host."""
+    stream.write(json.dumps(fields).encode() + b"\n")
+    stream.flush()
+
+
+def in_child(work, limit_s: float) -> tuple[dict, bytes]:
+    """Fork, run work(pipe) in the child for at most limit_s, collect what it writes into the pipe.
+
+    Returns ({"status": "ok" | "crashed" | "killed" | "limit", "seconds": s, "signal": n, "oom": bool}, bytes).
+    """
+    kills, start, (read, write) = oom_kills(), time.monotonic(), os.pipe()
+    LIBC.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+    pid = os.fork()
+    if pid == 0:
+        LIBC.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
+        Path("/proc/self/oom_score_adj").write_text("1000")  # when memory runs out the kernel ends this one, not PID 1
+        os.dup2(2, 1)
+        os._exit(quietly(work, write))
+    os.close(write)
+    done, collected = drain_until_exit(os.pidfd_open(pid), read, start + limit_s)
+    if not done:
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    end = {"seconds": round(time.monotonic() - start, 2)}
+    if not done:
+        end |= {"status": "limit"}
+    elif os.WIFSIGNALED(status):
+        end |= {"status": "killed", "signal": os.WTERMSIG(status), "oom": oom_kills() > kills}
+    else:
+        end |= {"status": "crashed" if os.WEXITSTATUS(status) else "ok"}
+    return end, collected
+
+
+def drain_until_exit(process: int, pipe: int, deadline: float) -> tuple[bool, bytes]:
+    """Collect bytes from the pipe until the process (a pidfd) has ended: (True, bytes), or (False, b"") at the deadline."""
+    os.set_blocking(pipe, False)
+    parts, open_fds = [], [process, pipe]
+    while left := max(0.0, deadline - time.monotonic()):
+        ready = select.select(open_fds, [], [], left)[0]
+        if pipe in ready:
+            parts.append(os.read(pipe, 1 << 20))
+            if not parts[-1]:
+                open_fds.remove(pipe)
+        elif process in ready:
+            return True, b"".join(parts)
+    return False, b""
+
+
+def quietly(work, pipe: int) -> int:
+    """Run work(pipe), print the part of a traceback that lies in train.py's reach, return an exit status."""
+    try:
+        work(pipe)
+        status = 0
+    except SystemExit as e:
+        status = e.code if isinstance(e.code, int) else int(e.code is not None)
+        if isinstance(e.code, str):
+            print(e.code, file=sys.stderr)
+    except BaseException as e:
+        trace = e.__traceback__
+        while trace and trace.tb_frame.f_code.co_filename != str(CODE):
+            trace = trace.tb_next
+        traceback.print_exception(type(e), e, trace or e.__traceback__, limit=MAX_ROWS_OF_TRACE)
+        status = 1
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        return status  # noqa: B012  (a broken stream must not change the verdict)
+
+
+def oom_kills() -> int:
+    """How many processes of this sandbox the kernel has ended for want of memory (cgroup v1 and v2)."""
+    for f in ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
+        if os.path.exists(f):
+            return next((int(line.split()[1]) for line in open(f) if line.startswith("oom_kill ")), 0)
+    return 0
+
+
+def run_training(_: int) -> None:
+    """What `python train.py` does, in a process where torch is already imported."""
+    sys.argv[:] = ["train.py"]
+    sys.path.insert(0, str(CODE.parent))
+    runpy.run_path(str(CODE), run_name="__main__")
+
+
+def model():
+    """Import train.py and call its load, as the contract says. Returns (model, device)."""
+    sys.path.insert(0, str(CODE.parent))
+    import train
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return train.load("/out", device), device
+
+
+def encode(m, device: str, rows: datasets.Dataset) -> np.ndarray:
+    """Embed a table with one column, image (uint8, 3*S*S) or caption. Returns float32 (n, D).
+
+    Raises TypeError or ValueError when the model returns anything but one finite-width float row per input.
+    """
+    out, text = [], "caption" in rows.column_names
+    size = None if text else int((len(rows[0]["image"]) / 3) ** 0.5)
+    for start in range(0, len(rows), BATCH):
+        part = rows.with_format(None if text else "numpy")[start : start + BATCH]
+        if text:
+            e, n = m.encode_text(part["caption"]), len(part["caption"])
+        else:
+            images = torch.from_numpy(np.stack(part["image"]).reshape(-1, 3, size, size)).to(device)
+            e, n = m.encode_image(images), len(images)
+        if not isinstance(e, torch.Tensor) or not e.is_floating_point():
+            raise TypeError(f"encode_{'text' if text else 'image'} must return a float tensor, not {type(e).__name__}")
+        if e.ndim != 2 or len(e) != n:
+            raise ValueError(f"encode_{'text' if text else 'image'} must return (B, D) with B={n}, not {tuple(e.shape)}")
+        out.append(e.float().cpu().numpy())
+    return np.concatenate(out)
+
+
+@torch.inference_mode()
+def probe(_: int) -> None:
+    """Encode a few training rows with what training left: a mistake in `load` shows its traceback here."""
+    m, device = model()
+    table = datasets.load_from_disk("/data").select(range(PROBE))
+    encode(m, device, table.select_columns("image"))
+    encode(m, device, table.select_columns("caption"))
+
+
+def train(out) -> None:
+    """Three JSON lines: torch is imported, how the training ended, how `load` did; then the archive of /out."""
+    say(out, ready=True, device="cuda" if torch.cuda.is_available() else "cpu")
+    end, _ = in_child(run_training, float(os.environ["LIMIT_S"]))
+    say(out, **end)
+    if end["status"] != "ok":
+        return
+    check, _ = in_child(probe, PROBE_LIMIT_S)
+    say(out, **check)
+    if check["status"] == "ok":
+        with tarfile.open(fileobj=out, mode="w|") as tar:
+            tar.add("/out", arcname=".")
+        out.flush()
+
+
+@torch.inference_mode()
+def embed_side(pipe: int) -> None:
+    """In the child: unpack what training left, embed this side, write the array, or what went wrong."""
+    try:
+        with tarfile.open(fileobj=sys.stdin.buffer, mode="r|") as tar:
+            # in here a forged member can do no harm; the filter, where this Python has it, only names it sooner
+            tar.extractall("/out", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+        m, device = model()
+        array = io.BytesIO()
+        np.save(array, encode(m, device, datasets.load_from_disk("/data")))
+        payload = b"A" + array.getvalue()
+    except BaseException as e:
+        # Only the exception's type and line numbers: a message could carry validation captions to the agent.
+        lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(CODE)]
+        payload = b"E" + json.dumps([type(e).__name__, lines[:8]]).encode()
+    with os.fdopen(pipe, "wb") as f:
+        f.write(payload)
+
+
+def embed(out) -> None:
+    """Wait for the archive of /out on standard input; answer with a JSON line, then the array."""
+    select.select([sys.stdin], [], [])  # comes when training has ended; only then does the clock start
+    end, payload = in_child(embed_side, float(os.environ["LIMIT_S"]))
+    if payload[:1] == b"A" and end["status"] == "ok":
+        say(out, **end)
+        out.write(payload[1:])
+        out.flush()
+        return
+    say(out, **{**end, "status": "load" if end["status"] == "ok" else end["status"]}, **error_of(payload))
+
+
+def error_of(payload: bytes) -> dict:
+    """What the child says went wrong, reduced to a known exception name and at most eight small integers."""
+    try:
+        kind, lines = json.loads(payload[1:200])
+        known = isinstance(getattr(builtins, kind, None), type) or kind == "OutOfMemoryError"
+        return {"error": kind if known else "Exception", "lines": [int(n) % 10000 for n in lines[:8]]}
+    except (ValueError, TypeError):
+        return {"error": "Exception", "lines": []}
+
+
+if __name__ == "__main__":
+    verb, stdout = sys.argv[1], os.fdopen(os.dup(1), "wb")
+    (train if verb == "train" else embed)(stdout)

@@ -1,0 +1,286 @@
+#!/bin/bash -p
+# run.sh: one experiment. Sandbox, metric, commit or revert. See ./run.sh help.
+# -p: bash reads neither BASH_ENV nor functions from the caller's environment.
+set -euo pipefail
+umask 022
+
+ROOT=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
+readonly ROOT
+if [[ ${AR_CLEAN-} != "$$" ]]; then
+  # Everything below runs with a clean environment: no keys, no sockets of the client, no GIT_* or PYTHON* variables.
+  exec env -i AR_CLEAN="$$" HOME="${HOME-/}" USER="${USER-}" TERM="${TERM-dumb}" LANG=C.UTF-8 CI="${CI-}" \
+    PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/run/current-system/sw/bin \
+    ${XDG_RUNTIME_DIR:+XDG_RUNTIME_DIR="$XDG_RUNTIME_DIR"} ${DOCKER_HOST:+DOCKER_HOST="$DOCKER_HOST"} \
+    ${AR_ENGINE:+AR_ENGINE="$AR_ENGINE"} AGENT="${CLAUDECODE:+1}" AR_PROOF="${AR_PROOF-}" \
+    /bin/bash -p "$ROOT/run.sh" "$@"
+fi
+cd "$ROOT"
+readonly RUNS=runs REFUSED=2
+
+say() { printf '%s\n' "$*" >&2; }
+refuse() { say "run.sh: $*"; exit "$REFUSED"; }
+py() { python3 -I "$ROOT/$1" "${@:2}"; }
+record() { py .claude/hooks/record.py "$@"; }
+
+# git, without anything the repository or the user's settings could make it run
+git_() { git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c commit.gpgSign=false --no-pager "$@"; }
+# the same for writes, in a session of its own: a Ctrl-C or a kill of our group cannot stop it half-way
+git_write() { setsid --wait git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c gc.auto=0 "$@"; }
+
+# Claude Code must show that its guard let this very call through; a person types in a terminal.
+require_person_or_proof() {
+  [[ -n ${AGENT-} ]] || return 0
+  local -r proof="$RUNS/session/proof.${AR_PROOF//[^A-Za-z0-9_-]/}"
+  [[ -n ${AR_PROOF-} && -f $proof ]] || refuse "called by Claude Code, but its guard did not approve this call: the" \
+    "hooks are off or this is a typed '!' command. Start claude in $ROOT with its hooks on, or use a terminal."
+  rm -f -- "$proof"
+}
+require_person() { [[ -z ${AGENT-} ]] || refuse "'$1' is for a person, in a terminal"; }
+
+take_lock() {
+  COMMON=$(git_ rev-parse --path-format=absolute --git-common-dir) || refuse "not a git repository"
+  mkdir -p "$RUNS/session"
+  exec 9>>"$COMMON/autoresearch.lock" || refuse "cannot write $COMMON/autoresearch.lock; is .git read-only?"
+  flock -n 9 || refuse "another experiment is running: $(record status | sed -n 's/^running: *//p'); wait for it"
+}
+
+# usage: measure KIND BLOB SCRATCHPAD HYPOTHESIS: run it as often as the rule wants, judge, record. Sets VERDICT.
+measure() {
+  local -r kind=$1 blob=$2 pad=$3 idea=$4
+  local n=$N run verdict=again
+  WORK=$(mktemp -d "$RUNS/work.XXXXXX") && chmod 755 "$WORK"
+  printf '%s\n' "$idea" >"$WORK/hypothesis"
+  local -r log="$RUNS/$(printf '%04d' "$n").log"
+  : >"$log"
+  for run in 1 2; do
+    [[ $verdict == again ]] || break
+    mkdir "$WORK/run-$run"
+    git_ cat-file blob "$blob" >"$WORK/run-$run/train.py"
+    progress "$n" "$kind, run $run"
+    py container/experiment.py "$WORK/run-$run" "$DATA" "$BUDGET" "$MEMORY" \
+      "$((RANDOM << 15 | RANDOM))" "$log" 9>&- || refuse "experiment $n could not run (see above)"
+    rm -f "$WORK/run-$run"/{out.tar,images.npy,captions.npy}
+    verdict=$(record decide "$WORK" "$kind" "$IMAGE")
+  done
+  VERDICT=$verdict
+  record_attempt "$kind" "$blob" "$pad" "$log"
+}
+
+# usage: progress N WHAT: for the status line, and for a person who waits
+progress() {
+  printf '{"pid": %d, "n": %d, "what": "%s", "started": %d, "budget": %d}\n' \
+    "$$" "$1" "$2" "$(date +%s)" "$BUDGET" >"$RUNS/running.json"
+  [[ ! -t 2 ]] || say "experiment $1 ($2): training for at most $BUDGET s; tail -f $RUNS/$(printf '%04d' "$1").log"
+}
+
+# usage: record_attempt KIND BLOB SCRATCHPAD LOG: commit object, ref, and for a kept one the branch, index and file
+record_attempt() {
+  local -r kind=$1 blob=$2 pad=$3 log=$4
+  local head tree commit
+  head=$(git_ rev-parse HEAD)
+  if [[ $VERDICT == kept && $(git_ rev-parse HEAD:train.py) != "$INCUMBENT" ]]; then
+    VERDICT=discarded
+    say "run.sh: HEAD's train.py changed meanwhile, so experiment $N is not kept; ./run.sh keep $N overrules"
+  fi
+  while :; do
+    record write "$WORK" "$N" "$kind" "$VERDICT" "$blob" "$IMAGE" "${BY_HAND-}"
+    tree=$(tree_with "$head" "$blob" "$pad" "$log")
+    commit=$(commit_tree "$tree" "$head" "$WORK/message")
+    git_write update-ref "refs/experiments/$N" "$commit" 0000000000000000000000000000000000000000 2>/dev/null && break
+    git_ rev-parse -q --verify "refs/experiments/$N" >/dev/null || refuse "cannot write refs/experiments/$N (disk full or read-only?)"
+    N=$((N + 1))
+  done
+  git_ diff --no-ext-diff --no-textconv "$head:train.py" "$blob" >"$RUNS/$(printf '%04d' "$N").diff" || :
+  COMMIT=$commit
+  finish "$commit"
+  record tsv >"$RUNS/experiments.tsv.new" && mv "$RUNS/experiments.tsv.new" "$RUNS/experiments.tsv"
+}
+
+# usage: tree_with HEAD BLOB SCRATCHPAD LOG: HEAD's tree with the two files replaced and experiment/ added
+tree_with() {
+  local -r index="$WORK/index"
+  local f
+  GIT_INDEX_FILE=$index git_ read-tree "$1"
+  {
+    printf '100644 %s\ttrain.py\n100644 %s\tscratchpad.md\n' "$2" "$3"
+    for f in "$WORK/result.json" "$WORK"/run-*/ranks.npy "$4"; do
+      [[ ! -f $f ]] || printf '100644 %s\texperiment/%s\n' "$(git_ hash-object -w --no-filters "$f")" "$(record_name "$f")"
+    done
+  } | GIT_INDEX_FILE=$index git_ update-index --add --index-info
+  GIT_INDEX_FILE=$index git_ write-tree
+}
+record_name() {
+  case $1 in
+    *.log) printf 'train.log' ;;
+    */run-2/ranks.npy) printf 'ranks-2.npy' ;;
+    *) basename "$1" ;;
+  esac
+}
+
+# usage: commit_tree TREE PARENT MESSAGE_FILE: prints the commit; a missing identity does not lose a night
+commit_tree() {
+  local identity=()
+  git_ var GIT_COMMITTER_IDENT >/dev/null 2>&1 || identity=(-c user.name=autoresearch -c user.email=autoresearch@localhost)
+  git_ "${identity[@]}" commit-tree "$1" -p "$2" -F "$3"
+}
+
+# usage: finish COMMIT: carry a recorded verdict into the branch, the index and the file. Every step can be repeated:
+# a run that was killed here is completed by the next one.
+finish() {
+  local -r commit=$1
+  local verdict blob pad head parent next
+  verdict=$(git_ show -s --format='%(trailers:key=Verdict,valueonly,separator=)' "$commit")
+  blob=$(git_ rev-parse "$commit:train.py") pad=$(git_ rev-parse "$commit:scratchpad.md")
+  head=$(git_ rev-parse HEAD) parent=$(git_ rev-parse "$commit^")
+  if [[ $verdict == kept && $head == "$parent" ]]; then
+    WORK=${WORK-$(mktemp -d "$RUNS/work.XXXXXX")}
+    git_ show -s --format=%B "$commit" >"$WORK/message"
+    GIT_INDEX_FILE="$WORK/index" git_ read-tree "$head"
+    printf '100644 %s\ttrain.py\n100644 %s\tscratchpad.md\n' "$blob" "$pad" |
+      GIT_INDEX_FILE="$WORK/index" git_ update-index --add --index-info
+    next=$(commit_tree "$(GIT_INDEX_FILE="$WORK/index" git_ write-tree)" "$head" "$WORK/message")
+    git_write update-ref -m "experiment: $(head -n 1 "$WORK/message")" HEAD "$next" "$head"
+  fi
+  if [[ $verdict == kept ]]; then
+    update_user_index "$parent" "$commit"
+  else
+    restore_file "$blob"
+  fi
+}
+
+# usage: update_user_index PARENT COMMIT: our two entries, unless the user has staged something else there
+update_user_index() {
+  local f
+  for f in train.py scratchpad.md; do
+    if [[ $(git_ ls-files -s -- "$f" | cut -d' ' -f2) == "$(git_ rev-parse -q --verify "$1:$f")" ]]; then
+      git_write update-index --cacheinfo "100644,$(git_ rev-parse "$2:$f"),$f"
+    fi
+  done
+}
+
+# usage: restore_file BLOB: put train.py back to HEAD's, only if it still is what was judged
+restore_file() {
+  [[ -f train.py && ! -L train.py && $(git_ hash-object --no-filters -- train.py) == "$1" ]] || return 0
+  git_ cat-file blob HEAD:train.py >"$RUNS/train.py.new" && mv -f "$RUNS/train.py.new" train.py
+}
+
+# What a killed run left: containers, temporary files, stale locks on our refs, a verdict not carried out.
+recover() {
+  py container/engine.py sweep
+  rm -rf -- "$RUNS"/work.* "$RUNS"/*.new
+  # our lock is held, and git children keep it open while they live: these locks have no owner
+  find "$COMMON/refs/experiments" -name '*.lock' -delete 2>/dev/null || :
+  local last lock
+  for lock in "$(git_ rev-parse --git-path index.lock)" "$(git_ rev-parse --git-path HEAD.lock)" \
+    "$COMMON/$(git_ symbolic-ref -q HEAD || printf HEAD).lock" "$COMMON/packed-refs.lock"; do
+    [[ -e $lock ]] || continue
+    pgrep -x git >/dev/null && refuse "$lock exists and git is running; wait for it to finish, then try again"
+    rm -f -- "$lock" && say "run.sh: removed $lock, left by a git that was killed"
+  done
+  last=$(git_ for-each-ref --format='%(refname)' refs/experiments/ | sort -t/ -k3 -n | tail -n 1)
+  [[ -z $last ]] || finish "$(git_ rev-parse "$last")"
+  unset WORK
+}
+
+# Read what record.py plan prints into variables. Exits with its status when it refuses.
+read_plan() {
+  local key value plan
+  plan=$(record plan "${AGENT:-0}" "$IMAGE") || exit "$REFUSED"
+  while IFS='=' read -r key value; do
+    case $key in
+      kind) KIND=$value ;; n) N=$value ;; blob) BLOB=$value ;; scratchpad) PAD=$value ;; incumbent) INCUMBENT=$value ;;
+      data) DATA=$value ;; budget) BUDGET=$value ;; memory) MEMORY=$value ;; cooldown) COOLDOWN=$value ;;
+      remeasure) REMEASURE=$value ;; hypothesis) IDEA=$value ;;
+    esac
+  done <<<"$plan"
+}
+
+experiment() {
+  require_person_or_proof
+  take_lock
+  IMAGE=$(py container/engine.py image) || exit "$REFUSED"
+  local state
+  for state in rebase-merge rebase-apply MERGE_HEAD CHERRY_PICK_HEAD; do
+    [[ ! -e $(git_ rev-parse --git-path "$state") ]] || refuse "git is in the middle of a ${state%%[-_]*}; finish or abort it first"
+  done
+  recover
+  read_plan
+  trap 'rm -f -- "$RUNS/running.json"; rm -rf -- "$RUNS"/work.*; py container/engine.py sweep' EXIT
+  trap 'exit 130' INT
+  trap 'exit 143' TERM HUP
+  sleep "$COOLDOWN"
+  if [[ $KIND != candidate || $REMEASURE == 1 ]]; then
+    measure_incumbent
+    [[ $BLOB != "$INCUMBENT" ]] || { show_block; exit 0; }
+    N=$((N + 1))
+  fi
+  measure candidate "$BLOB" "$PAD" "$IDEA"
+  show_block
+  [[ $VERDICT != failed ]] || exit 1
+}
+
+# A baseline where nothing comparable was measured, or one more look at the incumbent
+measure_incumbent() {
+  local kind=$KIND
+  [[ $kind != candidate ]] || kind=remeasure
+  measure "$kind" "$INCUMBENT" "$(git_ rev-parse HEAD:scratchpad.md)" ''
+  [[ $VERDICT != unmeasured ]] || { show_block; refuse "HEAD's own train.py does not run here; mend that first"; }
+}
+show_block() { record block "$WORK" "$COMMIT" "$RUNS/$(printf '%04d' "$N").log" "$IMAGE"; }
+
+# usage: keep N: overrule a verdict
+keep() {
+  require_person keep
+  [[ ${1-} =~ ^[0-9]+$ ]] || refuse "usage: ./run.sh keep N"
+  take_lock
+  local -r from=$(git_ rev-parse -q --verify "refs/experiments/$1") || refuse "there is no experiment $1"
+  BLOB=$(git_ rev-parse "$from:train.py") PAD=$(git_ rev-parse "$from:scratchpad.md")
+  INCUMBENT=$(git_ rev-parse HEAD:train.py)
+  [[ $BLOB != "$INCUMBENT" ]] || refuse "experiment $1 is the incumbent already"
+  [[ $(git_ hash-object --no-filters -- train.py) == "$INCUMBENT" ]] || refuse "train.py has uncommitted changes; commit or undo them first"
+  IMAGE=$(py container/engine.py image)
+  recover
+  N=$(record plan 0 "$IMAGE" | sed -n 's/^n=//p') VERDICT=kept
+  WORK=$(mktemp -d "$RUNS/work.XXXXXX")
+  BY_HAND="experiment $1, kept by hand: $(git_ show -s --format='%(trailers:key=Hypothesis,valueonly,separator=)' "$from")"
+  record_attempt candidate "$BLOB" "$PAD" /dev/null
+  git_ cat-file blob "$BLOB" >"$RUNS/train.py.new" && mv -f "$RUNS/train.py.new" train.py
+  git_ log -1 --format='%h %s'
+}
+
+# usage: data NAME [--odvg DIR]: draw or import a data set
+data() {
+  require_person data
+  [[ ${1-} =~ ^[A-Za-z0-9][A-Za-z0-9_.-]*$ ]] || refuse "usage: ./run.sh data NAME [--odvg DIR]"
+  local folder
+  folder=$(dirname -- "$(git_ rev-parse --path-format=absolute --git-common-dir)")/data
+  [[ ! -e $folder/$1 ]] || refuse "data/$1 exists already; move it away first"
+  py container/engine.py data "$folder" "$@"
+}
+
+usage() {
+  cat <<'TEXT'
+./run.sh                one experiment: train, judge, commit or revert (this is what Claude Code runs)
+./run.sh setup          engine, image, built-in data, baseline; only what is missing
+./run.sh test           all tests, with what they need
+./run.sh data NAME [--odvg DIR]   draw the built-in prints, or import your own ODVG lines and images
+./run.sh status|log [N] where things stand; the last N experiments
+./run.sh keep N         overrule a verdict: make experiment N the incumbent
+./run.sh doctor         what this machine can hold, and what it cannot
+exit status             0 recorded, 1 recorded as failed, 2 refused and nothing ran
+TEXT
+}
+
+main() {
+  local -r verb=${1-}
+  case $verb in
+    '') experiment ;;
+    setup | test) require_person "$verb"; bash "$ROOT/container/$verb.sh" "${@:2}" ;;
+    data | keep) "$verb" "${@:2}" ;;
+    status | log) record "$verb" "${@:2}" ;;
+    doctor) py container/engine.py doctor ;;
+    help | --help | -h) usage ;;
+    *) say "run.sh: unknown verb '$verb'"; usage >&2; exit "$REFUSED" ;;
+  esac
+}
+main "$@"
