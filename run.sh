@@ -8,10 +8,13 @@ ROOT=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 readonly ROOT
 if [[ ${AR_CLEAN-} != "$$" ]]; then
   # Everything below runs with a clean environment: no keys, no sockets of the client, no GIT_* or PYTHON* variables.
-  exec env -i AR_CLEAN="$$" HOME="${HOME-/}" USER="${USER-}" TERM="${TERM-dumb}" LANG=C.UTF-8 CI="${CI-}" \
+  keep=()
+  for name in HOME USER TERM CI XDG_RUNTIME_DIR DOCKER_HOST AR_ENGINE AR_PROOF {http,https,no}_proxy {HTTP,HTTPS,NO}_PROXY \
+    SSL_CERT_FILE NODE_EXTRA_CA_CERTS; do
+    [[ -z ${!name-} ]] || keep+=("$name=${!name}")
+  done
+  exec env -i "${keep[@]}" AR_CLEAN="$$" AGENT="${CLAUDECODE:+1}" LANG=C.UTF-8 \
     PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/run/current-system/sw/bin \
-    ${XDG_RUNTIME_DIR:+XDG_RUNTIME_DIR="$XDG_RUNTIME_DIR"} ${DOCKER_HOST:+DOCKER_HOST="$DOCKER_HOST"} \
-    ${AR_ENGINE:+AR_ENGINE="$AR_ENGINE"} AGENT="${CLAUDECODE:+1}" AR_PROOF="${AR_PROOF-}" \
     /bin/bash -p "$ROOT/run.sh" "$@"
 fi
 cd "$ROOT"

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 # Training
 STEPS = 300  # fixed, so that a result does not depend on the machine's speed: about 60 s on two CPU cores
-STOP_AT = 0.85  # of the budget: a machine too slow for STEPS stops here and saves what it has
+STOP_AT = 0.85  # share of the budget after which a machine too slow for STEPS stops early and saves what it has
 BATCH = 64  # pairs a step; the other pairs of the batch are the negatives
 LR = 1e-3  # peak; linear warm-up, then a cosine to zero
 WARMUP = 20  # steps
@@ -37,7 +37,7 @@ GRAD_CLIP = 1.0  # norm of the whole gradient
 
 # Loss
 LOGIT_SCALE_INIT = math.log(1 / 0.07)  # learnable, kept as a logarithm
-LOGIT_SCALE_MAX = 2.0  # bound of the factor between cosines and logits
+LOGIT_SCALE_MAX = 2.0  # of the scale itself
 LABEL_SMOOTHING = 0.0
 
 # Expert branch
@@ -179,6 +179,7 @@ class ECLIP(nn.Module):
         return self.heatmap(patches, gaussian_heatmap(boxes, self.image_size))
 
     def logit_scale(self) -> Tensor:
+        """What cosines are multiplied by to become logits, a scalar."""
         return self.clip.logit_scale.exp().clamp(max=LOGIT_SCALE_MAX)
 
     @torch.inference_mode()
@@ -197,7 +198,8 @@ class ECLIP(nn.Module):
 
 def contrastive(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     """Symmetric cross-entropy of embeddings (B, EMBED_DIM): row i of one belongs to row i of the other."""
-    logits = scale * F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).T
+    with torch.autocast(a.device.type, enabled=False):  # the only product that needs all of float32
+        logits = scale * F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).T
     target = torch.arange(len(a), device=a.device)
     loss = F.cross_entropy(logits, target, label_smoothing=LABEL_SMOOTHING)
     return (loss + F.cross_entropy(logits.T, target, label_smoothing=LABEL_SMOOTHING)) / 2

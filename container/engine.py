@@ -35,7 +35,7 @@ class EngineError(Exception):
     """Something is missing; the message says what to do."""
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def name() -> str:
     """podman or docker, whichever answers first. Raises EngineError when neither does."""
     asked = os.environ.get("AR_ENGINE")
@@ -49,7 +49,7 @@ def run(argv: list[str], **kw) -> subprocess.CompletedProcess:
     return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", **kw)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def quirks() -> tuple[str, ...]:
     """Flags without which podman does not start on machines that lack CAP_SYS_RESOURCE or mix cgroup versions.
 
@@ -61,7 +61,7 @@ def quirks() -> tuple[str, ...]:
     return tuple(flags)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def client() -> tuple[str, ...]:
     """The client and its global flags. crun refuses the mixed cgroup layout, runc does not."""
     if name() == "podman" and Path("/sys/fs/cgroup/unified").is_dir() and shutil.which("runc"):
@@ -80,7 +80,7 @@ def limits_hold() -> bool:
     return not (rootless() and not Path("/sys/fs/cgroup/cgroup.controllers").exists())
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def gpu_flags() -> tuple[str, ...]:
     """Flags that pass the GPU through, none without one. podman 4 ignores --gpus without a word, so it gets CDI."""
     if not shutil.which("nvidia-smi") or run(["nvidia-smi", "-L"]).returncode:
@@ -116,7 +116,7 @@ def sandbox(container: str, image: str, command: list[str], *, memory: str, limi
     if out_size:
         flags += ["--tmpfs", f"/out:rw,nosuid,nodev,noexec,size={out_size},mode=1777"]
     if name() == "podman":
-        flags += ["--read-only-tmpfs=false", "--security-opt", "label=disable", "--timeout", str(limit_s + 30)]
+        flags += ["--read-only-tmpfs=false", "--http-proxy=false", "--security-opt", "label=disable", "--timeout", str(limit_s + 30)]
     for inside, host in {"/harness": HERE, **mounts}.items():
         flags += ["-v", f"{Path(host).resolve()}:{inside}:ro"]
     if writable:

@@ -8,7 +8,7 @@ usage (from run.sh; prints what run.sh or a person reads, exit 2 with one line w
   record.py plan AGENT IMAGE          may this train.py run? prints kind, n, data, budget, memory, comparable
   record.py decide WORK               verdict after WORK/run-1 (and run-2): again, kept, discarded, failed, baseline
   record.py write WORK N COMMIT ...   result.json, commit message, result block
-  record.py tsv | brief | line | log | status
+  record.py tsv | log | status
 """
 from __future__ import annotations
 
@@ -435,20 +435,24 @@ def best_line(state: State) -> str:
     return f"{show(now)}{since} ({len(state.incumbent)} runs, noise {state.sigma * 100:.1f} % a run)"
 
 
-def cmd_brief() -> None:
-    """Where things stand, for a conversation that begins: under 1.5 KB."""
-    state = State()
+def brief(state: State) -> str:
+    """Where things stand, for a conversation that begins: under 1.4 KB."""
     rows = [r for r in state.mine if r.verdict in COUNTED]
     out = [f"Phase {state.phase_line()}.", f"Best {state.plan.metric}: {best_line(state)}. {len(rows)} experiments so far, "
            f"{sum(r.verdict == 'kept' for r in rows)} kept."]
     if rows:
         out.append("Last ten (runs/experiments.tsv has all):")
-        out += [f"{r.n} {r.verdict} {r.change.split(' (')[0] or r.reason.split(':')[0]}: {r.hypothesis[:70]}" for r in rows[-10:]]
-        dead = [r for r in rows[:-10] if r.verdict == "discarded"]
-        worst = sorted(dead, key=lambda r: -float(r.change.split(" %")[0] or 0))[:5]
-        if worst:
-            out.append("Dead ends before: " + "; ".join(f"{r.hypothesis[:50]} ({r.change.split(' (')[0]})" for r in worst))
-    print("\n".join(out).encode()[:1400].decode("utf-8", "ignore"))
+        out += [f"{r.n} {r.verdict} {r.change.split(' (')[0] or r.reason.split(':')[0]}: {r.hypothesis[:60]}" for r in rows[-10:]]
+        dead = sorted((r for r in rows[:-10] if r.verdict == "discarded"), key=percent, reverse=True)[:5]
+        if dead:
+            out.append("Dead ends before: " + "; ".join(f"{r.hypothesis[:40]} ({percent(r):+.1f} %)" for r in dead))
+    return "\n".join(out).encode()[:1300].decode("utf-8", "ignore")
+
+
+def percent(r: Record) -> float:
+    """The change of the metric in percent; negative is better."""
+    m = re.match(r"[+-]?\d+(\.\d+)?", r.change)
+    return float(m[0]) if m else 0.0
 
 
 def cmd_log(count: str = "20") -> None:
@@ -486,7 +490,7 @@ def running() -> str:
 
 
 COMMANDS = {"plan": cmd_plan, "decide": cmd_decide, "write": cmd_write, "block": cmd_block, "tsv": cmd_tsv,
-            "brief": cmd_brief, "log": cmd_log, "status": cmd_status}
+            "log": cmd_log, "status": cmd_status}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:

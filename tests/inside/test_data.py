@@ -99,14 +99,16 @@ def test_words_and_boxes_do_not_depend_on_the_size() -> None:
 
 def test_the_task_has_not_changed() -> None:
     """Results are comparable only as long as the same print comes out."""
-    assert prints.draw(7, 0, 96)[1] == (
+    pixels, caption, _ = prints.draw(7, 0, 96)
+    assert pixels.mean(axis=(1, 2)) == pytest.approx([110.5, 131.2, 145.9], abs=0.1)
+    assert caption == (
         "Three black birds, together with a big pale hanging lamp and an open red folding fan with a clear blue sky."
     )
     assert prints.draw(7, 9, 96)[2] == [
-        {"phrase": "a little amber setting sun", "bbox": [0.1049, 0.1471, 0.2047, 0.247]},
-        {"phrase": "great dark bamboo stalks", "bbox": [0.3812, 0.2956, 0.6163, 0.6812]},
-        {"phrase": "a crimson-sailed skiff", "bbox": [0.0944, 0.6421, 0.3714, 0.8776]},
-        {"phrase": "a small violet mossy stone", "bbox": [0.3986, 0.8287, 0.5636, 0.8988]},
+        {"phrase": "a little amber setting sun", "bbox": [0.1113, 0.153, 0.2122, 0.2538]},
+        {"phrase": "great dark bamboo stalks", "bbox": [0.3828, 0.3, 0.6201, 0.6889]},
+        {"phrase": "a crimson-sailed skiff", "bbox": [0.0968, 0.6473, 0.375, 0.8838]},
+        {"phrase": "a small violet mossy stone", "bbox": [0.3979, 0.8323, 0.5665, 0.9039]},
     ]
 
 
