@@ -198,6 +198,7 @@ read_plan() {
   done <<<"$plan"
 }
 
+# usage: experiment [baseline]
 experiment() {
   require_person_or_proof
   take_lock
@@ -214,7 +215,7 @@ experiment() {
   sleep "$COOLDOWN"
   if [[ $KIND != candidate || $REMEASURE == 1 ]]; then
     measure_incumbent
-    [[ $BLOB != "$INCUMBENT" ]] || { show_block; exit 0; }
+    [[ $BLOB != "$INCUMBENT" && ${1-} != baseline ]] || { show_block; exit 0; }
     N=$((N + 1))
   fi
   measure candidate "$BLOB" "$PAD" "$IDEA"
@@ -251,14 +252,15 @@ keep() {
   git_ log -1 --format='%h %s'
 }
 
+# beside the main worktree's .git, so that all worktrees share it
+data_folder() { printf '%s/data' "$(dirname -- "$(git_ rev-parse --path-format=absolute --git-common-dir)")"; }
+
 # usage: data NAME [--odvg DIR]: draw or import a data set
 data() {
   require_person data
   [[ ${1-} =~ ^[A-Za-z0-9][A-Za-z0-9_.-]*$ ]] || refuse "usage: ./run.sh data NAME [--odvg DIR]"
-  local folder
-  folder=$(dirname -- "$(git_ rev-parse --path-format=absolute --git-common-dir)")/data
-  [[ ! -e $folder/$1 ]] || refuse "data/$1 exists already; move it away first"
-  py container/engine.py data "$folder" "$@"
+  [[ ! -e $(data_folder)/$1 ]] || refuse "data/$1 exists already; move it away first"
+  py container/engine.py data "$(data_folder)" "$@"
 }
 
 usage() {
@@ -278,10 +280,15 @@ main() {
   local -r verb=${1-}
   case $verb in
     '') experiment ;;
-    setup | test) require_person "$verb"; bash "$ROOT/container/$verb.sh" "${@:2}" ;;
+    setup | test)
+      require_person "$verb"
+      # shellcheck source=container/setup.sh
+      . "$ROOT/container/setup.sh"
+      if [[ $verb == setup ]]; then setup; else run_tests "${@:2}"; fi
+      ;;
     data | keep) "$verb" "${@:2}" ;;
     status | log) record "$verb" "${@:2}" ;;
-    doctor) py container/engine.py doctor ;;
+    doctor) py container/doctor.py ;;
     help | --help | -h) usage ;;
     *) say "run.sh: unknown verb '$verb'"; usage >&2; exit "$REFUSED" ;;
   esac

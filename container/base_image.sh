@@ -5,10 +5,6 @@ set -euo pipefail
 
 main() {
   local -r out=${1:?usage: base_image.sh OUT.tar}
-  command -v mmdebstrap >/dev/null || {
-    printf 'base_image.sh: mmdebstrap is missing; install it (Debian package mmdebstrap) and try again\n' >&2
-    return 1
-  }
   local suite sources
   # shellcheck source=/dev/null
   suite=$(. /etc/os-release && printf '%s' "$VERSION_CODENAME")

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """The container engine: find it, build the image, start a sandbox, sweep up. Host side, standard library only.
 
-usage: engine.py name | image | sweep | doctor | data FOLDER NAME ...
+usage: engine.py name | image | sweep | data FOLDER NAME ...
 
 `name` prints podman or docker, `image` builds what is missing and prints the tag, `sweep` removes what a killed
-run left behind, `doctor` prints what this machine can hold. Exit 2 with one line when something is missing.
+run left behind, `data` makes data/NAME. When something is missing: exit 2, or 3 where ./run.sh setup can help, one line.
 """
 from __future__ import annotations
 
@@ -185,6 +185,8 @@ def make_base() -> str:
     except subprocess.TimeoutExpired:
         pass
     say("no image registry in reach: making a base image from Debian packages")
+    if not shutil.which("mmdebstrap"):
+        raise MissingTool("mmdebstrap is missing, with which the base image is made; install it, or run ./run.sh setup")
     if not exists(DEBIAN_BASE):
         with tempfile.TemporaryDirectory(prefix="ar-base-") as d:
             subprocess.run([str(HERE / "base_image.sh"), f"{d}/base.tar"], check=True, stdout=sys.stderr)
@@ -245,4 +247,4 @@ if __name__ == "__main__":
         main(*sys.argv[1:] or ["help"])
     except (EngineError, subprocess.CalledProcessError) as e:
         say(f"run.sh: {e}")
-        sys.exit(2)
+        sys.exit(3 if isinstance(e, MissingTool) else 2)

@@ -108,12 +108,15 @@ class Sandbox:
 
 
 class Log:
-    """A file that keeps the beginning and the end of what it is given, with control characters as they come."""
+    """A file that keeps the beginning and the end of what it is given, without control characters: the agent reads it."""
+
+    DROP = bytes(b for b in range(256) if (b < 32 and b not in b"\t\n\r") or b == 127)
 
     def __init__(self, path: Path):
         self.file, self.room, self.tail, self.dropped = open(path, "ab", buffering=0), LOG_HEAD, b"", 0
 
     def write(self, data: bytes) -> None:
+        data = data.replace(b"\r", b"\n").translate(None, self.DROP)
         head, rest = data[: self.room], data[self.room :]
         self.file.write(head)
         self.room -= len(head)
@@ -217,6 +220,8 @@ def judge(work: Path, data: Path, image: str, split: str) -> dict:
 
 def one_run(work: Path, data: Path, budget: int, memory: str, seed: int, log_path: Path, split: str = "val") -> dict:
     """Train, embed, judge. Returns what result.json holds; containers are gone afterwards, whatever happened."""
+    if not engine.limits_hold():
+        print("run.sh: warning: this engine does not enforce memory and process limits; see ./run.sh doctor", file=sys.stderr)
     image, log, started = engine.find_image(), Log(log_path), time.monotonic()
     stamps, sides, result = {}, {}, {"seed": seed}
     common = {"image": image, "memory": memory}

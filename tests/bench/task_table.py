@@ -29,7 +29,9 @@ HERE = Path(__file__).resolve().parent
 Edits = list[tuple[str, str]]  # old text, new text; the old one has to occur exactly once
 
 CLAMP: Edits = [("LOGIT_SCALE_MAX = 2.0", "LOGIT_SCALE_MAX = 100.0")]
-DROPOUT: Edits = [("    with torch.autocast(a.", "    a, b = F.dropout(a, 0.1), F.dropout(b, 0.1)\n    with torch.autocast(a.")]
+DROPOUT: Edits = [
+    ("    with torch.autocast(a.", "    a, b = F.dropout(a, 0.1), F.dropout(b, 0.1)\n    with torch.autocast(a.")
+]
 PROJECTORS: Edits = [
     (
         "        self.heatmap = HeatmapProcessor(",

@@ -1,0 +1,71 @@
+# shellcheck shell=bash
+# Sourced by run.sh for its verbs setup and test: installs what is missing, always showing the command first.
+
+readonly ENGINE_PACKAGES=(podman crun runc uidmap slirp4netns fuse-overlayfs ca-certificates)
+readonly CLIENT_VERSION=2.1.328 # the Claude Code that the tests drive
+readonly TEST_REQUIREMENTS=(pytest==9.2.0 ruff==0.17.6)
+
+# usage: install_packages WHY PACKAGE...: with Debian's package manager; asks on a terminal, never takes root silently
+install_packages() {
+  local -r why=$1
+  shift
+  command -v apt-get >/dev/null || refuse "$why is missing; install it with your system's package manager, then try again"
+  local -r as_root=$([[ $EUID == 0 ]] || printf 'sudo ')
+  local -r command="${as_root}apt-get install -y --no-install-recommends $*"
+  say "$why is missing. To install it:"
+  say "    $command"
+  if [[ -t 0 ]]; then
+    local answer
+    read -r -p "Run this now? [y/N] " answer
+    [[ $answer == [yY]* ]] || refuse "nothing was installed"
+  elif [[ $EUID != 0 ]]; then
+    refuse "run the command above, then try again"
+  fi
+  # shellcheck disable=SC2086  # words on purpose: sudo or nothing, then the command as it was shown
+  ${as_root}apt-get update -qq >&2
+  # shellcheck disable=SC2086
+  DEBIAN_FRONTEND=noninteractive $command >&2 || refuse "the installation failed (see above)"
+}
+
+need_image() {
+  py container/engine.py name >/dev/null 2>&1 || install_packages 'a container engine' "${ENGINE_PACKAGES[@]}"
+  IMAGE=$(py container/engine.py image) && return
+  [[ $? == 3 ]] || exit "$REFUSED" # 3: no registry in reach, and the base image wants this tool
+  install_packages mmdebstrap mmdebstrap
+  IMAGE=$(py container/engine.py image) || exit "$REFUSED"
+}
+
+setup() {
+  need_image
+  local name
+  name=$(py .claude/hooks/program.py | sed -n 's/^ "data": "\(.*\)",$/\1/p') || exit "$REFUSED"
+  if [[ ! -e $(data_folder)/$name/info.json ]]; then
+    [[ $name == prints ]] || refuse "data/$name is missing; ./run.sh data $name --odvg DIR makes it (program.md names it)"
+    data prints
+  fi
+  if record plan 0 "$IMAGE" | grep -qx 'kind=baseline'; then
+    say "measuring the baseline: two trainings of the train.py in HEAD"
+    experiment baseline
+  else
+    record status
+  fi
+}
+
+# usage: run_tests [PYTEST ARGS]
+run_tests() {
+  local missing=()
+  python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
+  local tool
+  for tool in npm tmux shellcheck; do command -v "$tool" >/dev/null || missing+=("$tool"); done
+  ((${#missing[@]} == 0)) || install_packages "for the tests, ${missing[*]}" "${missing[@]}"
+  need_image
+  if [[ $(tests/.venv/bin/python -m pip freeze 2>/dev/null) != *"${TEST_REQUIREMENTS[0]}"* ]]; then
+    say "tests: a virtual environment with ${TEST_REQUIREMENTS[*]}"
+    python3 -m venv --clear tests/.venv && tests/.venv/bin/python -m pip install -q "${TEST_REQUIREMENTS[@]}"
+  fi
+  if [[ $(tests/.client/node_modules/.bin/claude --version 2>/dev/null) != "$CLIENT_VERSION "* ]]; then
+    say "tests: Claude Code $CLIENT_VERSION"
+    npm install --silent --no-audit --no-fund --prefix tests/.client "@anthropic-ai/claude-code@$CLIENT_VERSION" >&2
+  fi
+  exec tests/.venv/bin/python -m pytest "${@:-tests}"
+}
