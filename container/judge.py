@@ -26,11 +26,11 @@ def load_embeddings(path: str, n: int) -> np.ndarray:
     Raises InvalidOutput for pickles, broken files, wrong shape, dtype, count or width, and non-finite values.
     """
     try:
-        a = np.load(path, allow_pickle=False, mmap_mode="r")
-    except (ValueError, OSError, EOFError) as e:
+        a = np.lib.format.open_memmap(path, mode="r")  # the plain format only: no pickles, no archives, no allocation
+    except (ValueError, OSError, EOFError, OverflowError) as e:
         raise InvalidOutput(f"not a plain array: {str(e)[:80]}") from None
-    if not isinstance(a, np.ndarray) or a.ndim != 2 or a.dtype != np.float32:
-        raise InvalidOutput(f"want float32 (n, D), got {getattr(a, 'dtype', type(a))} {getattr(a, 'shape', '')}")
+    if a.ndim != 2 or a.dtype != np.float32:
+        raise InvalidOutput(f"want float32 (n, D), got {a.dtype} {a.shape}")
     if len(a) != n or not 1 <= a.shape[1] <= MAX_WIDTH:
         raise InvalidOutput(f"want {n} rows of 1 to {MAX_WIDTH} numbers, got {a.shape}")
     a = np.array(a)
@@ -83,7 +83,8 @@ def main(key_path: str, images_path: str, captions_path: str) -> None:
             except InvalidOutput as e:
                 raise InvalidOutput(f"{side}: {e}") from None
         if sides[0].shape[1] != sides[1].shape[1]:
-            raise InvalidOutput(f"image and text embeddings differ in width: {sides[0].shape[1]} and {sides[1].shape[1]}")
+            widths = " and ".join(str(s.shape[1]) for s in sides)
+            raise InvalidOutput(f"image and text embeddings differ in width: {widths}")
     except InvalidOutput as e:
         out.write(json.dumps({"invalid": str(e)}).encode() + b"\n")
         return

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import prepare_data  # noqa: E402
-import prints  # noqa: E402
+from prepare_data import prints  # noqa: E402
 
 FIXTURE = ROOT / "tests" / "fixtures" / "odvg"
 NLVR = Path(os.environ.get("SHARED", ROOT.parent / "shared")) / "data" / "nlvr-sample"
@@ -33,6 +33,7 @@ SIZE = 32
 COUNTS = {"train": 40, "val": 12, "test": 9}
 TINY_PRINTS = ["prints", "--size", str(SIZE), *(f"--{split}={count}" for split, count in COUNTS.items())]
 HIDDEN_SPLITS = ("val", "test")
+PRINTS_OF = {"val": range(40, 52), "test": range(52, 61)}
 
 
 def run_tool(*arguments: object, umask: int = 0o022) -> subprocess.CompletedProcess[str]:
@@ -60,13 +61,19 @@ def read_captions(folder: Path) -> list[str]:
     return list(datasets.load_from_disk(folder)["caption"])
 
 
-def find_print(pixels: np.ndarray, split: str) -> int:
-    """Which print of the split shows these pixels? It is drawn again to find out."""
-    start = {"train": 0, "val": COUNTS["train"], "test": COUNTS["train"] + COUNTS["val"]}[split]
-    for index in range(start, start + COUNTS[split]):
-        if np.array_equal(prints.draw(prepare_data.PRINTS_SEED, index, SIZE)[0].reshape(-1), pixels):
-            return index
-    raise AssertionError(f"not a print of {split}")
+def find_prints(images: np.ndarray) -> list[int]:
+    """Which prints show these pixels? All that can be meant are drawn again to find out."""
+    indices = range(sum(COUNTS.values()) + 1)
+    drawn = {prints.draw(prepare_data.PRINTS_SEED, index, SIZE)[0].tobytes(): index for index in indices}
+    return [drawn[pixels.tobytes()] for pixels in images]
+
+
+def read_orders(out: Path, split: str) -> tuple[list[int], list[int]]:
+    """For every row of the images and of the captions: which pair of the split it comes from."""
+    indices = find_prints(read_images(out / split / "images"))
+    image_order = [index - min(indices) for index in indices]
+    key = np.load(out / f"{split}.key.npy").tolist()
+    return image_order, [image_order[key.index(row)] for row in range(len(key))]
 
 
 @pytest.fixture(scope="module")
@@ -200,8 +207,9 @@ def test_the_key_and_the_regions_belong_to_the_images(tiny: Path, split: str) ->
     assert key.dtype == np.int64
     assert sorted(key) == list(range(COUNTS[split]))
     assert len(images) == len(captions) == len(regions) == COUNTS[split]
-    for row, pixels in enumerate(images):
-        _, caption, drawn = prints.draw(prepare_data.PRINTS_SEED, find_print(pixels, split), SIZE)
+    assert sorted(find_prints(images)) == list(PRINTS_OF[split])
+    for row, index in enumerate(find_prints(images)):
+        _, caption, drawn = prints.draw(prepare_data.PRINTS_SEED, index, SIZE)
         assert captions[key[row]] == caption
         assert [region["phrase"] for region in regions[row]] == [region["phrase"] for region in drawn]
         for stored, region in zip(regions[row], drawn, strict=True):
@@ -214,24 +222,22 @@ def test_a_side_has_nothing_of_the_other(tiny: Path, split: str) -> None:
     assert list(datasets.load_from_disk(tiny / split / "captions").features) == ["caption"]
 
 
-def test_both_sides_are_shuffled_and_differently(tiny: Path) -> None:
-    for split in HIDDEN_SPLITS:
-        in_order = list(range(COUNTS[split]))
-        images = [find_print(pixels, split) for pixels in read_images(tiny / split / "images")]
-        image_order = [index - min(images) for index in images]
-        key = np.load(tiny / f"{split}.key.npy").tolist()
-        caption_order = [image_order[key.index(row)] for row in in_order]
-        assert image_order != in_order
-        assert caption_order != in_order
-        assert image_order != caption_order
+@pytest.mark.parametrize("split", HIDDEN_SPLITS)
+def test_both_sides_are_shuffled_and_differently(tiny: Path, split: str) -> None:
+    image_order, caption_order = read_orders(tiny, split)
+    in_order = list(range(COUNTS[split]))
+    assert sorted(image_order) == sorted(caption_order) == in_order
+    assert image_order != in_order
+    assert caption_order != in_order
+    assert image_order != caption_order
 
 
-def test_the_orders_depend_on_the_content(tiny: Path, tmp_path: Path) -> None:
-    """One print more for training makes the same number of other validation prints."""
+def test_either_order_depends_on_the_content(tiny: Path, tmp_path: Path) -> None:
+    """With one print more for training, validation has as many prints as before, but others."""
     make(tmp_path / "other", *TINY_PRINTS, "--train", COUNTS["train"] + 1)
-    key, other = np.load(tiny / "val.key.npy"), np.load(tmp_path / "other" / "val.key.npy")
-    assert key.shape == other.shape
-    assert not np.array_equal(key, other)
+    orders, other_orders = read_orders(tiny, "val"), read_orders(tmp_path / "other", "val")
+    assert orders[0] != other_orders[0]
+    assert orders[1] != other_orders[1]
 
 
 def test_the_same_input_gives_the_same_hash(tiny: Path, tmp_path: Path) -> None:
@@ -319,7 +325,7 @@ def test_a_killed_run_leaves_no_data_set_and_the_next_run_cleans_up(tmp_path: Pa
 
 
 def test_a_failure_on_the_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    def fail(rows: list[prepare_data.Row]) -> Image.Image:
+    def fail(_: list[prepare_data.Row]) -> Image.Image:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(prepare_data, "draw_sheet", fail)
@@ -441,6 +447,14 @@ def test_own_images_give_the_same_hash_again_and_another_one_after_any_change(fo
     turned.save(folder.image("test", 3))
     hashes.append(digest())
     assert len(set(hashes)) == 4
+
+
+def test_the_hash_covers_what_the_key_does_not(folder: Folder, tmp_path: Path) -> None:
+    """The key of a single pair is always the same."""
+    folder.write("val", folder.lines("val")[:1])
+    first = make(tmp_path / "first", "mine", "--odvg", folder.path, "--size", SIZE)["hash"]
+    folder.change("val", 1, caption="Something else")
+    assert make(tmp_path / "second", "mine", "--odvg", folder.path, "--size", SIZE)["hash"] != first
 
 
 def test_no_regions_are_allowed(folder: Folder, tmp_path: Path) -> None:
@@ -565,9 +579,10 @@ BROKEN = {
         r"val.jsonl line 1: region 1: bbox \[380, 0, 410, 9\] leaves the image of 400x100 pixels",
     ),
     "box above": (lambda f: f.change("val", 1, **region(0, -9, 9, 9)), "val.jsonl line 1: region 1: bbox .* leaves"),
-    "box of nothing": (lambda f: f.change("val", 1, **region(5, 5, 5, 9)), "val.jsonl line 1: region 1: .* has no area"),
+    "box of nothing": (lambda f: f.change("val", 1, **region(5, 5, 5, 9)), "val.jsonl line 1: .* has no area"),
     "box as x y w h": (lambda f: f.change("val", 1, **region(300, 80, 60, 20)), "val.jsonl line 1: .* has no area"),
-    "box not numbers": (lambda f: f.change("val", 1, **region(math.nan, 0, 9, 9)), "val.jsonl line 1: .* leaves the"),
+    "box of no number": (lambda f: f.change("val", 1, **region(math.nan, 0, 9, 9)), "val.jsonl line 1: .* leaves the"),
+    "box of text": (lambda f: f.change("val", 1, **region("0", 0, 9, 9)), "val.jsonl line 1: .* not four numbers"),
     "box of three": (lambda f: f.change("val", 1, **region(0, 0, 9)), "val.jsonl line 1: .* not four numbers"),
     "name twice": (repeat_name_in_split, "train.jsonl line 9: image .* was used before, in train.jsonl line 4"),
     "name in two splits": (repeat_name_in_other_split, "test.jsonl line 2: .* was used before, in train.jsonl line 4"),
