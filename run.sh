@@ -5,7 +5,7 @@ set -euo pipefail
 umask 022
 
 ROOT=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
-readonly ROOT
+readonly ROOT RUNS=runs REFUSED=2
 if [[ ${AR_CLEAN-} != "$$" ]]; then
   # Everything below runs with a clean environment: no keys, no sockets of the client, no GIT_* or PYTHON* variables.
   keep=()
@@ -18,7 +18,6 @@ if [[ ${AR_CLEAN-} != "$$" ]]; then
     /bin/bash -p "$ROOT/run.sh" "$@"
 fi
 cd "$ROOT"
-readonly RUNS=runs REFUSED=2
 
 say() { printf '%s\n' "$*" >&2; }
 refuse() { say "run.sh: $*"; exit "$REFUSED"; }
@@ -38,7 +37,6 @@ require_person_or_proof() {
     "hooks are off or this is a typed '!' command. Start claude in $ROOT with its hooks on, or use a terminal."
   rm -f -- "$proof"
 }
-require_person() { [[ -z ${AGENT-} ]] || refuse "'$1' is for a person, in a terminal"; }
 
 take_lock() {
   COMMON=$(git_ rev-parse --path-format=absolute --git-common-dir) || refuse "not a git repository"
@@ -50,36 +48,36 @@ take_lock() {
 # usage: measure KIND BLOB SCRATCHPAD HYPOTHESIS: run it as often as the rule wants, judge, record. Sets VERDICT.
 measure() {
   local -r kind=$1 blob=$2 pad=$3 idea=$4
-  local n=$N run verdict=again
+  local run
+  VERDICT=again
   WORK=$(mktemp -d "$RUNS/work.XXXXXX") && chmod 755 "$WORK"
   printf '%s\n' "$idea" >"$WORK/hypothesis"
-  local -r log="$RUNS/$(printf '%04d' "$n").log"
-  : >"$log"
+  : >"$(file "$N" log)"
   for run in 1 2; do
-    [[ $verdict == again ]] || break
+    [[ $VERDICT == again ]] || break
     mkdir "$WORK/run-$run"
     git_ cat-file blob "$blob" >"$WORK/run-$run/train.py"
-    progress "$n" "$kind, run $run"
+    progress "$N" "$kind, run $run"
     py container/experiment.py "$WORK/run-$run" "$DATA" "$BUDGET" "$MEMORY" \
-      "$((RANDOM << 15 | RANDOM))" "$log" 9>&- || refuse "experiment $n could not run (see above)"
+      "$((RANDOM << 15 | RANDOM))" "$(file "$N" log)" 9>&- || refuse "experiment $N could not run (see above)"
     rm -f "$WORK/run-$run"/{out.tar,images.npy,captions.npy}
-    verdict=$(record decide "$WORK" "$kind" "$IMAGE")
+    VERDICT=$(record decide "$WORK" "$kind" "$IMAGE")
   done
-  VERDICT=$verdict
-  record_attempt "$kind" "$blob" "$pad" "$log"
+  record_attempt "$kind" "$blob" "$pad"
 }
+file() { printf '%s/%04d.%s' "$RUNS" "$1" "$2"; } # usage: file N log|diff
 
 # usage: progress N WHAT: for the status line, and for a person who waits
 progress() {
   printf '{"pid": %d, "n": %d, "what": "%s", "started": %d, "budget": %d}\n' \
     "$$" "$1" "$2" "$(date +%s)" "$BUDGET" >"$RUNS/running.json"
-  [[ ! -t 2 ]] || say "experiment $1 ($2): training for at most $BUDGET s; tail -f $RUNS/$(printf '%04d' "$1").log"
+  [[ ! -t 2 ]] || say "experiment $1 ($2): training for at most $BUDGET s; tail -f $(file "$1" log)"
 }
 
-# usage: record_attempt KIND BLOB SCRATCHPAD LOG: commit object, ref, and for a kept one the branch, index and file
+# usage: record_attempt KIND BLOB SCRATCHPAD: commit object, ref, and for a kept one the branch, index and file
 record_attempt() {
-  local -r kind=$1 blob=$2 pad=$3 log=$4
-  local head tree commit
+  local -r kind=$1 blob=$2 pad=$3
+  local head tree
   head=$(git_ rev-parse HEAD)
   if [[ $VERDICT == kept && $(git_ rev-parse HEAD:train.py) != "$INCUMBENT" ]]; then
     VERDICT=discarded
@@ -87,37 +85,32 @@ record_attempt() {
   fi
   while :; do
     record write "$WORK" "$N" "$kind" "$VERDICT" "$blob" "$IMAGE" "${BY_HAND-}"
-    tree=$(tree_with "$head" "$blob" "$pad" "$log")
-    commit=$(commit_tree "$tree" "$head" "$WORK/message")
-    git_write update-ref "refs/experiments/$N" "$commit" 0000000000000000000000000000000000000000 2>/dev/null && break
+    tree=$(tree_with "$head" "$blob" "$pad" "$WORK/result.json" "$WORK"/run-*/ranks.npy "$(file "$N" log)")
+    COMMIT=$(commit_tree "$tree" "$head" "$WORK/message")
+    git_write update-ref "refs/experiments/$N" "$COMMIT" 0000000000000000000000000000000000000000 2>/dev/null && break
     git_ rev-parse -q --verify "refs/experiments/$N" >/dev/null || refuse "cannot write refs/experiments/$N (disk full or read-only?)"
+    mv -n "$(file "$N" log)" "$(file $((N + 1)) log)" # another worktree was faster
     N=$((N + 1))
   done
-  git_ diff --no-ext-diff --no-textconv "$head:train.py" "$blob" >"$RUNS/$(printf '%04d' "$N").diff" || :
-  COMMIT=$commit
-  finish "$commit"
+  git_ diff --no-ext-diff --no-textconv "$head:train.py" "$blob" >"$(file "$N" diff)" || :
+  finish "$COMMIT"
   record tsv >"$RUNS/experiments.tsv.new" && mv "$RUNS/experiments.tsv.new" "$RUNS/experiments.tsv"
 }
 
-# usage: tree_with HEAD BLOB SCRATCHPAD LOG: HEAD's tree with the two files replaced and experiment/ added
+# usage: tree_with HEAD BLOB SCRATCHPAD [FILE...]: HEAD's tree, the two files replaced, FILEs under experiment/
 tree_with() {
-  local -r index="$WORK/index"
-  local f
-  GIT_INDEX_FILE=$index git_ read-tree "$1"
+  local -rx GIT_INDEX_FILE="$ROOT/$WORK/index"
+  local f name
+  git_ read-tree "$1"
   {
     printf '100644 %s\ttrain.py\n100644 %s\tscratchpad.md\n' "$2" "$3"
-    for f in "$WORK/result.json" "$WORK"/run-*/ranks.npy "$4"; do
-      [[ ! -f $f ]] || printf '100644 %s\texperiment/%s\n' "$(git_ hash-object -w --no-filters "$f")" "$(record_name "$f")"
+    for f in "${@:4}"; do
+      name=${f##*/}
+      case $f in *.log) name=train.log ;; */run-2/*) name=ranks-2.npy ;; esac
+      [[ ! -f $f ]] || printf '100644 %s\texperiment/%s\n' "$(git_ hash-object -w --no-filters "$f")" "$name"
     done
-  } | GIT_INDEX_FILE=$index git_ update-index --add --index-info
-  GIT_INDEX_FILE=$index git_ write-tree
-}
-record_name() {
-  case $1 in
-    *.log) printf 'train.log' ;;
-    */run-2/ranks.npy) printf 'ranks-2.npy' ;;
-    *) basename "$1" ;;
-  esac
+  } | git_ update-index --add --index-info
+  git_ write-tree
 }
 
 # usage: commit_tree TREE PARENT MESSAGE_FILE: prints the commit; a missing identity does not lose a night
@@ -128,27 +121,19 @@ commit_tree() {
 }
 
 # usage: finish COMMIT: carry a recorded verdict into the branch, the index and the file. Every step can be repeated:
-# a run that was killed here is completed by the next one.
+# what a killed run left undone the next one completes.
 finish() {
-  local -r commit=$1
-  local verdict blob pad head parent next
-  verdict=$(git_ show -s --format='%(trailers:key=Verdict,valueonly,separator=)' "$commit")
-  blob=$(git_ rev-parse "$commit:train.py") pad=$(git_ rev-parse "$commit:scratchpad.md")
-  head=$(git_ rev-parse HEAD) parent=$(git_ rev-parse "$commit^")
-  if [[ $verdict == kept && $head == "$parent" ]]; then
-    WORK=${WORK-$(mktemp -d "$RUNS/work.XXXXXX")}
-    git_ show -s --format=%B "$commit" >"$WORK/message"
-    GIT_INDEX_FILE="$WORK/index" git_ read-tree "$head"
-    printf '100644 %s\ttrain.py\n100644 %s\tscratchpad.md\n' "$blob" "$pad" |
-      GIT_INDEX_FILE="$WORK/index" git_ update-index --add --index-info
-    next=$(commit_tree "$(GIT_INDEX_FILE="$WORK/index" git_ write-tree)" "$head" "$WORK/message")
+  local verdict blob pad head before next
+  verdict=$(git_ show -s --format='%(trailers:key=Verdict,valueonly,separator=)' "$1")
+  blob=$(git_ rev-parse "$1:train.py") pad=$(git_ rev-parse "$1:scratchpad.md")
+  head=$(git_ rev-parse HEAD) before=$(git_ rev-parse "$1^:train.py")
+  [[ $verdict == kept ]] || { restore_file "$blob"; return; }
+  if [[ $(git_ rev-parse HEAD:train.py) == "$before" ]]; then
+    git_ show -s --format=%B "$1" >"$WORK/message"
+    next=$(commit_tree "$(tree_with "$head" "$blob" "$pad")" "$head" "$WORK/message")
     git_write update-ref -m "experiment: $(head -n 1 "$WORK/message")" HEAD "$next" "$head"
   fi
-  if [[ $verdict == kept ]]; then
-    update_user_index "$parent" "$commit"
-  else
-    restore_file "$blob"
-  fi
+  update_user_index "$1^" "$1"
 }
 
 # usage: update_user_index PARENT COMMIT: our two entries, unless the user has staged something else there
@@ -180,9 +165,13 @@ recover() {
     pgrep -x git >/dev/null && refuse "$lock exists and git is running; wait for it to finish, then try again"
     rm -f -- "$lock" && say "run.sh: removed $lock, left by a git that was killed"
   done
-  last=$(git_ for-each-ref --format='%(refname)' refs/experiments/ | sort -t/ -k3 -n | tail -n 1)
-  [[ -z $last ]] || finish "$(git_ rev-parse "$last")"
-  unset WORK
+  # a record of this worktree that never reached its history file was not carried out to the end
+  last=$(git_ for-each-ref --format='%(refname:lstrip=2)' refs/experiments/ | sort -n | tail -n 1)
+  if [[ -n $last && -f $(file "$last" log) ]] && ! grep -qs "^$last"$'\t' "$RUNS/experiments.tsv"; then
+    WORK=$(mktemp -d "$RUNS/work.XXXXXX")
+    finish "refs/experiments/$last"
+    say "run.sh: completed experiment $last, which had been interrupted"
+  fi
 }
 
 # Read what record.py plan prints into variables. Exits with its status when it refuses.
@@ -203,15 +192,13 @@ experiment() {
   require_person_or_proof
   take_lock
   IMAGE=$(py container/engine.py image) || exit "$REFUSED"
-  local state
   for state in rebase-merge rebase-apply MERGE_HEAD CHERRY_PICK_HEAD; do
     [[ ! -e $(git_ rev-parse --git-path "$state") ]] || refuse "git is in the middle of a ${state%%[-_]*}; finish or abort it first"
   done
   recover
   read_plan
   trap 'rm -f -- "$RUNS/running.json"; rm -rf -- "$RUNS"/work.*; py container/engine.py sweep' EXIT
-  trap 'exit 130' INT
-  trap 'exit 143' TERM HUP
+  trap 'exit 143' INT TERM HUP
   sleep "$COOLDOWN"
   if [[ $KIND != candidate || $REMEASURE == 1 ]]; then
     measure_incumbent
@@ -228,40 +215,9 @@ measure_incumbent() {
   local kind=$KIND
   [[ $kind != candidate ]] || kind=remeasure
   measure "$kind" "$INCUMBENT" "$(git_ rev-parse HEAD:scratchpad.md)" ''
-  [[ $VERDICT != unmeasured ]] || { show_block; refuse "HEAD's own train.py does not run here; mend that first"; }
+  [[ $VERDICT != unmeasured ]] || { show_block; say "run.sh: HEAD's own train.py does not run here; mend that first"; exit 1; }
 }
-show_block() { record block "$WORK" "$COMMIT" "$RUNS/$(printf '%04d' "$N").log" "$IMAGE"; }
-
-# usage: keep N: overrule a verdict
-keep() {
-  require_person keep
-  [[ ${1-} =~ ^[0-9]+$ ]] || refuse "usage: ./run.sh keep N"
-  take_lock
-  local -r from=$(git_ rev-parse -q --verify "refs/experiments/$1") || refuse "there is no experiment $1"
-  BLOB=$(git_ rev-parse "$from:train.py") PAD=$(git_ rev-parse "$from:scratchpad.md")
-  INCUMBENT=$(git_ rev-parse HEAD:train.py)
-  [[ $BLOB != "$INCUMBENT" ]] || refuse "experiment $1 is the incumbent already"
-  [[ $(git_ hash-object --no-filters -- train.py) == "$INCUMBENT" ]] || refuse "train.py has uncommitted changes; commit or undo them first"
-  IMAGE=$(py container/engine.py image)
-  recover
-  N=$(record plan 0 "$IMAGE" | sed -n 's/^n=//p') VERDICT=kept
-  WORK=$(mktemp -d "$RUNS/work.XXXXXX")
-  BY_HAND="experiment $1, kept by hand: $(git_ show -s --format='%(trailers:key=Hypothesis,valueonly,separator=)' "$from")"
-  record_attempt candidate "$BLOB" "$PAD" /dev/null
-  git_ cat-file blob "$BLOB" >"$RUNS/train.py.new" && mv -f "$RUNS/train.py.new" train.py
-  git_ log -1 --format='%h %s'
-}
-
-# beside the main worktree's .git, so that all worktrees share it
-data_folder() { printf '%s/data' "$(dirname -- "$(git_ rev-parse --path-format=absolute --git-common-dir)")"; }
-
-# usage: data NAME [--odvg DIR]: draw or import a data set
-data() {
-  require_person data
-  [[ ${1-} =~ ^[A-Za-z0-9][A-Za-z0-9_.-]*$ ]] || refuse "usage: ./run.sh data NAME [--odvg DIR]"
-  [[ ! -e $(data_folder)/$1 ]] || refuse "data/$1 exists already; move it away first"
-  py container/engine.py data "$(data_folder)" "$@"
-}
+show_block() { record block "$WORK" "$COMMIT" "$(file "$N" log)" "$IMAGE"; }
 
 usage() {
   cat <<'TEXT'
@@ -280,13 +236,12 @@ main() {
   local -r verb=${1-}
   case $verb in
     '') experiment ;;
-    setup | test)
-      require_person "$verb"
-      # shellcheck source=container/setup.sh
-      . "$ROOT/container/setup.sh"
-      if [[ $verb == setup ]]; then setup; else run_tests "${@:2}"; fi
+    setup | test | data | keep)
+      [[ -z ${AGENT-} ]] || refuse "'$verb' is for a person, in a terminal"
+      # shellcheck source=container/verbs.sh
+      . "$ROOT/container/verbs.sh"
+      "verb_$verb" "${@:2}"
       ;;
-    data | keep) "$verb" "${@:2}" ;;
     status | log) record "$verb" "${@:2}" ;;
     doctor) py container/doctor.py ;;
     help | --help | -h) usage ;;

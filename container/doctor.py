@@ -59,7 +59,7 @@ def check_gpu() -> None:
 
 
 def check_client() -> None:
-    tested = re.search(r"CLIENT_VERSION=(\S+)", (ROOT / "container" / "setup.sh").read_text())[1]
+    tested = re.search(r"CLIENT_VERSION=(\S+)", (ROOT / "container" / "verbs.sh").read_text())[1]
     path = os.pathsep.join([os.environ["PATH"], *map(os.path.expanduser, CLIENT_PLACES)])
     claude = shutil.which("claude", path=path)
     version = engine.run([claude, "--version"]).stdout.split(" ")[0] if claude else ""

@@ -117,7 +117,7 @@ def sandbox(container: str, image: str, command: list[str], *, memory: str, limi
         flags += ["--tmpfs", f"/out:rw,nosuid,nodev,noexec,size={out_size},mode=1777"]
     if name() == "podman":
         flags += ["--read-only-tmpfs=false", "--http-proxy=false", "--security-opt", "label=disable", "--timeout", str(limit_s + 30)]
-    for inside, host in {"/harness": HERE, **mounts}.items():
+    for inside, host in mounts.items():
         flags += ["-v", f"{Path(host).resolve()}:{inside}:ro"]
     if writable:
         flags += ["-v", f"{writable.resolve()}:/writable:rw"]

@@ -10,9 +10,11 @@ result.json: {"outcome": "ok" | "failed", "reason": "...", "metrics": {...}, "tr
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +22,8 @@ import time
 from pathlib import Path
 
 sys.dont_write_bytecode = True
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
 import engine  # noqa: E402
 
 GRACE_S = 5  # between the budget, at which PID 1 inside kills, and the kill from outside
@@ -206,7 +209,7 @@ def judge(work: Path, data: Path, image: str, split: str) -> dict:
         (work / f).chmod(0o644)
     sandbox = Sandbox("judge", image, ["python", "-I", "/harness/judge.py", "/key.npy", "/images.npy", "/captions.npy"],
                       memory="4g", limit_s=JUDGE_LIMIT_S, gpu=False,
-                      mounts={"/key.npy": data / f"{split}.key.npy", "/images.npy": work / "images.npy",
+                      mounts={"/harness/judge.py": HERE / "judge.py", "/key.npy": data / f"{split}.key.npy", "/images.npy": work / "images.npy",
                               "/captions.npy": work / "captions.npy"})
     sandbox.send(None)
     found = sandbox.line(JUDGE_LIMIT_S)
@@ -225,7 +228,8 @@ def one_run(work: Path, data: Path, budget: int, memory: str, seed: int, log_pat
     image, log, started = engine.find_image(), Log(log_path), time.monotonic()
     stamps, sides, result = {}, {}, {"seed": seed}
     common = {"image": image, "memory": memory}
-    code = {"/code/train.py": work / "train.py"}
+    # one script of ours, not its folder: prints.py there could draw the validation pairs again
+    code = {"/code/train.py": work / "train.py", "/harness/stage.py": HERE / "stage.py"}
 
     def on_ready(ready: dict) -> None:
         """Start the embedding sandboxes now: their imports then happen while training runs."""
@@ -275,6 +279,12 @@ def timing(started: float, stamps: dict, result: dict) -> dict:
     return {k: round(v, 2) for k, v in out.items()}
 
 
+def end_with_parent() -> None:
+    """When run.sh is killed, the kernel sends us SIGTERM, and the containers go at once instead of at their limit."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 def main(work: str, data: str, budget: str, memory: str, seed: str, log: str) -> None:
     result = one_run(Path(work), Path(data), int(budget), memory, int(seed), Path(log))
     Path(work, "result.json").write_text(json.dumps(result))
@@ -283,6 +293,7 @@ def main(work: str, data: str, budget: str, memory: str, seed: str, log: str) ->
 if __name__ == "__main__":
     if len(sys.argv) != 7:
         sys.exit(__doc__)
+    end_with_parent()
     try:
         main(*sys.argv[1:])
     except engine.EngineError as e:

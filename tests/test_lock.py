@@ -24,7 +24,7 @@ from client import Conversation, call, say
 from conftest import ROOT
 
 ABILITIES = re.compile(r"\./run\.sh|train\.py|scratchpad\.md")  # every refusal of the guard names what can be done
-CLIENTS_OWN_REFUSAL = re.compile(r"No such tool available|InputValidationError|Refusing to (write|read)")
+CLIENTS_OWN_REFUSAL = "<tool_use_error>"  # input it rejects before it asks any hook
 CLIENTS_OWN_FILES = re.compile(  # what the client keeps in HOME for itself, whatever the model asks
     r"\.claude\.json|\.claude/(backups/\.claude\.json\.backup\.\d+|projects/[^/]+/[0-9a-f-]{36}\.jsonl"
     r"|plugins/store/[\w-]+\.json|session-env/[0-9a-f-]{36}|shell-snapshots/snapshot-bash-[\w-]+\.sh"
@@ -63,10 +63,20 @@ class Case:
 
 
 def abilities(root: Path) -> list[Case]:
-    """Every spelling and extra that is let through, in an order in which each can do its job."""
+    """Every spelling and extra that is let through, in an order in which each can do its job.
+
+    The client trims and resolves a path before the hook sees it, so `sub/../train.py` is train.py; it is so in every
+    tool, and the guard, which is asked about the resolved path, need not know.
+    """
     reads = ["train.py", "./train.py", f"{root}/train.py", "scratchpad.md", "program.md", "CLAUDE.md", "runs/experiments.tsv",
              "runs/0001.log", "runs/0001.diff", "./runs/0001.log", f"{root}/runs/experiments.tsv", "data/prints/preview.png"]
+    reads += ["sub/../train.py", "../repo/train.py", "train.py ", "runs//0001.log", "runs/0001.log ", "data/prints/./preview.png",
+              "data/../data/prints/preview.png", "runs/../train.py", "runs/0001.log/../../train.py"]
+    resolved = ["sub/../train.py", "./sub/../train.py", f"{root}/sub/../train.py", "../repo/train.py", f"{root}/../repo/train.py",
+                "././train.py", ".//train.py", f"{root}//train.py", f"{root}/./train.py", f"/{root}/train.py", "train.py/",
+                "train.py/.", "train.py ", " train.py", "train.py\t", "train.py\n", "sub/../scratchpad.md"]
     given = [("Read", {"file_path": path}) for path in reads]
+    given += [("Write", {"file_path": path, "content": f"# {n}\n"}) for n, path in enumerate(resolved)]
     given += [("Read", {"file_path": "train.py", "offset": 2, "limit": 3}),
               ("Write", {"file_path": "train.py", "content": "# lock: 0\n# again\n# again\n"}),
               ("Write", {"file_path": f"{root}/scratchpad.md", "content": "# lock: 0\n"})]
@@ -333,22 +343,8 @@ train.PY
 Scratchpad.md
 SCRATCHPAD.MD
 sub/train.py
-sub/../train.py
-./sub/../train.py
-{root}/sub/../train.py
-../repo/train.py
-././train.py
-.//train.py
 //train.py
-{root}//train.py
-/{root}/train.py
-{root}/./train.py
-{root}/../repo/train.py
-train.py/
-train.py/.
 train.py/../program.md
-train.py 
- train.py
 train.py:1
 train.py*
 tr?in.py
@@ -404,8 +400,6 @@ data/prints/val/captions/data-00000-of-00001.arrow
 data/prints/test/captions/data-00000-of-00001.arrow
 data/prints/test/images/data-00000-of-00001.arrow
 data/prints/train/data-00000-of-00001.arrow
-data/prints/./preview.png
-data/../data/prints/preview.png
 data/.hidden/preview.png
 data/*/preview.png
 data/prints/preview.png/../info.json
@@ -423,13 +417,9 @@ runs/../run.sh
 runs/0001.log/../../run.sh
 runs/../data/prints/val.key.npy
 runs/٠٠٠١.log
-runs/0001.log 
-runs//0001.log
 runs/work.x/run-1/train.py
 TRAIN.py
-train.py 
 sub/train.py
-sub/../train.py
 .
 ..
 /
@@ -438,7 +428,6 @@ sub/../train.py
 /proc/self/cwd/train.py
 linked/passwd
 link.py
-../repo/train.py
 ~/.claude.json
 {home}/.claude.json
 {home}/.claude/settings.json
@@ -495,8 +484,7 @@ ODD_INPUT = [
     ("Read", {"file_path": "train.py\x00run.sh"}), ("Read", {"file_path": ""}), ("Read", {"file_path": ["train.py"]}), ("Read", {}),
     ("Edit", {"file_path": "train.py", "old_string": "a", "new_string": "b", "edits": []}),
     ("Edit", {"file_path": "train.py", "old_string": "a", "new_string": "b", "path": "run.sh"}),
-    ("Edit", {"file_path": "train.py\n", "old_string": "a", "new_string": "b"}),
-    ("Write", {"file_path": "train.py", "content": "x", "mode": "755"}), ("Write", {"file_path": "train.py\t", "content": "x"}),
+    ("Write", {"file_path": "train.py", "content": "x", "mode": "755"}),
     ("Write", {"file_path": "", "content": "x"}), ("Write", {"file_path": "train\u00ad.py", "content": "x"}),
 ]
 
@@ -514,8 +502,9 @@ def refused(root: Path, home: Path, out: Path) -> list[Case]:
     cases += [Case("Bash", {"command": c}, control=False) for c in lines(SHELL_ONLY_LOCKED)]
     cases += [Case("Read", {"file_path": p}) for p in lines(READ_PATHS)]
     for i, path in enumerate(lines(PATHS)):
-        cases.append(Case("Write", {"file_path": path, "content": "x\n"}) if i % 2 else
-                     Case("Edit", {"file_path": path, "old_string": "a", "new_string": "b", "replace_all": True}))
+        edit = i % 2 and (root / path).is_file()  # the client itself refuses to edit what is not there
+        cases.append(Case("Edit", {"file_path": path, "old_string": "a", "new_string": "b", "replace_all": True}) if edit else
+                     Case("Write", {"file_path": path, "content": "x\n"}))
     cases += [Case(tool, given) for tool, given in ODD_INPUT]
     cases += [Case(t, {k: v.replace("{root}", str(root)) if isinstance(v, str) else v for k, v in g.items()}, control=c)
               for t, g, c in TOOLS]
@@ -574,8 +563,9 @@ class Ground:
         """All calls, 60 a turn. Returns the results in the order of the calls."""
         turns = [[call(c.tool, **c.given) for c in cases[i:i + 60]] for i in range(0, len(cases), 60)]
         talk = Conversation(self.path, self.home, turns, **kw).run("hello", timeout=timeout)
-        assert [r.given for r in talk.model.results] == [c.given for c in cases]
-        return talk, talk.model.results
+        results = sorted(talk.model.results, key=lambda r: r.id)  # Reads of one turn run side by side
+        assert [r.given for r in results] == [c.given for c in cases]
+        return talk, results
 
 
 @pytest.fixture
@@ -614,11 +604,10 @@ def test_only_the_three_abilities(ground, name):
 
     wrong = [f"{case}: {result.content[:200]}" for case, result in zip(cases, results) if case.ability == result.is_error]
     assert not wrong, "\n".join(wrong)
-    mute = [f"{case}: {r.content[:200]}" for case, r in zip(cases, results) if r.is_error and not
-            (CLIENTS_OWN_REFUSAL.search(r.content) or "hook error: " in r.content and ABILITIES.search(r.content))]
-    assert not mute, "\n".join(mute)
-    by_guard = sum("PreToolUse" in r.content for r in results)
-    assert by_guard >= 150, f"only {by_guard} calls reached the guard"
+    by_guard = [(c, r.content) for c, r in zip(cases, results) if r.is_error and CLIENTS_OWN_REFUSAL not in r.content]
+    mute = [f"{case}: {reason[:200]}" for case, reason in by_guard if not ABILITIES.search(reason)]
+    assert not mute, "refused without saying what to do instead:\n" + "\n".join(mute)
+    assert len(by_guard) >= 150, f"only {len(by_guard)} calls reached the guard"
 
     # The abilities did their jobs ...
     runs = ground.log.read_text().splitlines()
@@ -633,7 +622,7 @@ def test_only_the_three_abilities(ground, name):
     assert not changes(before[1], tree(ground.out), re.compile("(?!)"))
     at_home = [p for p, (mode, _) in tree(ground.home).items() if mode.startswith("0o1") and not CLIENTS_OWN_FILES.fullmatch(p)]
     assert at_home == ([".claude/settings.json"] if "user" in options else [])
-    print(f"{name}: {len(cases)} calls, {sum(c.ability for c in cases)} abilities, {by_guard} refused by the guard")
+    print(f"{name}: {len(cases)} calls, {sum(c.ability for c in cases)} abilities, {len(by_guard)} refused by the guard")
 
 
 def test_without_the_lock_the_same_calls_do_something(ground):

@@ -1,5 +1,6 @@
-# shellcheck shell=bash
-# Sourced by run.sh for its verbs setup and test: installs what is missing, always showing the command first.
+# shellcheck shell=bash disable=SC2034  # variables are run.sh's
+# Sourced by run.sh: the verbs setup, test, data and keep, which are for a person.
+# What setup and test install, they show first.
 
 readonly ENGINE_PACKAGES=(podman crun runc uidmap slirp4netns fuse-overlayfs ca-certificates)
 readonly CLIENT_VERSION=2.1.328 # the Claude Code that the tests drive
@@ -35,13 +36,13 @@ need_image() {
   IMAGE=$(py container/engine.py image) || exit "$REFUSED"
 }
 
-setup() {
+verb_setup() {
   need_image
   local name
-  name=$(py .claude/hooks/program.py | sed -n 's/^ "data": "\(.*\)",$/\1/p') || exit "$REFUSED"
+  name=$(set -o pipefail; py .claude/hooks/program.py | sed -n 's/^ "data": "\(.*\)",$/\1/p') || exit "$REFUSED"
   if [[ ! -e $(data_folder)/$name/info.json ]]; then
     [[ $name == prints ]] || refuse "data/$name is missing; ./run.sh data $name --odvg DIR makes it (program.md names it)"
-    data prints
+    verb_data prints
   fi
   if record plan 0 "$IMAGE" | grep -qx 'kind=baseline'; then
     say "measuring the baseline: two trainings of the train.py in HEAD"
@@ -51,8 +52,8 @@ setup() {
   fi
 }
 
-# usage: run_tests [PYTEST ARGS]
-run_tests() {
+# usage: test [PYTEST ARGS]
+verb_test() {
   local missing=()
   python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
   local tool
@@ -68,4 +69,35 @@ run_tests() {
     npm install --silent --no-audit --no-fund --prefix tests/.client "@anthropic-ai/claude-code@$CLIENT_VERSION" >&2
   fi
   exec tests/.venv/bin/python -m pytest "${@:-tests}"
+}
+
+# usage: keep N: overrule a verdict
+verb_keep() {
+  [[ ${1-} =~ ^[0-9]+$ ]] || refuse "usage: ./run.sh keep N"
+  take_lock
+  local from
+  from=$(git_ rev-parse -q --verify "refs/experiments/$1") || refuse "there is no experiment $1"
+  BLOB=$(git_ rev-parse "$from:train.py") PAD=$(git_ rev-parse "$from:scratchpad.md")
+  INCUMBENT=$(git_ rev-parse HEAD:train.py)
+  [[ $BLOB != "$INCUMBENT" ]] || refuse "experiment $1 is the incumbent already"
+  [[ $(git_ hash-object --no-filters -- train.py) == "$INCUMBENT" ]] || refuse "train.py has uncommitted changes; commit or undo them first"
+  IMAGE=$(py container/engine.py image)
+  recover
+  N=$(record plan 0 "$IMAGE" | sed -n 's/^n=//p') VERDICT=kept
+  WORK=$(mktemp -d "$RUNS/work.XXXXXX")
+  BY_HAND="experiment $1, kept by hand: $(git_ show -s --format='%(trailers:key=Hypothesis,valueonly,separator=)' "$from")"
+  : >"$(file "$N" log)"
+  record_attempt candidate "$BLOB" "$PAD"
+  git_ cat-file blob "$BLOB" >"$RUNS/train.py.new" && mv -f "$RUNS/train.py.new" train.py
+  git_ log -1 --format='%h %s'
+}
+
+# beside the main worktree's .git, so that all worktrees share it
+data_folder() { printf '%s/data' "$(dirname -- "$(git_ rev-parse --path-format=absolute --git-common-dir)")"; }
+
+# usage: data NAME [--odvg DIR]: draw or import a data set
+verb_data() {
+  [[ ${1-} =~ ^[A-Za-z0-9][A-Za-z0-9_.-]*$ ]] || refuse "usage: ./run.sh data NAME [--odvg DIR]"
+  [[ ! -e $(data_folder)/$1 ]] || refuse "data/$1 exists already; move it away first"
+  py container/engine.py data "$(data_folder)" "$@"
 }
