@@ -22,7 +22,7 @@ cd "$ROOT"
 say() { printf '%s\n' "$*" >&2; }
 refuse() { say "run.sh: $*"; exit "$REFUSED"; }
 py() { python3 -I "$ROOT/$1" "${@:2}"; }
-record() { py .claude/hooks/record.py "$@"; }
+result() { py .claude/hooks/result.py "$@"; }
 
 # git, without anything the repository or the user's settings could make it run
 git_() { git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c commit.gpgSign=false --no-pager "$@"; }
@@ -42,7 +42,7 @@ take_lock() {
   COMMON=$(git_ rev-parse --path-format=absolute --git-common-dir) || refuse "not a git repository"
   mkdir -p "$RUNS/session"
   exec 9>>"$COMMON/autoresearch.lock" || refuse "cannot write $COMMON/autoresearch.lock; is .git read-only?"
-  flock -n 9 || refuse "another experiment is running: $(record status | sed -n 's/^running: *//p'); wait for it"
+  flock -n 9 || refuse "another experiment is running: $(result status | sed -n 's/^running: *//p'); wait for it"
 }
 
 # usage: measure KIND BLOB SCRATCHPAD HYPOTHESIS: run it as often as the rule wants, judge, record. Sets VERDICT.
@@ -61,7 +61,7 @@ measure() {
     py container/experiment.py "$WORK/run-$run" "$DATA" "$BUDGET" "$MEMORY" \
       "$((RANDOM << 15 | RANDOM))" "$(file "$N" log)" 9>&- || refuse "experiment $N could not run (see above)"
     rm -f "$WORK/run-$run"/{out.tar,images.npy,captions.npy}
-    VERDICT=$(record decide "$WORK" "$kind" "$IMAGE")
+    VERDICT=$(result decide "$WORK" "$kind" "$IMAGE")
   done
   record_attempt "$kind" "$blob" "$pad"
 }
@@ -84,7 +84,7 @@ record_attempt() {
     say "run.sh: HEAD's train.py changed meanwhile, so experiment $N is not kept; ./run.sh keep $N overrules"
   fi
   while :; do
-    record write "$WORK" "$N" "$kind" "$VERDICT" "$blob" "$IMAGE" "${BY_HAND-}"
+    result write "$WORK" "$N" "$kind" "$VERDICT" "$blob" "$IMAGE" "${BY_HAND-}"
     tree=$(tree_with "$head" "$blob" "$pad" "$WORK/result.json" "$WORK"/run-*/ranks.npy "$(file "$N" log)")
     COMMIT=$(commit_tree "$tree" "$head" "$WORK/message")
     git_write update-ref "refs/experiments/$N" "$COMMIT" 0000000000000000000000000000000000000000 2>/dev/null && break
@@ -94,7 +94,7 @@ record_attempt() {
   done
   git_ diff --no-ext-diff --no-textconv "$head:train.py" "$blob" >"$(file "$N" diff)" || :
   finish "$COMMIT"
-  record tsv >"$RUNS/experiments.tsv.new" && mv "$RUNS/experiments.tsv.new" "$RUNS/experiments.tsv"
+  result tsv >"$RUNS/experiments.tsv.new" && mv "$RUNS/experiments.tsv.new" "$RUNS/experiments.tsv"
 }
 
 # usage: tree_with HEAD BLOB SCRATCHPAD [FILE...]: HEAD's tree, the two files replaced, FILEs under experiment/
@@ -177,7 +177,7 @@ recover() {
 # Read what record.py plan prints into variables. Exits with its status when it refuses.
 read_plan() {
   local key value plan
-  plan=$(record plan "${AGENT:-0}" "$IMAGE") || exit "$REFUSED"
+  plan=$(result plan "${AGENT:-0}" "$IMAGE") || exit "$REFUSED"
   while IFS='=' read -r key value; do
     case $key in
       kind) KIND=$value ;; n) N=$value ;; blob) BLOB=$value ;; scratchpad) PAD=$value ;; incumbent) INCUMBENT=$value ;;
@@ -217,7 +217,7 @@ measure_incumbent() {
   measure "$kind" "$INCUMBENT" "$(git_ rev-parse HEAD:scratchpad.md)" ''
   [[ $VERDICT != unmeasured ]] || { show_block; say "run.sh: HEAD's own train.py does not run here; mend that first"; exit 1; }
 }
-show_block() { record block "$WORK" "$COMMIT" "$(file "$N" log)" "$IMAGE"; }
+show_block() { result block "$WORK" "$COMMIT" "$(file "$N" log)" "$IMAGE"; }
 
 usage() {
   cat <<'TEXT'
@@ -242,7 +242,7 @@ main() {
       . "$ROOT/container/verbs.sh"
       "verb_$verb" "${@:2}"
       ;;
-    status | log) record "$verb" "${@:2}" ;;
+    status | log) result "$verb" "${@:2}" ;;
     doctor) py container/doctor.py ;;
     help | --help | -h) usage ;;
     *) say "run.sh: unknown verb '$verb'"; usage >&2; exit "$REFUSED" ;;

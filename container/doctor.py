@@ -32,8 +32,9 @@ def finding(what: str, good: bool | None, text: str) -> None:
 def check_engine() -> None:
     version = engine.run([*engine.client(), "--version"]).stdout.strip()
     finding("engine", True, f"{version}, {'rootless' if engine.rootless() else 'rootful'}: {' '.join(engine.client())}")
-    finding("limits", engine.limits_hold(), "memory, process and CPU limits are enforced" if engine.limits_hold() else
-            "rootless podman on cgroup v1 IGNORES memory, process and CPU limits: a training can take the whole machine; "
+    hold = engine.limits_hold()
+    finding("limits", hold, "memory, process and CPU limits are enforced" if hold else
+            "rootless podman on cgroup v1 IGNORES memory, process and CPU limits: a training can take the machine; "
             "boot with cgroup v2 (systemd.unified_cgroup_hierarchy=1) or run as root")
     try:
         finding("image", True, engine.find_image())
@@ -43,15 +44,16 @@ def check_engine() -> None:
 
 def check_gpu() -> None:
     """A GPU counts only when torch sees it inside the sandbox, under the real flags."""
-    found = engine.run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]) if shutil.which("nvidia-smi") else None
-    if not found or found.returncode:
+    if not engine.gpu_flags():
         finding("gpu", None, "none found: trainings run on the CPU")
         return
+    found = engine.run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"])
     driver = int(re.search(r", (\d+)", found.stdout)[1])
     if driver < CUDA_DRIVER:
-        finding("driver", False, f"driver {driver} is older than {CUDA_DRIVER}, which torch's default build wants: set ARG TORCH_INDEX "
-                "in container/Containerfile to the wheel index of an older CUDA build, or update the driver")
-    argv = engine.sandbox("ar-doctor-gpu", engine.find_image(), ["python", "-c", CUDA_PROOF], memory="4g", limit_s=120, mounts={})
+        finding("driver", False, f"driver {driver} is older than {CUDA_DRIVER}, which torch's default build wants: set "
+                "ARG TORCH_INDEX in container/Containerfile to the wheel index of an older CUDA build, or update it")
+    argv = engine.sandbox("ar-doctor-gpu", engine.find_image(), ["python", "-c", CUDA_PROOF], memory="4g",
+                          limit_s=120, mounts={})
     proof = engine.run(argv)
     text = f"{found.stdout.splitlines()[0]}; inside the sandbox: {proof.stdout.strip() or proof.stderr.strip()[-200:]}"
     finding("gpu", proof.stdout.startswith("True"), text + ("" if proof.stdout.startswith("True") else
@@ -77,8 +79,9 @@ def check_lock() -> None:
         except ValueError:
             settings = {}
         if place.is_relative_to(ROOT):
-            finding("lock", not settings.get("disableAllHooks"), f"{place.name} exists and overrides the project's settings"
-                    + ("; it switches the guard OFF, remove it" if settings.get("disableAllHooks") else ""))
+            off = settings.get("disableAllHooks")
+            finding("lock", not off, f"{place.name} exists and overrides the project's settings"
+                    + ("; it switches the guard OFF, remove it" if off else ""))
     finding("lock", (ROOT / ".claude" / "hooks" / "guard.py").is_file(), "guard in place")
 
 

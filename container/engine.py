@@ -4,7 +4,7 @@
 usage: engine.py name | image | sweep | data FOLDER NAME ...
 
 `name` prints podman or docker, `image` builds what is missing and prints the tag, `sweep` removes what a killed
-run left behind, `data` makes data/NAME. When something is missing: exit 2, or 3 where ./run.sh setup can help, one line.
+run left behind, `data` makes data/NAME. When something is missing: one line, exit 2 (3 where ./run.sh setup helps).
 """
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ HERE = Path(__file__).resolve().parent
 REGISTRY_BASE = "docker.io/library/python:3.12-slim"
 DEBIAN_BASE = "localhost/autoresearch-base:debian"
 PULL_TIMEOUT_S = 600
+CA_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem")
 UID = "10001:10001"  # nobody on the host
 PIDS = 512  # data loader workers and threads fit, a fork bomb does not
 FILES = 8192  # open files
@@ -35,33 +36,36 @@ class EngineError(Exception):
     """Something is missing; the message says what to do."""
 
 
-@functools.cache
+class MissingTool(EngineError):
+    """A tool that ./run.sh setup installs; exit 3."""
+
+
+@functools.lru_cache(maxsize=None)
 def name() -> str:
     """podman or docker, whichever answers first. Raises EngineError when neither does."""
     asked = os.environ.get("AR_ENGINE")
     for engine in [asked] if asked else ["podman", "docker"]:
         if shutil.which(engine) and (engine == "podman" or run([engine, "version"]).returncode == 0):
             return engine
-    raise EngineError(f"no container engine: {asked or 'neither podman nor a docker daemon'} answers; run ./run.sh setup")
+    raise EngineError(f"no container engine: {asked or 'neither podman nor docker'} answers; run ./run.sh setup")
 
 
 def run(argv: list[str], **kw) -> subprocess.CompletedProcess:
     return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", **kw)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None)
 def quirks() -> tuple[str, ...]:
-    """Flags without which podman does not start on machines that lack CAP_SYS_RESOURCE or mix cgroup versions.
-
-    Below its own hard limits podman may set any ulimit; above them it fails, so both are always named.
-    """
-    limits = [min(x, h) if h != resource.RLIM_INFINITY else x for x, h in
-              ((FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1]), (4096, resource.getrlimit(resource.RLIMIT_NPROC)[1]))]
-    flags = ["--ulimit", f"nofile={limits[0]}:{limits[0]}", "--ulimit", f"nproc={limits[1]}:{limits[1]}"]
+    """Ulimits, always named: where CAP_SYS_RESOURCE is missing, podman's own defaults lie above what it may set."""
+    flags = []
+    for name_, most, which in (("nofile", FILES, resource.RLIMIT_NOFILE), ("nproc", 4096, resource.RLIMIT_NPROC)):
+        hard = resource.getrlimit(which)[1]
+        value = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        flags += ["--ulimit", f"{name_}={value}:{value}"]
     return tuple(flags)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None)
 def client() -> tuple[str, ...]:
     """The client and its global flags. crun refuses the mixed cgroup layout, runc does not."""
     if name() == "podman" and Path("/sys/fs/cgroup/unified").is_dir() and shutil.which("runc"):
@@ -80,7 +84,7 @@ def limits_hold() -> bool:
     return not (rootless() and not Path("/sys/fs/cgroup/cgroup.controllers").exists())
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None)
 def gpu_flags() -> tuple[str, ...]:
     """Flags that pass the GPU through, none without one. podman 4 ignores --gpus without a word, so it gets CDI."""
     if not shutil.which("nvidia-smi") or run(["nvidia-smi", "-L"]).returncode:
@@ -99,24 +103,26 @@ def label() -> str:
     return "autoresearch=" + hashlib.sha256(common.encode()).hexdigest()[:12]
 
 
-def sandbox(container: str, image: str, command: list[str], *, memory: str, limit_s: int, mounts: dict[str, str | Path],
+def sandbox(container: str, image: str, command: list[str], *, memory: str, limit_s: int, mounts: dict,
             out_size: str | None = None, gpu: bool = True, writable: Path | None = None) -> list[str]:
-    """argv of a locked-down `run`: no network, read-only, no privileges, size-limited memory, processes and tmpfs.
+    """argv of a locked-down `run`: no network, read-only, no privileges; memory, processes and tmpfs are limited.
 
     mounts: path inside -> path on the host, all read-only. out_size: size of a tmpfs at /out. writable: a folder of
     the caller's at /writable, for our own data preparation only, which then runs as the caller.
     The run limit here is only the third line of defence: PID 1 inside keeps the time, and the caller kills.
     """
-    flags = [*client(), "run", "--rm", "-i", "--name", container, "--label", label(), "--network", "none", "--read-only",
-             "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--security-opt", f"seccomp={HERE / 'seccomp.json'}",
-             "--user", caller() if writable else UID, "--pids-limit", str(PIDS), "--memory", memory, "--memory-swap", memory,
-             "--cpus", str(os.cpu_count()), "--ipc", "private", "--shm-size", SHM_SIZE, "--ulimit", "core=0:0",
-             "--hostname", "sandbox", "--workdir", "/tmp", "--log-driver", "none", "--pull", "never",
+    flags = [*client(), "run", "--rm", "-i", "--name", container, "--label", label(), "--network", "none",
+             "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges",
+             "--security-opt", f"seccomp={HERE / 'seccomp.json'}", "--user", caller() if writable else UID,
+             "--pids-limit", str(PIDS), "--memory", memory, "--memory-swap", memory, "--cpus", str(os.cpu_count()),
+             "--ipc", "private", "--shm-size", SHM_SIZE, "--ulimit", "core=0:0", "--hostname", "sandbox",
+             "--workdir", "/tmp", "--log-driver", "none", "--pull", "never",
              "--tmpfs", f"/tmp:rw,nosuid,nodev,size={TMP_SIZE},mode=1777"]
     if out_size:
         flags += ["--tmpfs", f"/out:rw,nosuid,nodev,noexec,size={out_size},mode=1777"]
     if name() == "podman":
-        flags += ["--read-only-tmpfs=false", "--http-proxy=false", "--security-opt", "label=disable", "--timeout", str(limit_s + 30)]
+        flags += ["--read-only-tmpfs=false", "--http-proxy=false", "--security-opt", "label=disable",
+                  "--timeout", str(limit_s + 30)]
     for inside, host in mounts.items():
         flags += ["-v", f"{Path(host).resolve()}:{inside}:ro"]
     if writable:
@@ -166,10 +172,11 @@ def image() -> str:
     secrets = tempfile.mkdtemp(prefix="ar-build-")
     try:
         files = pip_secrets(Path(secrets))
-        argv = [*client(), "build", *(quirks() if name() == "podman" else ()), "--build-arg", f"BASE={base}", "-t", image_tag(base)]
+        argv = [*client(), "build", "--build-arg", f"BASE={base}", "-t", image_tag(base)]
         for key, path in files.items():
             argv += ["--secret", f"id={key},src={path}"]
-        done = subprocess.run([*argv, str(HERE)], stdin=subprocess.DEVNULL, stdout=sys.stderr, env={**os.environ, "DOCKER_BUILDKIT": "1"})
+        done = subprocess.run([*argv, *(quirks() if name() == "podman" else ()), str(HERE)], stdin=subprocess.DEVNULL,
+                              stdout=sys.stderr, env={**os.environ, "DOCKER_BUILDKIT": "1"})
     finally:
         shutil.rmtree(secrets)
     if done.returncode:
@@ -195,7 +202,7 @@ def make_base() -> str:
 
 
 def pip_secrets(folder: Path) -> dict[str, Path]:
-    """The host's pip index settings and certificates, for the build step alone. Paths on the host mean nothing inside."""
+    """The host's pip index settings and certificates, for the build step alone. Its paths mean nothing inside."""
     keep = ("index-url", "extra-index-url", "trusted-host", "proxy", "timeout")
     lines = []
     for line in run(["python3", "-m", "pip", "config", "list"]).stdout.splitlines():
@@ -204,7 +211,7 @@ def pip_secrets(folder: Path) -> dict[str, Path]:
         if option in keep and "file:" not in value:
             lines.append(f"{option} = {value}\n")
     (folder / "pip.conf").write_text("[global]\n" + "".join(lines))
-    ca = next((p for p in ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem") if Path(p).exists()), None)
+    ca = next((p for p in CA_BUNDLES if Path(p).exists()), None)
     if not ca:
         raise EngineError("no certificate bundle found under /etc/ssl; install ca-certificates")
     return {"pip_conf": folder / "pip.conf", "ca": Path(ca)}
@@ -218,9 +225,11 @@ def data(folder: str, *args: str) -> int:
         at = options.index("--odvg") + 1
         mounts["/odvg"], options[at] = Path(options[at]), "/odvg"
         if not Path(mounts["/odvg"]).is_dir():
-            raise EngineError(f"--odvg {mounts['/odvg']}: no such folder; it holds train.jsonl, val.jsonl, test.jsonl and images/")
+            raise EngineError(f"--odvg {mounts['/odvg']}: no such folder; want one with train.jsonl, val.jsonl, "
+                              "test.jsonl and images/")
     Path(folder).mkdir(exist_ok=True)
-    argv = sandbox(f"ar-{os.getpid()}-data", image(), ["python", "/repo/prepare_data.py", *options, "--out", f"/writable/{args[0]}"],
+    command = ["python", "/repo/prepare_data.py", *options, "--out", f"/writable/{args[0]}"]
+    argv = sandbox(f"ar-{os.getpid()}-data", image(), command,
                    memory=DATA_MEMORY, limit_s=DATA_LIMIT_S, mounts=mounts, gpu=False, writable=Path(folder))
     return subprocess.run(argv, stdin=subprocess.DEVNULL).returncode
 

@@ -31,6 +31,7 @@ IMPORT_LIMIT_S = 120  # until a sandbox has imported torch
 PROBE_LIMIT_S = 60  # load and encode a few training rows
 EMBED_LIMIT_S = 120  # load and encode one side
 JUDGE_LIMIT_S = 120
+JUDGE_MEMORY = "4g"
 OUT_SIZE = "2g"  # tmpfs for what training leaves, within the memory limit
 OUT_MAX = 2 << 30  # bytes of archive that leave the sandbox
 ARRAY_MAX = 512 << 20  # bytes of one side's embeddings
@@ -45,10 +46,9 @@ class Failed(Exception):
 class Sandbox:
     """A started container: JSON lines and raw bytes on its standard output, its log on standard error."""
 
-    def __init__(self, stage: str, image: str, command: list[str], log: Log | None = None, env: dict | None = None, **limits):
+    def __init__(self, stage: str, image: str, command: list[str], log: Log | None = None, **limits):
         self.name = f"ar-{os.getpid()}-{stage}"
-        inside = ["env", *(f"{k}={v}" for k, v in (env or {}).items()), *command]
-        argv = engine.sandbox(self.name, image, inside, **limits)
+        argv = engine.sandbox(self.name, image, command, **limits)
         self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.killed = False
         self.drain = threading.Thread(target=self._read_log, args=(log,), daemon=True)
@@ -84,7 +84,7 @@ class Sandbox:
         """Feed a file to its standard input and close that. A container that has ended is noticed later."""
         with contextlib.suppress(BrokenPipeError):
             if source:
-                with open(source, "rb") as f:
+                with source.open("rb") as f:
                     while chunk := f.read(1 << 20):
                         self.process.stdin.write(chunk)
             self.process.stdin.close()
@@ -111,12 +111,13 @@ class Sandbox:
 
 
 class Log:
-    """A file that keeps the beginning and the end of what it is given, without control characters: the agent reads it."""
+    """A file that keeps the beginning and the end of what it gets, without control characters: the agent reads it."""
 
     DROP = bytes(b for b in range(256) if (b < 32 and b not in b"\t\n\r") or b == 127)
 
     def __init__(self, path: Path):
-        self.file, self.room, self.tail, self.dropped = open(path, "ab", buffering=0), LOG_HEAD, b"", 0
+        self.file = path.open("ab", buffering=0)
+        self.room, self.tail, self.dropped = LOG_HEAD, b"", 0
 
     def write(self, data: bytes) -> None:
         data = data.replace(b"\r", b"\n").translate(None, self.DROP)
@@ -155,7 +156,7 @@ def why_training_ended(end: dict, sandbox: Sandbox, budget: int, memory: str, lo
     after = f" after {end.get('seconds', budget)} s" + (f", {steps}" if steps else "")
     status = end.get("status")
     if status == "limit" or (not end and sandbox.killed):
-        return f"time limit: killed at the budget of {budget} s{', ' + steps if steps else ', before its first step line'}"
+        return f"time limit: killed at the budget of {budget} s, {steps or 'before its first step line'}"
     if status == "killed" and end.get("oom") or (not end and not sandbox.killed):
         return f"out of memory: more than {memory} of main memory{after}"
     if b"OutOfMemoryError" in log.read_bytes()[-20000:]:
@@ -178,7 +179,7 @@ def train(sandbox: Sandbox, work: Path, budget: int, memory: str, log: Path, on_
     if sandbox.line(PROBE_LIMIT_S + GRACE_S).get("status") != "ok":
         sandbox.wait()
         raise Failed("load: training ended well, but load() or encoding training rows failed (traceback in the log)")
-    with open(work / "out.tar", "wb") as f:
+    with (work / "out.tar").open("wb") as f:
         sandbox.copy_to(f, OUT_MAX, EMBED_LIMIT_S)
     sandbox.wait()
     return {**end, "device": ready.get("device", "cpu")}
@@ -194,10 +195,11 @@ def embed(sandbox: Sandbox, work: Path, side: str, errors: list[str]) -> None:
         sandbox.send(work / "out.tar")
         end = sandbox.line(EMBED_LIMIT_S + GRACE_S)
         if end.get("status") != "ok":
-            kind = {"limit": f"longer than {EMBED_LIMIT_S} s", "killed": "out of memory" if end.get("oom") else "killed"}
-            what = kind.get(end.get("status")) or f"{end.get('error', 'Exception')} at line {end.get('lines', [])}"
+            killed = "out of memory" if end.get("oom") else "killed"
+            what = {"limit": f"longer than {EMBED_LIMIT_S} s", "killed": killed}.get(end.get("status")) or (
+                f"{end.get('error', 'Exception')} at line {end.get('lines', [])}")
             raise Failed(f"embedding the validation {side} failed: {what} of train.py")
-        with open(work / f"{side}.npy", "wb") as f:
+        with (work / f"{side}.npy").open("wb") as f:
             sandbox.copy_to(f, ARRAY_MAX, EMBED_LIMIT_S)
     except Failed as e:
         errors.append(str(e))
@@ -207,13 +209,13 @@ def judge(work: Path, data: Path, image: str, split: str) -> dict:
     """Metrics of the two arrays; stores the ranks. Raises Failed with the judge's reason."""
     for f in ("images.npy", "captions.npy"):
         (work / f).chmod(0o644)
-    sandbox = Sandbox("judge", image, ["python", "-I", "/harness/judge.py", "/key.npy", "/images.npy", "/captions.npy"],
-                      memory="4g", limit_s=JUDGE_LIMIT_S, gpu=False,
-                      mounts={"/harness/judge.py": HERE / "judge.py", "/key.npy": data / f"{split}.key.npy", "/images.npy": work / "images.npy",
-                              "/captions.npy": work / "captions.npy"})
+    mounts = {"/harness/judge.py": HERE / "judge.py", "/key.npy": data / f"{split}.key.npy",
+              "/images.npy": work / "images.npy", "/captions.npy": work / "captions.npy"}
+    sandbox = Sandbox("judge", image, ["python", "-I", *mounts], memory=JUDGE_MEMORY, limit_s=JUDGE_LIMIT_S, gpu=False,
+                      mounts=mounts)
     sandbox.send(None)
     found = sandbox.line(JUDGE_LIMIT_S)
-    with open(work / "ranks.npy", "wb") as f:
+    with (work / "ranks.npy").open("wb") as f:
         sandbox.copy_to(f, ARRAY_MAX, JUDGE_LIMIT_S)
     sandbox.wait()
     if "metrics" not in found:
@@ -224,10 +226,10 @@ def judge(work: Path, data: Path, image: str, split: str) -> dict:
 def one_run(work: Path, data: Path, budget: int, memory: str, seed: int, log_path: Path, split: str = "val") -> dict:
     """Train, embed, judge. Returns what result.json holds; containers are gone afterwards, whatever happened."""
     if not engine.limits_hold():
-        print("run.sh: warning: this engine does not enforce memory and process limits; see ./run.sh doctor", file=sys.stderr)
+        engine.say("run.sh: warning: this engine enforces no memory and process limits; see ./run.sh doctor")
     image, log, started = engine.find_image(), Log(log_path), time.monotonic()
     stamps, sides, result = {}, {}, {"seed": seed}
-    common = {"image": image, "memory": memory}
+    common, stage = {"image": image, "memory": memory}, ["python", "-I", "/harness/stage.py"]
     # one script of ours, not its folder: prints.py there could draw the validation pairs again
     code = {"/code/train.py": work / "train.py", "/harness/stage.py": HERE / "stage.py"}
 
@@ -235,12 +237,12 @@ def one_run(work: Path, data: Path, budget: int, memory: str, seed: int, log_pat
         """Start the embedding sandboxes now: their imports then happen while training runs."""
         stamps["ready"] = time.monotonic()
         for side in ("images", "captions"):
-            sides[side] = Sandbox(side, command=["nice", "python", "-I", "/harness/stage.py", "embed"],
-                                  env={"LIMIT_S": EMBED_LIMIT_S}, limit_s=budget + 2 * EMBED_LIMIT_S, out_size=OUT_SIZE,
-                                  mounts={**code, "/data": data / split / side}, **common)
+            sides[side] = Sandbox(side, command=["nice", *stage, "embed", str(EMBED_LIMIT_S)], out_size=OUT_SIZE,
+                                  limit_s=budget + 2 * EMBED_LIMIT_S, mounts={**code, "/data": data / split / side},
+                                  **common)
 
-    trainer = Sandbox("train", command=["python", "-I", "/harness/stage.py", "train"], log=log, out_size=OUT_SIZE,
-                      env={"LIMIT_S": budget, "BUDGET_S": budget, "SEED": seed, "DATA": "/data", "OUT": "/out"},
+    trainer = Sandbox("train", command=["env", f"BUDGET_S={budget}", f"SEED={seed}", "DATA=/data", "OUT=/out",
+                                        *stage, "train", str(budget)], log=log, out_size=OUT_SIZE,
                       limit_s=budget + IMPORT_LIMIT_S, mounts={**code, "/data": data / "train"}, **common)
     try:
         trainer.send(None)

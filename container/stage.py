@@ -1,7 +1,7 @@
 """PID 1 inside the sandbox: run train.py, or embed one side of the validation pairs with it.
 
-usage: stage.py train  < nothing              /code/train.py and /data (training table) mounted, /out a tmpfs
-       stage.py embed  < source and archive   /data (one side, without the other) mounted, /out a tmpfs
+usage: stage.py train SECONDS               /code/train.py and /data (the training table) mounted, /out a tmpfs
+       stage.py embed SECONDS < archive     the same, but /data is one side of the pairs, without the other
 
 Everything heavy is imported first, then a child is forked: it runs the untrusted code with its standard output
 turned to standard error. Standard output belongs to this process: JSON lines, then raw bytes (the archive of /out,
@@ -71,7 +71,7 @@ def in_child(work, limit_s: float) -> tuple[dict, bytes]:
 
 
 def drain_until_exit(process: int, pipe: int, deadline: float) -> tuple[bool, bytes]:
-    """Collect bytes from the pipe until the process (a pidfd) has ended: (True, bytes), or (False, b"") at the deadline."""
+    """Collect the pipe until the process (a pidfd) has ended: (True, bytes), or (False, b"") at the deadline."""
     os.set_blocking(pipe, False)
     parts, open_fds = [], [process, pipe]
     while left := max(0.0, deadline - time.monotonic()):
@@ -137,6 +137,7 @@ def encode(m, device: str, rows: datasets.Dataset) -> np.ndarray:
     Raises TypeError or ValueError when the model returns anything but one finite-width float row per input.
     """
     out, text = [], "caption" in rows.column_names
+    what = "encode_text" if text else "encode_image"
     size = None if text else int((len(rows[0]["image"]) / 3) ** 0.5)
     for start in range(0, len(rows), BATCH):
         part = rows.with_format(None if text else "numpy")[start : start + BATCH]
@@ -146,9 +147,9 @@ def encode(m, device: str, rows: datasets.Dataset) -> np.ndarray:
             images = torch.from_numpy(np.stack(part["image"]).reshape(-1, 3, size, size)).to(device)
             e, n = m.encode_image(images), len(images)
         if not isinstance(e, torch.Tensor) or not e.is_floating_point():
-            raise TypeError(f"encode_{'text' if text else 'image'} must return a float tensor, not {type(e).__name__}")
+            raise TypeError(f"{what} must return a float tensor, not {type(e).__name__}")
         if e.ndim != 2 or len(e) != n:
-            raise ValueError(f"encode_{'text' if text else 'image'} must return (B, D) with B={n}, not {tuple(e.shape)}")
+            raise ValueError(f"{what} must return (B, D) with B={n}, not {tuple(e.shape)}")
         out.append(e.float().cpu().numpy())
     return np.concatenate(out)
 
@@ -165,7 +166,7 @@ def probe(_: int) -> None:
 def train(out) -> None:
     """Three JSON lines: torch is imported, how the training ended, how `load` did; then the archive of /out."""
     say(out, ready=True, device="cuda" if torch.cuda.is_available() else "cpu")
-    end, _ = in_child(run_training, float(os.environ["LIMIT_S"]))
+    end, _ = in_child(run_training, float(sys.argv[2]))
     say(out, **end)
     if end["status"] != "ok":
         return
@@ -199,7 +200,7 @@ def embed_side(pipe: int) -> None:
 def embed(out) -> None:
     """Wait for the archive of /out on standard input; answer with a JSON line, then the array."""
     select.select([sys.stdin], [], [])  # comes when training has ended; only then does the clock start
-    end, payload = in_child(embed_side, float(os.environ["LIMIT_S"]))
+    end, payload = in_child(embed_side, float(sys.argv[2]))
     if payload[:1] == b"A" and end["status"] == "ok":
         say(out, **end)
         out.write(payload[1:])

@@ -44,11 +44,11 @@ verb_setup() {
     [[ $name == prints ]] || refuse "data/$name is missing; ./run.sh data $name --odvg DIR makes it (program.md names it)"
     verb_data prints
   fi
-  if record plan 0 "$IMAGE" | grep -qx 'kind=baseline'; then
+  if result plan 0 "$IMAGE" | grep -qx 'kind=baseline'; then
     say "measuring the baseline: two trainings of the train.py in HEAD"
     experiment baseline
   else
-    record status
+    result status
   fi
 }
 
@@ -83,7 +83,7 @@ verb_keep() {
   [[ $(git_ hash-object --no-filters -- train.py) == "$INCUMBENT" ]] || refuse "train.py has uncommitted changes; commit or undo them first"
   IMAGE=$(py container/engine.py image)
   recover
-  N=$(record plan 0 "$IMAGE" | sed -n 's/^n=//p') VERDICT=kept
+  N=$(result plan 0 "$IMAGE" | sed -n 's/^n=//p') VERDICT=kept
   WORK=$(mktemp -d "$RUNS/work.XXXXXX")
   BY_HAND="experiment $1, kept by hand: $(git_ show -s --format='%(trailers:key=Hypothesis,valueonly,separator=)' "$from")"
   : >"$(file "$N" log)"

@@ -10,6 +10,7 @@ of its own, so that everything in between is real: settings, permission rules, h
 """
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -213,7 +214,7 @@ class Model:
         self.calls[numbered["id"]] = dict(numbered)
         return numbered
 
-    def _handler(model):  # noqa: N805
+    def _handler(model):
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
@@ -322,10 +323,8 @@ class Conversation:
 
     def close(self) -> None:
         """Ends the client and all it started, and the model."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait()
         for reader in self._readers:
             reader.join(5)

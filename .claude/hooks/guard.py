@@ -15,7 +15,7 @@ import sys
 
 ROOT = os.path.realpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 EDITABLE = ("train.py", "scratchpad.md")
-READABLE = re.compile(r"train\.py|scratchpad\.md|program\.md|CLAUDE\.md|runs/\d{4,9}\.(log|diff)|runs/experiments\.tsv"
+READABLE = re.compile(r"train\.py|scratchpad\.md|program\.md|CLAUDE\.md|runs/experiments\.tsv|runs/[0-9]{4,9}\.(log|diff)"
                       r"|data/[A-Za-z0-9][A-Za-z0-9_.-]{0,40}/preview\.png")
 KEYS = {"Bash": {"command", "description"}, "Edit": {"file_path", "old_string", "new_string", "replace_all"},
         "Write": {"file_path", "content"}, "Read": {"file_path", "offset", "limit"}}
@@ -57,13 +57,13 @@ def path_of(call: dict, allowed) -> str:
 def refusal(tool: str) -> str:
     """What to do instead."""
     return {
-        "Bash": "Only the exact command ./run.sh, with no arguments, may be run. Past results: Read runs/experiments.tsv;"
-                " a whole log: runs/NNNN.log. To change code: Edit train.py.",
+        "Bash": "Only the exact command ./run.sh, with no arguments, may be run. Past results: Read"
+                " runs/experiments.tsv; a whole log: runs/NNNN.log. To change code: Edit train.py.",
         "Edit": "Only train.py and scratchpad.md can be edited, named plainly. Put ideas that need other files into"
                 " scratchpad.md for the person.",
-        "Read": "Only train.py, scratchpad.md, program.md, CLAUDE.md, runs/experiments.tsv, runs/NNNN.log, runs/NNNN.diff"
-                " and data/*/preview.png can be read.",
-        "WebFetch": "There is no web access in this phase. Work from what you know; note open questions in scratchpad.md.",
+        "Read": "Only train.py, scratchpad.md, program.md, CLAUDE.md, runs/experiments.tsv, runs/NNNN.log,"
+                " runs/NNNN.diff and data/*/preview.png can be read.",
+        "WebFetch": "There is no web access. Work from what you know; note open questions in scratchpad.md.",
     }.get({"Write": "Edit", "WebSearch": "WebFetch"}.get(tool, tool), f"{tool} is not available. " + ABILITIES)
 
 
@@ -76,6 +76,8 @@ def check(call: dict) -> dict:
         extra = ", ".join(sorted(map(str, set(given) - KEYS[tool]))) if isinstance(given, dict) else "the input"
         raise Denied(f"leave out {extra[:100]} and call {tool} again: ./run.sh runs in the foreground to its end, and "
                      "its own limit ends it.")
+    if os.path.realpath(call.get("cwd") or "/") != ROOT:  # relative paths would mean other files
+        raise Denied(f"the shell is not in {ROOT}; tell the person to start claude there.")
     if tool == "Bash":
         return run(call, given)
     if tool == "Read":
@@ -89,8 +91,6 @@ def run(call: dict, given: dict) -> dict:
     """Allow ./run.sh, with the one-time proof that run.sh asks of Claude Code. Raises Denied."""
     if given.get("command") != COMMAND:
         raise Denied(refusal("Bash"))
-    if os.path.realpath(call.get("cwd") or "/") != ROOT:
-        raise Denied(f"the shell is not in {ROOT}; tell the person to start claude there.")
     session, ident = (re.sub(r"[^A-Za-z0-9_-]", "", str(call.get(k, "")))[:100] for k in ("session_id", "tool_use_id"))
     folder = os.path.join(ROOT, "runs", "session")
     os.makedirs(folder, exist_ok=True)
@@ -111,7 +111,8 @@ def run(call: dict, given: dict) -> dict:
 def main() -> None:
     try:
         call = json.loads(sys.stdin.buffer.read())
-        decision = {"permissionDecision": "allow", "permissionDecisionReason": "one of the three abilities", **check(call)}
+        extra = check(call)
+        decision = {"permissionDecision": "allow", "permissionDecisionReason": "one of the three abilities", **extra}
     except Denied as e:
         decision = {"permissionDecision": "deny", "permissionDecisionReason": str(e)}
     print(json.dumps({"hookSpecificOutput": {"hookEventName": "PreToolUse", **decision}}))

@@ -22,8 +22,8 @@ import record  # noqa: E402
 
 SESSIONS = record.ROOT / "runs" / "session"
 IDLE_TURNS = 3
-GO_ON = ("Next experiment: read what the last result taught, write one line under '## Next experiment' in scratchpad.md, "
-         "edit train.py, run ./run.sh. Do not ask; nobody is watching.")
+GO_ON = ("Next experiment: read what the last result taught, write one line under '## Next experiment' in "
+         "scratchpad.md, edit train.py, run ./run.sh. Do not ask; nobody is watching.")
 
 
 def session_file(call: dict) -> Path:
@@ -44,10 +44,6 @@ def save(call: dict, session: dict) -> None:
     part.replace(session_file(call))
 
 
-def newest(state: record.State) -> int:
-    return state.all[-1].n if state.all else 0
-
-
 def context(event: str, text: str) -> dict:
     return {"hookSpecificOutput": {"hookEventName": event, "additionalContext": text}}
 
@@ -65,17 +61,17 @@ def prompt(call: dict) -> dict:
     session = load(call)
     if word == "start":
         state = record.State()
-        save(call, {"on": True, "from": newest(state), "seen": newest(state), "since": time.time(), "idle": 0})
+        save(call, {"on": True, "from": state.newest, "seen": state.newest, "since": time.time(), "idle": 0})
         return context("UserPromptSubmit", f"The loop is on. Phase {state.phase_line()}. {GO_ON}")
     if word in ("stop", "pause"):
         save(call, {**session, "on": False, "stopped": True})
-        return context("UserPromptSubmit", "The loop is off: do not run another experiment. Sum up in a few lines what was "
-                                           "learned and what you would try next. 'start' goes on.")
+        return context("UserPromptSubmit", "The loop is off: do not run another experiment. Sum up in a few lines what "
+                                           "was learned and what you would try next. 'start' goes on.")
     if session.get("stopped"):
         save(call, {**session, "stopped": False})
     if session.get("on"):
-        return context("UserPromptSubmit", "The loop is still on: answer the person in a few lines, heed what they say, "
-                                           "then go on with the next experiment in the same turn.")
+        return context("UserPromptSubmit", "The loop is still on: answer the person in a few lines, heed what they "
+                                           "say, then go on with the next experiment in the same turn.")
     return {}
 
 
@@ -85,8 +81,8 @@ def stop(call: dict) -> dict:
     if not session.get("on"):
         return {}
     state = record.State()
-    done = newest(state) > session.get("seen", 0)
-    session |= {"idle": 0 if done else session.get("idle", 0) + 1, "seen": newest(state)}
+    done = state.newest > session.get("seen", 0)
+    session |= {"idle": 0 if done else session.get("idle", 0) + 1, "seen": state.newest}
     why = reason_to_end(session, state)
     save(call, {**session, "on": not why})
     if why:
@@ -96,14 +92,14 @@ def stop(call: dict) -> dict:
 
 def reason_to_end(session: dict, state: record.State) -> str:
     """Why the loop should end now, '' when it should not."""
-    ran = sum(r.n > session.get("from", 0) for r in state.counted())
+    ran = sum(r.n > session.get("from", 0) for r in state.counted)
     hours = (time.time() - session.get("since", 0)) / 3600
     limit = state.plan.stop
     if ran >= limit.get("experiments", float("inf")):
         return f"{ran} experiments since start, as program.md's `stop` says"
     if hours >= limit.get("hours", float("inf")):
         return f"{hours:.1f} hours since start, as program.md's `stop` says"
-    if state.phase() is None:
+    if state.phase is None:
         return "all phases of program.md are done"
     if session["idle"] >= IDLE_TURNS:
         return f"{IDLE_TURNS} turns in a row brought no experiment"
@@ -112,30 +108,27 @@ def reason_to_end(session: dict, state: record.State) -> str:
 
 def statusline() -> str:
     state = record.State()
-    first = state.baseline()
-    parts = [f"#{newest(state)}"]
-    if state.incumbent:
-        best = record.geometric(state.incumbent)
-        parts.append(f"best {state.plan.metric} {record.show(best)}" + (f" ({(best / first - 1) * 100:+.1f} %)" if first else ""))
-    parts.append("phase " + state.phase_line())
-    return " | ".join([*parts, record.running()]).rstrip(" |")
+    parts = [f"#{state.newest}", f"{state.plan.metric} {state.best_line()}", f"phase {state.phase_line()}"]
+    return " | ".join(filter(None, [*parts, record.running()]))
 
 
 EVENTS = {"SessionStart": session_start, "UserPromptSubmit": prompt, "Stop": stop}
 
 
 def main() -> None:
+    event = ""
     try:
         if sys.argv[1:] == ["statusline"]:
             print(statusline())
             return
         call = json.loads(sys.stdin.buffer.read())
-        answer = EVENTS[call["hook_event_name"]](call)
+        event = call["hook_event_name"]
+        answer = EVENTS[event](call)
     except (program.ProgramError, record.Refused) as e:
         # A plan that cannot be read ends the loop where it is; the person and the agent both see why.
         text = f"{e}. Tell the person; nothing can run before it is mended."
-        answer = {"systemMessage": text} if sys.argv[1:] or call["hook_event_name"] == "Stop" else context(call["hook_event_name"], text)
-        if sys.argv[1:]:
+        answer = {"systemMessage": text} if event == "Stop" else context(event, text)
+        if not event:
             print(str(e)[:150])
             return
     print(json.dumps(answer))

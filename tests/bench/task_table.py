@@ -230,10 +230,10 @@ def main() -> None:
     sources = {name: edited(original, edits) for name, edits in CHANGES.items()}  # all of them before the first run
     torch.set_num_threads(1)
     with ThreadPoolExecutor(args.jobs) as pool:
-        runs = {
-            name: [pool.submit(one_run, name, seed, source, args) for seed in range(args.seeds)]
-            for name, source in sources.items()
-        }
+        runs = {name: [] for name in sources}
+        for seed in range(args.seeds):  # one whole table after another, so that a first one is there early
+            for name, source in sources.items():
+                runs[name].append(pool.submit(one_run, name, seed, source, args))
         try:
             results = {name: [run.result() for run in group] for name, group in runs.items()}
         except BaseException:
