@@ -58,22 +58,21 @@ measure() {
     mkdir "$WORK/run-$run"
     git_ cat-file blob "$blob" >"$WORK/run-$run/train.py"
     progress "$N" "$kind, run $run"
-    py container/experiment.py "$WORK/run-$run" "$DATA" "$BUDGET" "$MEMORY" \
-      "$((RANDOM << 15 | RANDOM))" "$(file "$N" log)" 9>&- || refuse "experiment $N could not run (see above)"
+  XX container/experiment.py "$WORK/run-$run" "$DATA" "$BUDGET" "$MEMORY" \
+      "$((RANDOM << 15 | RANDOM))" "$(file "$N" log)" 9>&- &
+    wait "$!" || refuse "experiment $N could not run (see above)"
     rm -f "$WORK/run-$run"/{out.tar,images.npy,captions.npy}
     VERDICT=$(result decide "$WORK" "$kind" "$IMAGE")
   done
   record_attempt "$kind" "$blob" "$pad"
 }
 file() { printf '%s/%04d.%s' "$RUNS" "$1" "$2"; } # usage: file N log|diff
-
 # usage: progress N WHAT: for the status line, and for a person who waits
 progress() {
   printf '{"pid": %d, "n": %d, "what": "%s", "started": %d, "budget": %d}\n' \
     "$$" "$1" "$2" "$(date +%s)" "$BUDGET" >"$RUNS/running.json"
   [[ ! -t 2 ]] || say "experiment $1 ($2): training for at most $BUDGET s; tail -f $(file "$1" log)"
 }
-
 # usage: record_attempt KIND BLOB SCRATCHPAD: commit object, ref, and for a kept one the branch, index and file
 record_attempt() {
   local -r kind=$1 blob=$2 pad=$3
@@ -192,7 +191,7 @@ experiment() {
   require_person_or_proof
   take_lock
   IMAGE=$(py container/engine.py image) || exit "$REFUSED"
-  for state in rebase-merge rebase-apply MERGE_HEAD CHERRY_PICK_HEAD; do
+  for state in rebase-{merge,apply} {MERGE,CHERRY_PICK}_HEAD; do
     [[ ! -e $(git_ rev-parse --git-path "$state") ]] || refuse "git is in the middle of a ${state%%[-_]*}; finish or abort it first"
   done
   recover

@@ -50,14 +50,15 @@ class Sandbox:
         self.name = f"ar-{os.getpid()}-{stage}"
         argv = engine.sandbox(self.name, image, command, **limits)
         self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        self.killed = False
+        self.killed, self.log = False, log
         self.drain = threading.Thread(target=self._read_log, args=(log,), daemon=True)
         self.drain.start()
 
     def _read_log(self, log: Log | None) -> None:
         while chunk := self.process.stderr.read1(1 << 16):
             if log:
-                log.write(chunk)
+                with contextlib.suppress(ValueError):  # closed: what comes after the end is nobody's
+                    log.write(chunk)
 
     def line(self, limit_s: float) -> dict:
         """The next JSON line, {} when the container ended, said nothing in time, or said something else."""
@@ -68,8 +69,8 @@ class Sandbox:
             except ValueError:
                 return {}
 
-    def copy_to(self, target, most: int, limit_s: float) -> int:
-        """Copy the rest of its output to a file object, at most `most` bytes; kill it when it sends more."""
+    def copy_to(self, target, most: int, limit_s: float) -> None:
+        """Copy the rest of its output to a file object. Raises Failed beyond `most` bytes or limit_s."""
         size = 0
         with self.killed_after(limit_s):
             while chunk := self.process.stdout.read1(1 << 20):
@@ -78,7 +79,8 @@ class Sandbox:
                     self.kill()
                     raise Failed(f"invalid output: more than {most >> 20} MiB")
                 target.write(chunk)
-        return size
+        if self.killed:
+            raise Failed(f"invalid output: {self.name.rpartition('-')[2]} did not hand it over in {limit_s} s")
 
     def send(self, source: Path | None) -> None:
         """Feed a file to its standard input and close that. A container that has ended is noticed later."""
@@ -103,11 +105,13 @@ class Sandbox:
         engine.kill(self.name)
         self.process.kill()
 
-    def wait(self) -> int:
+    def wait(self) -> None:
+        """Until it has ended and its log is complete."""
         with self.killed_after(EMBED_LIMIT_S):
-            code = self.process.wait()
+            self.process.wait()
         self.drain.join(5)
-        return code
+        if self.log:
+            self.log.close()
 
 
 class Log:
@@ -130,10 +134,11 @@ class Log:
             self.tail = self.tail[-LOG_TAIL:]
 
     def close(self) -> None:
-        if self.dropped:
-            self.file.write(b"\n[... %d bytes left out ...]\n" % self.dropped)
-        self.file.write(self.tail)
-        self.file.close()
+        """Write the end; may be called again."""
+        if not self.file.closed:
+            self.file.write(b"\n[... %d bytes left out ...]\n" % self.dropped if self.dropped else b"")
+            self.file.write(self.tail)
+            self.file.close()
 
 
 def last_step(log: Path) -> str:
@@ -157,8 +162,10 @@ def why_training_ended(end: dict, sandbox: Sandbox, budget: int, memory: str, lo
     status = end.get("status")
     if status == "limit" or (not end and sandbox.killed):
         return f"time limit: killed at the budget of {budget} s, {steps or 'before its first step line'}"
-    if status == "killed" and end.get("oom") or (not end and not sandbox.killed):
+    if status == "killed" and end.get("oom"):
         return f"out of memory: more than {memory} of main memory{after}"
+    if not end:
+        return f"the sandbox was killed from outside, or ran out of its {memory} of memory{after}"
     if b"OutOfMemoryError" in log.read_bytes()[-20000:]:
         return f"out of memory on the GPU{after}"
     if status == "killed":

@@ -31,6 +31,7 @@ BATCH = 250  # images or captions encoded at once
 PROBE = 4  # training rows that `load` must encode right after training, where a traceback may still be shown
 PROBE_LIMIT_S = 60
 PR_SET_DUMPABLE = 4
+MAX_FD = 4096
 LIBC = ctypes.CDLL(None)
 CODE = Path("/code/train.py")
 MAX_ROWS_OF_TRACE = 40
@@ -52,6 +53,8 @@ def in_child(work, limit_s: float) -> tuple[dict, bytes]:
     pid = os.fork()
     if pid == 0:
         LIBC.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
+        os.closerange(3, write)  # the stream to the host is not the child's
+        os.closerange(write + 1, MAX_FD)
         Path("/proc/self/oom_score_adj").write_text("1000")  # when memory runs out the kernel ends this one, not PID 1
         os.dup2(2, 1)
         os._exit(quietly(work, write))
@@ -158,7 +161,8 @@ def encode(m, device: str, rows: datasets.Dataset) -> np.ndarray:
 def probe(_: int) -> None:
     """Encode a few training rows with what training left: a mistake in `load` shows its traceback here."""
     m, device = model()
-    table = datasets.load_from_disk("/data").select(range(PROBE))
+    table = datasets.load_from_disk("/data")
+    table = table.select(range(min(PROBE, len(table))))
     encode(m, device, table.select_columns("image"))
     encode(m, device, table.select_columns("caption"))
 

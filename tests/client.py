@@ -8,6 +8,7 @@ of its own, so that everything in between is real: settings, permission rules, h
     talk.run("start")
     talk.model.results[0].content
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -87,9 +88,22 @@ class Turn:
     def send(self, http: BaseHTTPRequestHandler, body: dict) -> None:
         wants_tool = any(b["type"] == "tool_use" for b in self.blocks)
         stop = {"stop_reason": "tool_use" if wants_tool else "end_turn", "stop_sequence": None}
-        usage = {"input_tokens": self.tokens, "output_tokens": 1, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
-        message = {"id": f"msg_{time.time_ns()}", "type": "message", "role": "assistant", "model": body.get("model"),
-                   "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
+        usage = {
+            "input_tokens": self.tokens,
+            "output_tokens": 1,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": 0,
+        }
+        message = {
+            "id": f"msg_{time.time_ns()}",
+            "type": "message",
+            "role": "assistant",
+            "model": body.get("model"),
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": usage,
+        }
         if not body.get("stream"):
             respond(http, 200, json.dumps({**message, **stop, "content": self.blocks}).encode())
             return
@@ -100,9 +114,11 @@ class Turn:
             else:
                 start = {**block, "input": {}}
                 delta = {"type": "input_json_delta", "partial_json": json.dumps(block["input"])}
-            events += [{"type": "content_block_start", "index": i, "content_block": start},
-                       {"type": "content_block_delta", "index": i, "delta": delta},
-                       {"type": "content_block_stop", "index": i}]
+            events += [
+                {"type": "content_block_start", "index": i, "content_block": start},
+                {"type": "content_block_delta", "index": i, "delta": delta},
+                {"type": "content_block_stop", "index": i},
+            ]
         events += [{"type": "message_delta", "delta": stop, "usage": usage}, {"type": "message_stop"}]
         lines = (f"event: {e['type']}\ndata: {json.dumps(e)}\n\n" for e in events)
         respond(http, 200, "".join(lines).encode(), "text/event-stream")
@@ -163,7 +179,10 @@ class Model:
                 self.asides.append(aside)
                 return Turn([say(aside)])
             shown = self._new(body)
-            size = {k: len(json.dumps(body.get(k, []), ensure_ascii=False).encode()) for k in ("system", "tools", "messages")}
+            size = {
+                k: len(json.dumps(body.get(k, []), ensure_ascii=False).encode())
+                for k in ("system", "tools", "messages")
+            }
             self.requests.append(Request(**size, names=[t["name"] for t in body["tools"]], shown=shown, body=body))
             self.results += shown.results
             self.texts += shown.texts
@@ -204,7 +223,9 @@ class Model:
             made = self.calls.get(block.get("tool_use_id", "")) if block["type"] == "tool_result" else None
             if made and "back" not in made:
                 made["back"] = True
-                shown.results.append(Result(made["id"], made["name"], made["input"], bool(block.get("is_error")), flat(block)))
+                shown.results.append(
+                    Result(made["id"], made["name"], made["input"], bool(block.get("is_error")), flat(block))
+                )
         return shown
 
     def _numbered(self, block: dict) -> dict:
@@ -256,8 +277,12 @@ def prepare_home(home: Path, project: Path, *, trusted: bool = False, user: dict
     if home.exists():
         return home
     (home / ".claude").mkdir(parents=True)
-    state = {"hasCompletedOnboarding": True, "theme": "dark", "numStartups": 5,
-             "customApiKeyResponses": {"approved": ["not-a-key"], "rejected": []}}
+    state = {
+        "hasCompletedOnboarding": True,
+        "theme": "dark",
+        "numStartups": 5,
+        "customApiKeyResponses": {"approved": ["not-a-key"], "rejected": []},
+    }
     if trusted:
         state["projects"] = {str(project): {"hasTrustDialogAccepted": True, "hasCompletedProjectOnboarding": True}}
     (home / ".claude.json").write_text(json.dumps(state))
@@ -273,17 +298,33 @@ def prepare_home(home: Path, project: Path, *, trusted: bool = False, user: dict
 
 def environment(home: Path, model: Model, extra: dict | None = None) -> dict:
     """What the client is started with: nothing of the caller's but what run.sh and a terminal need."""
-    return {**{k: os.environ[k] for k in PASSED_ON if k in os.environ}, "HOME": str(home), "ANTHROPIC_BASE_URL": model.url,
-            "ANTHROPIC_API_KEY": "not-a-key", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "DISABLE_AUTOUPDATER": "1",
-            **(extra or {})}
+    return {
+        **{k: os.environ[k] for k in PASSED_ON if k in os.environ},
+        "HOME": str(home),
+        "ANTHROPIC_BASE_URL": model.url,
+        "ANTHROPIC_API_KEY": "not-a-key",
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+        "DISABLE_AUTOUPDATER": "1",
+        **(extra or {}),
+    }
 
 
 class Conversation:
     """One process of the client in `-p` mode, with one conversation. Prompts can be typed while it works."""
 
-    def __init__(self, project: Path, home: Path, script: Script | Iterable, *, trusted: bool = False,
-                 user: dict | None = None, local: dict | None = None, args: Iterable[str] = (), env: dict | None = None,
-                 subfolder: str = ""):
+    def __init__(
+        self,
+        project: Path,
+        home: Path,
+        script: Script | Iterable,
+        *,
+        trusted: bool = False,
+        user: dict | None = None,
+        local: dict | None = None,
+        args: Iterable[str] = (),
+        env: dict | None = None,
+        subfolder: str = "",
+    ):
         prepare_home(home, project, trusted=trusted, user=user)
         if local is not None:
             (project / ".claude" / "settings.local.json").write_text(json.dumps(local))
@@ -293,8 +334,14 @@ class Conversation:
         self._news = threading.Condition()
         self._process = subprocess.Popen(
             [CLIENT, "-p", "--input-format", "stream-json", "--output-format", "stream-json", "--verbose", *args],
-            cwd=project / subfolder, env=environment(home, self.model, env), start_new_session=True, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            cwd=project / subfolder,
+            env=environment(home, self.model, env),
+            start_new_session=True,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         self._readers = [threading.Thread(target=f, daemon=True) for f in (self._read_events, self._read_errors)]
         for reader in self._readers:
             reader.start()
@@ -347,7 +394,9 @@ class Conversation:
         with self._news:
             while not done():
                 left = deadline - time.monotonic()
-                assert left > 0, f"the client was too slow; last event: {self.events[-1:]}; stderr: {self.errors[-2000:]}"
+                assert left > 0, (
+                    f"the client was too slow; last event: {self.events[-1:]}; stderr: {self.errors[-2000:]}"
+                )
                 assert self._process.poll() is None, f"the client has ended: {self.errors[-2000:]} {self.events[-1:]}"
                 self._news.wait(min(left, 0.2))
 

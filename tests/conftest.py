@@ -94,14 +94,24 @@ def engine() -> str:
     return subprocess.run(["python3", ROOT / "container" / "engine.py", "name"], capture_output=True, text=True).stdout.strip()
 
 
+def tracked() -> list[str]:
+    """The files that git would carry."""
+    out = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True)
+    return [name for name in out.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def tracked_code() -> dict[str, int]:
+    """Lines of every file of product code: not the tests, not the drawing of the prints."""
+    names = (f for f in tracked() if f.endswith((".py", ".sh")) and not f.startswith(("tests/", "container/prints.py")))
+    return {f: len((ROOT / f).read_text().splitlines()) for f in names}
+
+
 def copy_of_the_repository(path: Path) -> Project:
     """The files that git would carry, committed as one commit, with a short training and a short plan."""
     path.mkdir(parents=True)
-    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True)
-    for name in filter(None, names.stdout.split("\0")):
-        if (ROOT / name).is_file():
-            (path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, path / name)
+    for name in tracked():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, path / name)
     project = Project(path)
     project.set("STEPS", str(STEPS))
     project.write("program.md", PROGRAM)

@@ -3,6 +3,7 @@
 One process of the client for each configuration is handed all calls in one conversation. Each call is one of the three
 abilities and did its job, or was refused with a reason; afterwards the project, .git and HOME are what they were.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -28,22 +29,42 @@ CLIENTS_OWN_REFUSAL = "<tool_use_error>"  # input it rejects before it asks any 
 CLIENTS_OWN_FILES = re.compile(  # what the client keeps in HOME for itself, whatever the model asks
     r"\.claude\.json|\.claude/(backups/\.claude\.json\.backup\.\d+|projects/[^/]+/[0-9a-f-]{36}\.jsonl"
     r"|plugins/store/[\w-]+\.json|session-env/[0-9a-f-]{36}|shell-snapshots/snapshot-bash-[\w-]+\.sh"
-    r"|file-history/[0-9a-f-]{36}/[0-9a-f]+@v\d+|sessions/\d+\.json)|\.cache/claude-cli-nodejs/[\w-]+/mcp-logs-notes/[\w-]+\.jsonl")
+    r"|file-history/[0-9a-f-]{36}/[0-9a-f]+@v\d+|sessions/\d+\.json)|\.cache/claude-cli-nodejs/[\w-]+/mcp-logs-notes/[\w-]+\.jsonl"
+)
 STUB = """#!/bin/bash
 printf '%s|%s|%s\\n' "$AR_PROOF" "$PWD" "$*" | tee -a {log}
 """
-MCP_SERVER = '''
+MCP_SERVER = """
 import json, sys
+ANSWERS = {
+    "initialize": {"protocolVersion": "2024-11-05", "capabilities": {"tools": {}},
+                   "serverInfo": {"name": "notes", "version": "1"}},
+    "tools/list": {"tools": [{"name": "write", "description": "write", "inputSchema": {"type": "object"}}]},
+    "tools/call": {"content": [{"type": "text", "text": "written"}]},
+}
 for line in sys.stdin:
     asked = json.loads(line)
-    answer = {"initialize": {"protocolVersion": "2024-11-05", "capabilities": {"tools": {}}, "serverInfo": {"name": "notes", "version": "1"}},
-              "tools/list": {"tools": [{"name": "write", "description": "write", "inputSchema": {"type": "object"}}]},
-              "tools/call": {"content": [{"type": "text", "text": "written"}]}}.get(asked["method"], {})
+    answer = ANSWERS.get(asked["method"], {})
     if "id" in asked:
         print(json.dumps({"jsonrpc": "2.0", "id": asked["id"], "result": answer}), flush=True)
-'''
-EVERYTHING = ["Bash", "Edit", "Write", "Read", "NotebookEdit", "WebFetch", "WebSearch", "Agent", "Skill", "Workflow", "Monitor",
-              "EnterWorktree", "CronCreate", "ToolSearch", "mcp__notes__write"]
+"""
+EVERYTHING = [
+    "Bash",
+    "Edit",
+    "Write",
+    "Read",
+    "NotebookEdit",
+    "WebFetch",
+    "WebSearch",
+    "Agent",
+    "Skill",
+    "Workflow",
+    "Monitor",
+    "EnterWorktree",
+    "CronCreate",
+    "ToolSearch",
+    "mcp__notes__write",
+]
 
 
 @dataclass(frozen=True)
@@ -68,23 +89,75 @@ def abilities(root: Path) -> list[Case]:
     The client trims and resolves a path before the hook sees it, so `sub/../train.py` is train.py; it is so in every
     tool, and the guard, which is asked about the resolved path, need not know.
     """
-    reads = ["train.py", "./train.py", f"{root}/train.py", "scratchpad.md", "program.md", "CLAUDE.md", "runs/experiments.tsv",
-             "runs/0001.log", "runs/0001.diff", "./runs/0001.log", f"{root}/runs/experiments.tsv", "data/prints/preview.png"]
-    reads += ["sub/../train.py", "../repo/train.py", "train.py ", "runs//0001.log", "runs/0001.log ", "data/prints/./preview.png",
-              "data/../data/prints/preview.png", "runs/../train.py", "runs/0001.log/../../train.py"]
-    resolved = ["sub/../train.py", "./sub/../train.py", f"{root}/sub/../train.py", "../repo/train.py", f"{root}/../repo/train.py",
-                "././train.py", ".//train.py", f"{root}//train.py", f"{root}/./train.py", f"/{root}/train.py", "train.py/",
-                "train.py/.", "train.py ", " train.py", "train.py\t", "train.py\n", "sub/../scratchpad.md"]
+    reads = [
+        "train.py",
+        "./train.py",
+        f"{root}/train.py",
+        "scratchpad.md",
+        "program.md",
+        "CLAUDE.md",
+        "runs/experiments.tsv",
+        "runs/0001.log",
+        "runs/0001.diff",
+        "./runs/0001.log",
+        f"{root}/runs/experiments.tsv",
+        "data/prints/preview.png",
+    ]
+    reads += [
+        "sub/../train.py",
+        "../repo/train.py",
+        "train.py ",
+        "runs//0001.log",
+        "runs/0001.log ",
+        "data/prints/./preview.png",
+        "data/../data/prints/preview.png",
+        "runs/../train.py",
+        "runs/0001.log/../../train.py",
+    ]
+    resolved = [
+        "sub/../train.py",
+        "./sub/../train.py",
+        f"{root}/sub/../train.py",
+        "../repo/train.py",
+        f"{root}/../repo/train.py",
+        "././train.py",
+        ".//train.py",
+        f"{root}//train.py",
+        f"{root}/./train.py",
+        f"/{root}/train.py",
+        "train.py/",
+        "train.py/.",
+        "train.py ",
+        " train.py",
+        "train.py\t",
+        "train.py\n",
+        "sub/../scratchpad.md",
+    ]
     given = [("Read", {"file_path": path}) for path in reads]
     given += [("Write", {"file_path": path, "content": f"# {n}\n"}) for n, path in enumerate(resolved)]
-    given += [("Read", {"file_path": "train.py", "offset": 2, "limit": 3}),
-              ("Write", {"file_path": "train.py", "content": "# lock: 0\n# again\n# again\n"}),
-              ("Write", {"file_path": f"{root}/scratchpad.md", "content": "# lock: 0\n"})]
-    for n, (name, path) in enumerate([("train.py", "train.py"), ("train.py", "./train.py"), ("train.py", f"{root}/train.py"),
-                                      ("scratchpad.md", "scratchpad.md"), ("scratchpad.md", f"{root}/scratchpad.md")], 1):
-        given.append(("Edit", {"file_path": path, "old_string": "# lock: 0\n", "new_string": f"# lock: 0\n# {name} {n}\n"}))
-    given += [("Edit", {"file_path": "train.py", "old_string": "# again", "new_string": "# twice", "replace_all": True}),
-              ("Bash", {"command": "./run.sh"}), ("Bash", {"command": "./run.sh", "description": "Run the experiment"})]
+    given += [
+        ("Read", {"file_path": "train.py", "offset": 2, "limit": 3}),
+        ("Write", {"file_path": "train.py", "content": "# lock: 0\n# again\n# again\n"}),
+        ("Write", {"file_path": f"{root}/scratchpad.md", "content": "# lock: 0\n"}),
+    ]
+    for n, (name, path) in enumerate(
+        [
+            ("train.py", "train.py"),
+            ("train.py", "./train.py"),
+            ("train.py", f"{root}/train.py"),
+            ("scratchpad.md", "scratchpad.md"),
+            ("scratchpad.md", f"{root}/scratchpad.md"),
+        ],
+        1,
+    ):
+        given.append(
+            ("Edit", {"file_path": path, "old_string": "# lock: 0\n", "new_string": f"# lock: 0\n# {name} {n}\n"})
+        )
+    given += [
+        ("Edit", {"file_path": "train.py", "old_string": "# again", "new_string": "# twice", "replace_all": True}),
+        ("Bash", {"command": "./run.sh"}),
+        ("Bash", {"command": "./run.sh", "description": "Run the experiment"}),
+    ]
     return [Case(tool, g, ability=True) for tool, g in given]
 
 
@@ -436,61 +509,123 @@ link.py
 """
 TOOLS = [  # name, input, may be tried without the lock
     ("Agent", {"description": "help", "prompt": "SUBAGENT", "subagent_type": "general-purpose"}, True),
-    ("Agent", {"description": "help", "prompt": "SUBAGENT", "subagent_type": "research", "run_in_background": True}, False),
+    (
+        "Agent",
+        {"description": "help", "prompt": "SUBAGENT", "subagent_type": "research", "run_in_background": True},
+        False,
+    ),
     ("Task", {"description": "help", "prompt": "SUBAGENT"}, False),
-    ("Skill", {"skill": "simplify"}, True), ("Skill", {"skill": "update-config", "args": "disableAllHooks true"}, True),
+    ("Skill", {"skill": "simplify"}, True),
+    ("Skill", {"skill": "update-config", "args": "disableAllHooks true"}, True),
     ("SlashCommand", {"command": "/simplify"}, True),
     ("ToolSearch", {"query": "select:CronCreate,EnterWorktree", "max_results": 5}, True),
     ("DeferredToolPlaceholder", {}, True),
-    ("CronCreate", {"cron": "* * * * *", "prompt": "go on", "recurring": True}, False), ("CronList", {}, True),
-    ("CronDelete", {"id": "x"}, True), ("ScheduleWakeup", {"delaySeconds": 60, "reason": "x", "prompt": "go on"}, False),
+    ("CronCreate", {"cron": "* * * * *", "prompt": "go on", "recurring": True}, False),
+    ("CronList", {}, True),
+    ("CronDelete", {"id": "x"}, True),
+    ("ScheduleWakeup", {"delaySeconds": 60, "reason": "x", "prompt": "go on"}, False),
     ("Monitor", {"command": "touch monitored", "description": "x", "timeout_ms": 1000, "persistent": False}, False),
     ("Monitor", {"command": "./run.sh", "description": "x", "timeout_ms": 1000, "persistent": False}, False),
     ("Workflow", {"script": "export const meta = {name: 'x', description: 'x'}"}, False),
-    ("SendMessage", {"to": "other", "summary": "x", "message": "hello"}, True), ("ListAgents", {}, True),
-    ("ReportFindings", {"findings": []}, True), ("RemoteTrigger", {"action": "list"}, False),
+    ("SendMessage", {"to": "other", "summary": "x", "message": "hello"}, True),
+    ("ListAgents", {}, True),
+    ("ReportFindings", {"findings": []}, True),
+    ("RemoteTrigger", {"action": "list"}, False),
     ("PushNotification", {"message": "x", "status": "proactive"}, False),
-    ("TodoWrite", {"todos": []}, True), ("TaskCreate", {"subject": "x", "description": "x"}, True), ("TaskList", {}, True),
-    ("TaskStop", {"task_id": "x"}, True), ("TaskOutput", {"task_id": "x", "block": False, "timeout": 1}, True),
-    ("BashOutput", {"bash_id": "x"}, True), ("KillShell", {"shell_id": "x"}, True),
-    ("EnterPlanMode", {}, True), ("ExitPlanMode", {"plan": "x"}, True),
-    ("AskUserQuestion", {"questions": []}, True), ("SendUserMessage", {"message": "x"}, True),
+    ("TodoWrite", {"todos": []}, True),
+    ("TaskCreate", {"subject": "x", "description": "x"}, True),
+    ("TaskList", {}, True),
+    ("TaskStop", {"task_id": "x"}, True),
+    ("TaskOutput", {"task_id": "x", "block": False, "timeout": 1}, True),
+    ("BashOutput", {"bash_id": "x"}, True),
+    ("KillShell", {"shell_id": "x"}, True),
+    ("EnterPlanMode", {}, True),
+    ("ExitPlanMode", {"plan": "x"}, True),
+    ("AskUserQuestion", {"questions": []}, True),
+    ("SendUserMessage", {"message": "x"}, True),
     ("WebFetch", {"url": "http://127.0.0.1:9/", "prompt": "x"}, False),
-    ("WebFetch", {"url": "https://arxiv.org/abs/2403.10153", "prompt": "x"}, False), ("WebSearch", {"query": "eCLIP"}, False),
+    ("WebFetch", {"url": "https://arxiv.org/abs/2403.10153", "prompt": "x"}, False),
+    ("WebSearch", {"query": "eCLIP"}, False),
     ("NotebookEdit", {"notebook_path": "{root}/sub/n.ipynb", "new_source": "x", "cell_id": "a"}, True),
     ("NotebookEdit", {"notebook_path": "{root}/train.py", "new_source": "x"}, True),
     ("MultiEdit", {"file_path": "train.py", "edits": [{"old_string": "a", "new_string": "b"}]}, True),
-    ("Glob", {"pattern": "**/*.npy"}, True), ("Grep", {"pattern": "hash", "path": "data"}, True), ("LS", {"path": "{root}"}, True),
-    ("LSP", {"operation": "hover", "filePath": "train.py", "line": 1, "character": 1}, True), ("Config", {"setting": "theme"}, True),
-    ("ListMcpResourcesTool", {}, True), ("ReadMcpResourceTool", {"server": "notes", "uri": "x"}, True),
-    ("mcp__notes__write", {"text": "x"}, True), ("mcp__other__run", {}, True), ("StructuredOutput", {}, True),
-    ("bash", {"command": "./run.sh"}, True), ("Bash ", {"command": "./run.sh"}, True), ("Ваsh", {"command": "./run.sh"}, True),
+    ("Glob", {"pattern": "**/*.npy"}, True),
+    ("Grep", {"pattern": "hash", "path": "data"}, True),
+    ("LS", {"path": "{root}"}, True),
+    ("LSP", {"operation": "hover", "filePath": "train.py", "line": 1, "character": 1}, True),
+    ("Config", {"setting": "theme"}, True),
+    ("ListMcpResourcesTool", {}, True),
+    ("ReadMcpResourceTool", {"server": "notes", "uri": "x"}, True),
+    ("mcp__notes__write", {"text": "x"}, True),
+    ("mcp__other__run", {}, True),
+    ("StructuredOutput", {}, True),
+    ("bash", {"command": "./run.sh"}, True),
+    ("Bash ", {"command": "./run.sh"}, True),
+    ("Ваsh", {"command": "./run.sh"}, True),
     ("edit", {"file_path": "train.py", "old_string": "a", "new_string": "b"}, True),
-    ("EnterWorktree", {"name": "other"}, True), ("ExitWorktree", {"action": "keep"}, True),
+    ("EnterWorktree", {"name": "other"}, True),
+    ("ExitWorktree", {"action": "keep"}, True),
 ]
 ODD_INPUT = [
-    *(("Bash", {"command": "./run.sh", key: value}) for key, value in [
-        ("run_in_background", True), ("run_in_background", False), ("timeout", 1000), ("timeout", 86400000),
-        ("dangerouslyDisableSandbox", True), ("dangerouslyDisableSandbox", False), ("cwd", "/"), ("env", {"PATH": "."}),
-        ("restart", True), ("shell", "sh"), ("stdin", "x"), ("_simulatedSedEdit", {"filePath": "run.sh", "newContent": "x"})]),
-    ("Bash", {"command": "id", "description": "./run.sh"}), ("Bash", {"Command": "./run.sh"}), ("Bash", {}),
-    ("Bash", {"command": ["./run.sh"]}), ("Bash", {"command": None}), ("Bash", {"command": 1}), ("Bash", {"command": ""}),
-    ("Bash", {"command": "./run.sh\n"}), ("Bash", {"command": "./run.sh "}), ("Bash", {"command": "./run.sh\nid"}), ("Bash", {"command": "id\n./run.sh"}),
-    ("Bash", {"command": "./run.sh\r"}), ("Bash", {"command": "./run.sh\r\nid"}), ("Bash", {"command": "./run.sh\x00id"}),
-    ("Bash", {"command": "./run.sh <<X\nx\nX"}), ("Bash", {"command": "./run.sh\u200b"}), ("Bash", {"command": "./run.sh\u00a0"}),
-    ("Bash", {"command": "./run.sh\u2028id"}), ("Bash", {"command": "\ufeff./run.sh"}), ("Bash", {"command": "./run.sh \\\n && id"}),
-    ("Read", {"file_path": "train.py", "pages": "1"}), ("Read", {"file_path": "train.py", "path": "run.sh"}),
-    ("Read", {"file_path": "train.py\x00run.sh"}), ("Read", {"file_path": ""}), ("Read", {"file_path": ["train.py"]}), ("Read", {}),
+    *(
+        ("Bash", {"command": "./run.sh", key: value})
+        for key, value in [
+            ("run_in_background", True),
+            ("run_in_background", False),
+            ("timeout", 1000),
+            ("timeout", 86400000),
+            ("dangerouslyDisableSandbox", True),
+            ("dangerouslyDisableSandbox", False),
+            ("cwd", "/"),
+            ("env", {"PATH": "."}),
+            ("restart", True),
+            ("shell", "sh"),
+            ("stdin", "x"),
+            ("_simulatedSedEdit", {"filePath": "run.sh", "newContent": "x"}),
+        ]
+    ),
+    ("Bash", {"command": "id", "description": "./run.sh"}),
+    ("Bash", {"Command": "./run.sh"}),
+    ("Bash", {}),
+    ("Bash", {"command": ["./run.sh"]}),
+    ("Bash", {"command": None}),
+    ("Bash", {"command": 1}),
+    ("Bash", {"command": ""}),
+    ("Bash", {"command": "./run.sh\n"}),
+    ("Bash", {"command": "./run.sh "}),
+    ("Bash", {"command": "./run.sh\nid"}),
+    ("Bash", {"command": "id\n./run.sh"}),
+    ("Bash", {"command": "./run.sh\r"}),
+    ("Bash", {"command": "./run.sh\r\nid"}),
+    ("Bash", {"command": "./run.sh\x00id"}),
+    ("Bash", {"command": "./run.sh <<X\nx\nX"}),
+    ("Bash", {"command": "./run.sh\u200b"}),
+    ("Bash", {"command": "./run.sh\u00a0"}),
+    ("Bash", {"command": "./run.sh\u2028id"}),
+    ("Bash", {"command": "\ufeff./run.sh"}),
+    ("Bash", {"command": "./run.sh \\\n && id"}),
+    ("Read", {"file_path": "train.py", "pages": "1"}),
+    ("Read", {"file_path": "train.py", "path": "run.sh"}),
+    ("Read", {"file_path": "train.py\x00run.sh"}),
+    ("Read", {"file_path": ""}),
+    ("Read", {"file_path": ["train.py"]}),
+    ("Read", {}),
     ("Edit", {"file_path": "train.py", "old_string": "a", "new_string": "b", "edits": []}),
     ("Edit", {"file_path": "train.py", "old_string": "a", "new_string": "b", "path": "run.sh"}),
     ("Write", {"file_path": "train.py", "content": "x", "mode": "755"}),
-    ("Write", {"file_path": "", "content": "x"}), ("Write", {"file_path": "train\u00ad.py", "content": "x"}),
+    ("Write", {"file_path": "", "content": "x"}),
+    ("Write", {"file_path": "train\u00ad.py", "content": "x"}),
 ]
 
 
 def refused(root: Path, home: Path, out: Path) -> list[Case]:
     """Everything else."""
-    places = {"root": root, "home": home, "out": out, "mem": home / ".claude/projects" / re.sub(r"\W", "-", str(root)) / "memory"}
+    places = {
+        "root": root,
+        "home": home,
+        "out": out,
+        "mem": home / ".claude/projects" / re.sub(r"\W", "-", str(root)) / "memory",
+    }
 
     def lines(text: str) -> list[str]:
         for name, place in places.items():
@@ -502,11 +637,16 @@ def refused(root: Path, home: Path, out: Path) -> list[Case]:
     cases += [Case("Read", {"file_path": p}) for p in lines(READ_PATHS)]
     for i, path in enumerate(lines(PATHS)):
         edit = i % 2 and (root / path).is_file()  # the client itself refuses to edit what is not there
-        cases.append(Case("Edit", {"file_path": path, "old_string": "a", "new_string": "b", "replace_all": True}) if edit else
-                     Case("Write", {"file_path": path, "content": "x\n"}))
+        cases.append(
+            Case("Edit", {"file_path": path, "old_string": "a", "new_string": "b", "replace_all": True})
+            if edit
+            else Case("Write", {"file_path": path, "content": "x\n"})
+        )
     cases += [Case(tool, given) for tool, given in ODD_INPUT]
-    cases += [Case(t, {k: v.replace("{root}", str(root)) if isinstance(v, str) else v for k, v in g.items()}, control=c)
-              for t, g, c in TOOLS]
+    cases += [
+        Case(t, {k: v.replace("{root}", str(root)) if isinstance(v, str) else v for k, v in g.items()}, control=c)
+        for t, g, c in TOOLS
+    ]
     return cases
 
 
@@ -528,22 +668,37 @@ def tree(folder: Path) -> dict[str, tuple]:
 
 def changes(before: dict, after: dict, but: re.Pattern) -> list[str]:
     """Paths that differ; a folder is no change when all that changed in it is excused by `but`."""
-    return [p for p in sorted(before.keys() | after.keys())
-            if before.get(p) != after.get(p) and not but.fullmatch(p) and not after.get(p, ("",))[0].startswith("0o4")]
+    return [
+        p
+        for p in sorted(before.keys() | after.keys())
+        if before.get(p) != after.get(p) and not but.fullmatch(p) and not after.get(p, ("",))[0].startswith("0o4")
+    ]
 
 
 class Ground:
     """A project with traps in it, a HOME and a folder outside."""
 
     def __init__(self, project, tmp_path: Path):
-        self.path, self.home, self.out, self.log = project.path, tmp_path / "home", tmp_path / "out", tmp_path / "runs.log"
+        self.path, self.home, self.out, self.log = (
+            project.path,
+            tmp_path / "home",
+            tmp_path / "out",
+            tmp_path / "runs.log",
+        )
         self.log.touch()
         (self.path / "run.sh").write_text(STUB.format(log=self.log))
         preview = self.path / "data/prints/preview.png"  # a hard link in the fixture
         preview.write_bytes((preview.read_bytes(), preview.unlink())[0])
         for folder in (self.path / "sub", self.path / "data/.hidden", self.path / "runs/session", self.out):
             folder.mkdir(parents=True, exist_ok=True)
-        for name in ("sub/run.sh", "sub/train.py", "sub/n.ipynb", "data/.hidden/preview.png", "runs/session/x.json", "runs/0001.log.bak"):
+        for name in (
+            "sub/run.sh",
+            "sub/train.py",
+            "sub/n.ipynb",
+            "data/.hidden/preview.png",
+            "runs/session/x.json",
+            "runs/0001.log.bak",
+        ):
             shutil.copy(self.path / "run.sh", self.path / name)
         (self.path / "sub/n.ipynb").write_text('{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}')
         (self.path / "link.py").symlink_to("run.sh")
@@ -552,7 +707,9 @@ class Ground:
         (self.out / "mcp.py").write_text(MCP_SERVER)
         project.git("add", "-A")  # so that what the control does with git finds nothing to undo
         project.git("commit", "-qm", "the ground")
-        self.mcp = json.dumps({"mcpServers": {"notes": {"command": sys.executable, "args": [str(self.out / "mcp.py")]}}})
+        self.mcp = json.dumps(
+            {"mcpServers": {"notes": {"command": sys.executable, "args": [str(self.out / "mcp.py")]}}}
+        )
 
     def settings(self, change) -> None:
         file = self.path / ".claude/settings.json"
@@ -562,7 +719,7 @@ class Ground:
 
     def talk(self, cases: list[Case], timeout: float = 600, **kw) -> tuple[Conversation, list]:
         """All calls, 60 a turn. Returns the results in the order of the calls."""
-        turns = [[call(c.tool, **c.given) for c in cases[i:i + 60]] for i in range(0, len(cases), 60)]
+        turns = [[call(c.tool, **c.given) for c in cases[i : i + 60]] for i in range(0, len(cases), 60)]
         talk = Conversation(self.path, self.home, turns, **kw).run("hello", timeout=timeout)
         results = sorted(talk.model.results, key=lambda r: r.id)  # Reads of one turn run side by side
         assert [r.given for r in results] == [c.given for c in cases]
@@ -582,7 +739,10 @@ def open_wide(settings: dict) -> None:
 
 CONFIGURATIONS = {
     "plain": {},
-    "user-widened": {"trusted": True, "user": {"permissions": {"allow": EVERYTHING, "defaultMode": "bypassPermissions"}}},
+    "user-widened": {
+        "trusted": True,
+        "user": {"permissions": {"allow": EVERYTHING, "defaultMode": "bypassPermissions"}},
+    },
     "local-widened": {"trusted": True, "local": {"permissions": {"allow": EVERYTHING, "defaultMode": "acceptEdits"}}},
     "bypass": {"trusted": True, "args": ["--dangerously-skip-permissions"], "env": {"IS_SANDBOX": "1"}},
 }
@@ -603,7 +763,9 @@ def test_only_the_three_abilities(ground, name):
 
     talk, results = ground.talk(cases, **options)
 
-    wrong = [f"{case}: {result.content[:200]}" for case, result in zip(cases, results) if case.ability == result.is_error]
+    wrong = [
+        f"{case}: {result.content[:200]}" for case, result in zip(cases, results) if case.ability == result.is_error
+    ]
     assert not wrong, "\n".join(wrong)
     by_guard = [(c, r.content) for c, r in zip(cases, results) if r.is_error and CLIENTS_OWN_REFUSAL not in r.content]
     mute = [f"{case}: {reason[:200]}" for case, reason in by_guard if not ABILITIES.search(reason)]
@@ -613,17 +775,25 @@ def test_only_the_three_abilities(ground, name):
     # The abilities did their jobs ...
     runs = ground.log.read_text().splitlines()
     ids = [r.id for r, c in zip(results, cases) if c.ability and c.tool == "Bash"]
-    assert runs == [f"{i}|{ground.path}|" for i in ids], "each run has its own proof, no arguments, and the right folder"
-    assert (ground.path / "train.py").read_text() == "# lock: 0\n# train.py 3\n# train.py 2\n# train.py 1\n# twice\n# twice\n"
+    assert runs == [f"{i}|{ground.path}|" for i in ids], (
+        "each run has its own proof, no arguments, and the right folder"
+    )
+    assert (
+        ground.path / "train.py"
+    ).read_text() == "# lock: 0\n# train.py 3\n# train.py 2\n# train.py 1\n# twice\n# twice\n"
     assert (ground.path / "scratchpad.md").read_text() == "# lock: 0\n# scratchpad.md 5\n# scratchpad.md 4\n"
     assert all(r.content for r, c in zip(results, cases) if c.ability)
     # ... and nothing else happened.
     own = re.compile(rf"train\.py|scratchpad\.md|runs/session/(proof\.({'|'.join(ids)})|{talk.id}\.json)")
     assert not changes(before[0], tree(ground.path), own)
     assert not changes(before[1], tree(ground.out), re.compile("(?!)"))
-    at_home = [p for p, (mode, _) in tree(ground.home).items() if mode.startswith("0o1") and not CLIENTS_OWN_FILES.fullmatch(p)]
+    at_home = [
+        p for p, (mode, _) in tree(ground.home).items() if mode.startswith("0o1") and not CLIENTS_OWN_FILES.fullmatch(p)
+    ]
     assert at_home == ([".claude/settings.json"] if "user" in options else [])
-    print(f"{name}: {len(cases)} calls, {sum(c.ability for c in cases)} abilities, {len(by_guard)} refused by the guard")
+    print(
+        f"{name}: {len(cases)} calls, {sum(c.ability for c in cases)} abilities, {len(by_guard)} refused by the guard"
+    )
 
 
 def test_without_the_lock_the_same_calls_do_something(ground):
@@ -631,10 +801,16 @@ def test_without_the_lock_the_same_calls_do_something(ground):
     ground.settings(lambda s: (s.clear(), s.update(env={"CLAUDE_BASH_MAINTAIN_PROJECT_WORKING_DIR": "1"})))
     shutil.rmtree(ground.path / ".claude/agents")
     order = {"Read": 0, "Bash": 1}
-    cases = sorted((c for c in refused(ground.path, ground.home, ground.out) if c.control), key=lambda c: order.get(c.tool, 2))
+    cases = sorted(
+        (c for c in refused(ground.path, ground.home, ground.out) if c.control), key=lambda c: order.get(c.tool, 2)
+    )
     before = tree(ground.path)
-    _, results = ground.talk(cases, trusted=True, args=["--dangerously-skip-permissions", "--mcp-config", ground.mcp],
-                             env={"IS_SANDBOX": "1"})
+    _, results = ground.talk(
+        cases,
+        trusted=True,
+        args=["--dangerously-skip-permissions", "--mcp-config", ground.mcp],
+        env={"IS_SANDBOX": "1"},
+    )
     worked = [c for c, r in zip(cases, results) if not r.is_error]
     counts = {tool: sum(c.tool == tool for c in worked) for tool in ("Read", "Bash", "Edit", "Write")}
     runs = len(ground.log.read_text().splitlines())
@@ -655,8 +831,15 @@ def test_links_and_folders_in_place_of_the_two_files(ground):
 
     def script():
         yield reads
-        for put in (lambda: train.symlink_to("run.sh"), lambda: os.link(target, train), lambda: train.symlink_to(ground.out),
-                    train.mkdir, lambda: os.mkfifo(train), lambda: train.symlink_to("/dev/null"), lambda: None):
+        for put in (
+            lambda: train.symlink_to("run.sh"),
+            lambda: os.link(target, train),
+            lambda: train.symlink_to(ground.out),
+            train.mkdir,
+            lambda: os.mkfifo(train),
+            lambda: train.symlink_to("/dev/null"),
+            lambda: None,
+        ):
             shutil.rmtree(train) if train.is_dir() and not train.is_symlink() else train.unlink(missing_ok=True)
             put()
             yield tries
@@ -667,7 +850,9 @@ def test_links_and_folders_in_place_of_the_two_files(ground):
         yield say("done")
 
     turns = script()
-    talk = Conversation(ground.path, ground.home, lambda shown: next(turns), trusted=True, args=["--allowedTools", "Edit,Write,Read"])
+    talk = Conversation(
+        ground.path, ground.home, lambda shown: next(turns), trusted=True, args=["--allowedTools", "Edit,Write,Read"]
+    )
     results = sorted(talk.run("hello").model.results, key=lambda r: r.id)
     fine = [not r.is_error for r in results]
     assert fine == [True, True] + [False, False, True] * 7 + [True, False], [r for r in results if not r.is_error]
@@ -684,7 +869,7 @@ BROKEN_GUARDS = {
     "exits 0 mute": "raise SystemExit(0)",
     "exits 1": "raise SystemExit(1)",
     "garbage": "print('{\"hookSpecificOutput\": ')",
-    "other answer": "print('{\"decision\": \"approve\"}')",
+    "other answer": 'print(\'{"decision": "approve"}\')',
     "killed": "import os\nos.kill(os.getpid(), 9)",
     "hanging": "import time\ntime.sleep(1000)",
 }
@@ -708,20 +893,33 @@ def test_a_damaged_guard_lets_nothing_through(ground, tmp_path, how):
         guard.write_text(BROKEN_GUARDS[how])
     tries = [call("Bash", command="touch escaped")]
     if how != "hanging":  # each call waits for the guard's time-out
-        tries += [call("Write", file_path="escaped", content="x"), call("Read", file_path=".claude/settings.json"),
-                  call("Agent", description="x", prompt="SUBAGENT", subagent_type="general-purpose")]
+        tries += [
+            call("Write", file_path="escaped", content="x"),
+            call("Read", file_path=".claude/settings.json"),
+            call("Agent", description="x", prompt="SUBAGENT", subagent_type="general-purpose"),
+        ]
         tries += [call("Bash", command="./run.sh")] if how != "not executable" or os.geteuid() else []
-    results = Conversation(ground.path, ground.home, [tries], trusted=True, args=["--dangerously-skip-permissions"],
-                           env=env).run("start").model.results
+    results = (
+        Conversation(ground.path, ground.home, [tries], trusted=True, args=["--dangerously-skip-permissions"], env=env)
+        .run("start")
+        .model.results
+    )
     assert len(results) == len(tries) and all(r.is_error for r in results), results
     assert not (ground.path / "escaped").exists() and not ground.log.read_text()
 
 
 def test_settings_written_while_it_runs_do_not_take_the_lock_off(ground):
     (ground.path / "run.sh").write_text(
-        "#!/bin/bash\necho '{\"disableAllHooks\": true, \"permissions\": {\"allow\": [\"Bash\"]}}' > .claude/settings.local.json\nsleep 3\n")
-    script = [call("Bash", command="./run.sh"), call("Bash", command="touch escaped"), call("Write", file_path="escaped", content="x"),
-              call("Bash", command="./run.sh"), call("Bash", command="touch escaped")]
+        "#!/bin/bash\n"
+        'echo \'{"disableAllHooks": true, "permissions": {"allow": ["Bash"]}}\' > .claude/settings.local.json\nsleep 3\n'
+    )
+    script = [
+        call("Bash", command="./run.sh"),
+        call("Bash", command="touch escaped"),
+        call("Write", file_path="escaped", content="x"),
+        call("Bash", command="./run.sh"),
+        call("Bash", command="touch escaped"),
+    ]
     results = Conversation(ground.path, ground.home, script, trusted=True).run("start").model.results
     assert [r.is_error for r in results] == [False, True, True, False, True], results
     assert (ground.path / ".claude/settings.local.json").exists() and not (ground.path / "escaped").exists()
@@ -745,10 +943,24 @@ def test_without_hooks_run_sh_refuses_claude_code(project, tmp_path, how):
     project.set("LR", "2e-3")
     project.hypothesis("a change that only a person may run here")
     before = tree(project.path)
-    tries = [f"{script}", f"AR_PROOF=toolu_0001 {script}", f"AR_PROOF=../session/x {script}", f"AR_PROOF= {script}",
-             f"AR_CLEAN=$$ {script}", f"{script} setup", f"{script} keep 1", f"{script} data prints", f"{script} status"]
-    talk = Conversation(project.path, tmp_path / "home", [[call("Bash", command=c) for c in tries]], trusted=True,
-                        **{**options, "args": [*options["args"], "--allowedTools", "Bash"]}).run("hello")
+    tries = [
+        f"{script}",
+        f"AR_PROOF=toolu_0001 {script}",
+        f"AR_PROOF=../session/x {script}",
+        f"AR_PROOF= {script}",
+        f"AR_CLEAN=$$ {script}",
+        f"{script} setup",
+        f"{script} keep 1",
+        f"{script} data prints",
+        f"{script} status",
+    ]
+    talk = Conversation(
+        project.path,
+        tmp_path / "home",
+        [[call("Bash", command=c) for c in tries]],
+        trusted=True,
+        **{**options, "args": [*options["args"], "--allowedTools", "Bash"]},
+    ).run("hello")
     results = sorted(talk.model.results, key=lambda r: r.id)
     assert [r.is_error for r in results] == [True] * 8 + [False], results
     assert all(PROOFLESS in r.content and "terminal" in r.content for r in results[:5]), results
@@ -758,6 +970,7 @@ def test_without_hooks_run_sh_refuses_claude_code(project, tmp_path, how):
 
 def test_a_proof_serves_once(project):
     """run.sh itself: a made-up proof, one that the guard left, and the same again. A person needs none."""
+
     def as_claude(proof: str) -> str:
         done = project.run(env={"CLAUDECODE": "1", "AR_PROOF": proof})
         assert done.returncode == 2
@@ -778,11 +991,81 @@ def test_a_proof_serves_once(project):
 
 # --- the guard alone -------------------------------------------------------------------------------------------------
 
-NASTY = ["/", "//", ".", "..", "../", "./", "~", "~/", " ", "\t", "\n", "\r", "\0", ";", "&", "|", ">", "<", "`", "$", "(", ")", "{", "}", "*",
-         "?", "[", "]", "!", "#", "\\", "'", '"', "=", "%", ":", "id", "cd /", "&&", "||", "$(id)", "\u200b", "\u00a0", "\ufeff", "\u2028",
-         "\u0661", "\ud800", "é", "run.sh", "train.py", "scratchpad.md", "val.key.npy", "preview.png", "data", "runs", "0001.log"]
-SEEDS = ["./run.sh", "train.py", "./train.py", "scratchpad.md", "program.md", "runs/0001.log", "runs/0001.diff", "runs/experiments.tsv",
-         "data/prints/preview.png", "data/prints/val.key.npy", "CLAUDE.md", "run.sh", ".claude/settings.json", "/etc/passwd", "sub/train.py"]
+NASTY = [
+    "/",
+    "//",
+    ".",
+    "..",
+    "../",
+    "./",
+    "~",
+    "~/",
+    " ",
+    "\t",
+    "\n",
+    "\r",
+    "\0",
+    ";",
+    "&",
+    "|",
+    ">",
+    "<",
+    "`",
+    "$",
+    "(",
+    ")",
+    "{",
+    "}",
+    "*",
+    "?",
+    "[",
+    "]",
+    "!",
+    "#",
+    "\\",
+    "'",
+    '"',
+    "=",
+    "%",
+    ":",
+    "id",
+    "cd /",
+    "&&",
+    "||",
+    "$(id)",
+    "\u200b",
+    "\u00a0",
+    "\ufeff",
+    "\u2028",
+    "\u0661",
+    "\ud800",
+    "é",
+    "run.sh",
+    "train.py",
+    "scratchpad.md",
+    "val.key.npy",
+    "preview.png",
+    "data",
+    "runs",
+    "0001.log",
+]
+SEEDS = [
+    "./run.sh",
+    "train.py",
+    "./train.py",
+    "scratchpad.md",
+    "program.md",
+    "runs/0001.log",
+    "runs/0001.diff",
+    "runs/experiments.tsv",
+    "data/prints/preview.png",
+    "data/prints/val.key.npy",
+    "CLAUDE.md",
+    "run.sh",
+    ".claude/settings.json",
+    "/etc/passwd",
+    "sub/train.py",
+]
 
 
 @pytest.fixture
@@ -800,11 +1083,13 @@ def mutated(rng: random.Random, text: str) -> str:
         if kind < 3:
             text = text[:i] + rng.choice(NASTY) + text[i:]
         elif kind == 3:
-            text = text[:i] + text[i + 1:]
+            text = text[:i] + text[i + 1 :]
         elif kind == 4:
             text = text[:i] + text[i:].swapcase()
         elif kind == 5:
-            text = unicodedata.normalize(rng.choice(("NFKC", "NFD")), text[:i] + chr(rng.randrange(0xFF01, 0xFF5E)) + text[i:])
+            text = unicodedata.normalize(
+                rng.choice(("NFKC", "NFD")), text[:i] + chr(rng.randrange(0xFF01, 0xFF5E)) + text[i:]
+            )
         else:
             text = rng.choice(NASTY) + rng.choice(SEEDS) + rng.choice(NASTY) + text
     return text
@@ -814,17 +1099,34 @@ def test_guard_fuzz(guard, ground):
     """What passes is exactly one of the three abilities or a readable file, by a rule of its own."""
     rng, root = random.Random(20260), str(ground.path)
     editable = {f"{root}/train.py", f"{root}/scratchpad.md"}
-    readable = editable | {f"{root}/{p}" for p in ("program.md", "CLAUDE.md", "runs/0001.log", "runs/0001.diff", "runs/experiments.tsv",
-                                                    "data/prints/preview.png")}
+    readable = editable | {
+        f"{root}/{p}"
+        for p in (
+            "program.md",
+            "CLAUDE.md",
+            "runs/0001.log",
+            "runs/0001.diff",
+            "runs/experiments.tsv",
+            "data/prints/preview.png",
+        )
+    }
     passed, tried = set(), 0
     for n in range(8000):
         text = mutated(rng, rng.choice(SEEDS))
         text = f"{root}/{text}" if rng.random() < 0.2 else text
         tool = rng.choice(("Bash", "Bash", "Edit", "Write", "Read", "Read", mutated(rng, "Bash"), "NotebookEdit"))
-        given = {"Bash": {"command": text}, "Read": {"file_path": text}, "Write": {"file_path": text, "content": "x"},
-                 "Edit": {"file_path": text, "old_string": "a", "new_string": "b"}}.get(tool, {"command": text, "file_path": text})
+        given = {
+            "Bash": {"command": text},
+            "Read": {"file_path": text},
+            "Write": {"file_path": text, "content": "x"},
+            "Edit": {"file_path": text, "old_string": "a", "new_string": "b"},
+        }.get(tool, {"command": text, "file_path": text})
         if rng.random() < 0.1:
-            given[mutated(rng, rng.choice(["timeout", "run_in_background", "description", "pages", "limit", "replace_all"]))] = True
+            given[
+                mutated(
+                    rng, rng.choice(["timeout", "run_in_background", "description", "pages", "limit", "replace_all"])
+                )
+            ] = True
         cwd = root if rng.random() < 0.9 else rng.choice(["/", root + "/sub", root + "/..", "", root + "/link.py"])
         asked = {"tool_name": tool, "tool_input": given, "cwd": cwd, "session_id": "s", "tool_use_id": f"toolu_{n}"}
         tried += 1
@@ -847,14 +1149,35 @@ def test_guard_fuzz(guard, ground):
     assert len(passed) >= 15 and tried >= 2000, f"{len(passed)} different calls passed"
 
 
-@pytest.mark.parametrize("given", ["", "null", "[]", "1", "{", '{"tool_name": "Bash"}', '{"tool_name": "Bash", "tool_input": null}',
-                                   '{"tool_name": "Bash", "tool_input": "./run.sh"}', '{"tool_name": ["Bash"], "tool_input": {}}',
-                                   '{"tool_name": "Bash", "tool_input": {"command": "./run.sh"}}', '{"tool_name": null}', "\xff",
-                                   '{"tool_name": "Read", "tool_input": {"file_path": "a\\ud800"}}'])
+@pytest.mark.parametrize(
+    "given",
+    [
+        "",
+        "null",
+        "[]",
+        "1",
+        "{",
+        '{"tool_name": "Bash"}',
+        '{"tool_name": "Bash", "tool_input": null}',
+        '{"tool_name": "Bash", "tool_input": "./run.sh"}',
+        '{"tool_name": ["Bash"], "tool_input": {}}',
+        '{"tool_name": "Bash", "tool_input": {"command": "./run.sh"}}',
+        '{"tool_name": null}',
+        "\xff",
+        '{"tool_name": "Read", "tool_input": {"file_path": "a\\ud800"}}',
+    ],
+)
 def test_the_hooks_own_command_line_never_allows_garbage(ground, given):
-    command = json.loads((ground.path / ".claude/settings.json").read_text())["hooks"]["PreToolUse"][0]["hooks"][0]["command"]
-    done = subprocess.run(["sh", "-c", command], input=given.encode("latin-1"), capture_output=True, cwd="/",
-                          env={"PATH": os.environ["PATH"], "CLAUDE_PROJECT_DIR": str(ground.path)})
+    command = json.loads((ground.path / ".claude/settings.json").read_text())["hooks"]["PreToolUse"][0]["hooks"][0][
+        "command"
+    ]
+    done = subprocess.run(
+        ["sh", "-c", command],
+        input=given.encode("latin-1"),
+        capture_output=True,
+        cwd="/",
+        env={"PATH": os.environ["PATH"], "CLAUDE_PROJECT_DIR": str(ground.path)},
+    )
     assert b'"allow"' not in done.stdout
     assert done.returncode == 2 or b'"deny"' in done.stdout, done
 

@@ -8,7 +8,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import Project, block
+from conftest import PROGRAM, ROOT, Project, block
 
 BUDGET = 20  # seconds, for tests that run into it
 HANG = """
@@ -306,3 +306,29 @@ def test_a_person_measures_the_incumbent_once_more_and_other_data_is_never_compa
     done, shown = project.experiment("hardly learn, under another budget")
     assert shown["verdict"] == "discarded" and done.stdout.count("verdict:") == 2  # a new baseline came first
     assert "2 runs" in shown["before"] and project.experiments() == [1, 2, 3, 4]
+
+
+def test_own_data(measured: Project, tmp_path):
+    """ODVG lines and images written by people: the 20-line fixture, and the larger sample where it is there."""
+    project = Project(shutil.copytree(measured.path, tmp_path / "repo", ignore=shutil.ignore_patterns("data")))
+    project.set("STEPS", "10")
+    project.git("commit", "-qam", "short")
+    sample = ROOT.parent / "shared" / "data" / "nlvr-sample"
+    for name, folder in {"own": ROOT / "tests" / "fixtures" / "odvg", **({"nlvr": sample} if sample.is_dir() else {})}.items():
+        done = project.run("data", name, "--odvg", str(folder))
+        assert done.returncode == 0, done.stderr
+        project.write("program.md", PROGRAM.replace("data: prints", f"data: {name}"))
+        assert block(project.run().stdout)["verdict"] == "baseline"
+        project.set("LR", "1e-9")
+        done, shown = project.experiment(f"hardly learn, on {name}")
+        assert shown["verdict"] in ("kept", "discarded") and done.returncode == 0, done.stdout + done.stderr
+        project.git("checkout", "-q", "HEAD", "train.py")
+        if shown["verdict"] == "kept":
+            project.git("reset", "-q", "--hard", "HEAD^")
+
+    broken = tmp_path / "broken"
+    shutil.copytree(ROOT / "tests" / "fixtures" / "odvg", broken)
+    next((broken / "images").iterdir()).unlink()
+    done = project.run("data", "broken", "--odvg", str(broken))
+    assert done.returncode == 1 and ".jsonl line " in done.stderr + done.stdout and not (project.path / "data/broken").exists()
+    assert "no such folder" in project.run("data", "nowhere", "--odvg", str(tmp_path / "nowhere")).stderr

@@ -7,19 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import ROOT
+from conftest import ROOT, tracked, tracked_code
 
 PRODUCT_LINES, RUN_LINES, GUARD_LINES, TRAIN_LINES = 2500, 250, 200, 300
-NOT_COUNTED = ("tests/", "container/prints.py", ".ci/")
-
-
-def tracked() -> list[str]:
-    out = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True).stdout
-    return [f for f in out.splitlines() if (ROOT / f).is_file()]
-
-
-def lines(name: str) -> int:
-    return len((ROOT / name).read_text().splitlines())
 
 
 def test_ruff():
@@ -35,10 +25,9 @@ def test_shellcheck():
 
 
 def test_sizes():
-    code = [f for f in tracked() if Path(f).suffix in (".py", ".sh") and not f.startswith(NOT_COUNTED)]
-    sizes = {f: lines(f) for f in code}
-    assert sizes["run.sh"] <= RUN_LINES and sizes[".claude/hooks/guard.py"] <= GUARD_LINES and sizes["train.py"] <= TRAIN_LINES
-    assert sum(sizes.values()) <= PRODUCT_LINES, sizes
+    sizes = tracked_code()
+    assert sizes["run.sh"] <= RUN_LINES and sizes[".claude/hooks/guard.py"] <= GUARD_LINES
+    assert sizes["train.py"] <= TRAIN_LINES and sum(sizes.values()) <= PRODUCT_LINES, sizes
 
 
 def test_the_host_needs_only_the_standard_library():

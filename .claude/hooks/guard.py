@@ -15,8 +15,8 @@ import sys
 
 ROOT = os.path.realpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 EDITABLE = ("train.py", "scratchpad.md")
-READABLE = re.compile(r"train\.py|scratchpad\.md|program\.md|CLAUDE\.md|runs/experiments\.tsv|runs/[0-9]{4,9}\.(log|diff)"
-                      r"|data/[A-Za-z0-9][A-Za-z0-9_.-]{0,40}/preview\.png")
+READABLE = re.compile(r"train\.py|scratchpad\.md|program\.md|CLAUDE\.md|runs/experiments\.tsv"
+                      r"|runs/[0-9]{4,9}\.(log|diff)|data/[A-Za-z0-9][A-Za-z0-9_.-]{0,40}/preview\.png")
 KEYS = {"Bash": {"command", "description"}, "Edit": {"file_path", "old_string", "new_string", "replace_all"},
         "Write": {"file_path", "content"}, "Read": {"file_path", "offset", "limit"}}
 COMMAND = "./run.sh"
