@@ -14,12 +14,13 @@ from __future__ import annotations
 import functools
 import math
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 SUPERSAMPLING = 2  # painted pixels per side of a final pixel; smooths the edges
 LINES_PER_SIDE = 110  # an outline is 1/110 of the print's side wide, at least one painted pixel
@@ -36,6 +37,17 @@ HILLS_SHARE = 0.4  # share of the prints that get far hills, which no caption na
 NEIGHBOUR_SHARE = 0.2  # how often a motif is let stand right behind or before another one
 TEXTURE_COUNT = 12  # paper textures per image size
 TEXTURE_SEED = 1234
+
+# The contact sheet
+COLUMNS_OF_TILES, TILES = 4, 12
+TILE = 288  # pixels per side of an image
+GAP = 16  # pixels
+LINE_HEIGHT = 18  # pixels
+FONT_SIZE = 14  # pixels
+CAPTION_WIDTH = 44  # characters
+CAPTION_LINES = 4
+SHEET_COLOUR, TEXT_COLOUR = (246, 242, 232), (44, 40, 48)
+BOX_COLOURS = ((214, 0, 110), (0, 118, 214), (0, 140, 70), (206, 90, 0), (122, 60, 200))  # one per region shown
 
 RGB = tuple[int, int, int]
 Point = tuple[float, float]
@@ -872,3 +884,25 @@ def draw(seed: int, index: int, size: int) -> tuple[np.ndarray, str, list[Region
     pixels, boxes = paint(scene, Random(f"draw-{seed}-{index}"), size)
     named = [(motif, box) for motif, box in zip(scene.motifs, boxes, strict=True) if motif.named]
     return pixels, scene.caption, [{"phrase": motif.phrase, "bbox": box} for motif, box in named]
+
+
+def draw_sheet(rows: list[tuple[np.ndarray, str, list[Region]]]) -> Image.Image:
+    """A contact sheet of images (3, TILE, TILE) with their captions; the last row of the sheet shows the regions too."""
+    step_x, step_y = TILE + GAP, TILE + GAP + CAPTION_LINES * LINE_HEIGHT
+    last = (len(rows) - 1) // COLUMNS_OF_TILES
+    width = GAP + min(len(rows), COLUMNS_OF_TILES) * step_x
+    sheet = Image.new("RGB", (width, GAP + (last + 1) * step_y + len(BOX_COLOURS) * LINE_HEIGHT), SHEET_COLOUR)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_SIZE)
+    for place, (pixels, caption, regions) in enumerate(rows):
+        x, y = GAP + place % COLUMNS_OF_TILES * step_x, GAP + place // COLUMNS_OF_TILES * step_y
+        sheet.paste(Image.fromarray(pixels.transpose(1, 2, 0)), (x, y))
+        wrapped = textwrap.wrap(caption, CAPTION_WIDTH, max_lines=CAPTION_LINES, placeholder=" ...")
+        lines = [(line, TEXT_COLOUR) for line in wrapped]
+        if place // COLUMNS_OF_TILES == last:
+            for region, colour in zip(regions, BOX_COLOURS, strict=False):
+                x0, y0, x1, y1 = (value * (TILE - 1) for value in region["bbox"])
+                pen.rectangle((x + x0, y + y0, x + x1, y + y1), outline=colour, width=3)
+                lines.append((textwrap.shorten(region["phrase"], CAPTION_WIDTH, placeholder=" ..."), colour))
+        for number, (line, colour) in enumerate(lines):
+            pen.text((x, y + TILE + 4 + number * LINE_HEIGHT), line, colour, font)
+    return sheet

@@ -29,7 +29,7 @@ CLIENTS_OWN_REFUSAL = "<tool_use_error>"  # input it rejects before it asks any 
 CLIENTS_OWN_FILES = re.compile(  # what the client keeps in HOME for itself, whatever the model asks
     r"\.claude\.json|\.claude/(backups/\.claude\.json\.backup\.\d+|projects/[^/]+/[0-9a-f-]{36}\.jsonl"
     r"|plugins/store/[\w-]+\.json|session-env/[0-9a-f-]{36}|shell-snapshots/snapshot-bash-[\w-]+\.sh"
-    r"|file-history/[0-9a-f-]{36}/[0-9a-f]+@v\d+|sessions/\d+\.json)|\.cache/claude-cli-nodejs/[\w-]+/mcp-logs-notes/[\w-]+\.jsonl"
+    r"|file-history/[0-9a-f-]{36}/[0-9a-f]+@v\d+|sessions/\d+\.json|\.last-cleanup)|\.cache/claude-cli-nodejs/[\w-]+/mcp-logs-notes/[\w-]+\.jsonl"
 )
 STUB = """#!/bin/bash
 printf '%s|%s|%s\\n' "$AR_PROOF" "$PWD" "$*" | tee -a {log}
@@ -757,7 +757,10 @@ def test_only_the_three_abilities(ground, name):
     local = options.pop("local", None)
     if local:
         (ground.path / ".claude/settings.local.json").write_text(json.dumps(local))
-    cases = abilities(ground.path) + refused(ground.path, ground.home, ground.out)
+    cases = refused(ground.path, ground.home, ground.out)
+    if name != "bypass":  # where only the hook stands, all of them; otherwise half, another half each time
+        cases = cases[list(CONFIGURATIONS).index(name) % 2 :: 2]
+    cases = abilities(ground.path) + cases
     assert len({str((c.tool, c.given)) for c in cases}) >= 150
     before = tree(ground.path), tree(ground.out)
 
@@ -875,36 +878,68 @@ BROKEN_GUARDS = {
 }
 
 
-@pytest.mark.parametrize("how", [*BROKEN_GUARDS, "not executable", "without python"])
-def test_a_damaged_guard_lets_nothing_through(ground, tmp_path, how):
-    """In the widest configuration, where nothing but the guard says no."""
+def test_a_damaged_guard_lets_nothing_through(ground):
+    """In the widest configuration, where nothing but the guard says no; one conversation, the guard changes under it."""
     ground.settings(open_wide)
-    guard, env = ground.path / ".claude/hooks/guard.py", {"IS_SANDBOX": "1"}
-    if how == "not executable":
-        guard.chmod(0)  # root reads it all the same; then it is an intact guard
-    elif how == "without python":
-        (tmp_path / "bin").mkdir()
-        for name in ("bash", "sh", "timeout", "touch", "cat"):
-            (tmp_path / "bin" / name).symlink_to(shutil.which(name))
-        env["PATH"] = str(tmp_path / "bin")
-    elif BROKEN_GUARDS[how] is None:
-        guard.unlink()
-    else:
-        guard.write_text(BROKEN_GUARDS[how])
-    tries = [call("Bash", command="touch escaped")]
-    if how != "hanging":  # each call waits for the guard's time-out
-        tries += [
-            call("Write", file_path="escaped", content="x"),
-            call("Read", file_path=".claude/settings.json"),
-            call("Agent", description="x", prompt="SUBAGENT", subagent_type="general-purpose"),
-        ]
-        tries += [call("Bash", command="./run.sh")] if how != "not executable" or os.geteuid() else []
-    results = (
-        Conversation(ground.path, ground.home, [tries], trusted=True, args=["--dangerously-skip-permissions"], env=env)
-        .run("start")
-        .model.results
+    guard = ground.path / ".claude/hooks/guard.py"
+    intact = guard.read_text()
+    one = [call("Bash", command="touch escaped")]
+    tries = [
+        *one,
+        call("Write", file_path="escaped", content="x"),
+        call("Read", file_path=".claude/settings.json"),
+        call("Agent", description="x", prompt="SUBAGENT", subagent_type="general-purpose"),
+        call("Bash", command="./run.sh"),
+    ]
+    seen = {}
+
+    def script():
+        for how, text in BROKEN_GUARDS.items():
+            guard.unlink() if text is None else guard.write_text(text)
+            before = len(talk.model.results)
+            yield one if how == "hanging" else tries  # each call waits for the guard's time-out
+            seen[how] = [r.is_error for r in talk.model.results[before:]]
+        guard.write_text(intact)
+        guard.chmod(0)  # root can read it all the same, and then it is an intact guard
+        yield tries[:-1]
+        guard.chmod(0o755)
+        yield tries
+        yield say("done")
+
+    turns = script()
+    talk = Conversation(
+        ground.path,
+        ground.home,
+        lambda shown: next(turns),
+        trusted=True,
+        args=["--dangerously-skip-permissions"],
+        env={"IS_SANDBOX": "1"},
     )
-    assert len(results) == len(tries) and all(r.is_error for r in results), results
+    results = talk.run("hello").model.results
+    assert {how for how, errors in seen.items() if errors and all(errors)} == set(BROKEN_GUARDS), seen
+    assert [r.is_error for r in results[-9:]] == [True] * 8 + [False], results[-9:]
+    assert not (ground.path / "escaped").exists() and len(ground.log.read_text().splitlines()) == 1
+
+
+def test_without_python_nothing_passes(ground, tmp_path):
+    ground.settings(open_wide)
+    (tmp_path / "bin").mkdir()
+    for name in ("bash", "sh", "timeout", "touch", "cat"):
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name))
+    tries = [
+        call("Bash", command="touch escaped"),
+        call("Bash", command="./run.sh"),
+        call("Read", file_path="train.py"),
+    ]
+    talk = Conversation(
+        ground.path,
+        ground.home,
+        [tries],
+        trusted=True,
+        args=["--dangerously-skip-permissions"],
+        env={"IS_SANDBOX": "1", "PATH": str(tmp_path / "bin")},
+    ).run("hello")
+    assert [r.is_error for r in talk.model.results] == [True] * 3
     assert not (ground.path / "escaped").exists() and not ground.log.read_text()
 
 
