@@ -86,6 +86,7 @@ def list_prints(options: argparse.Namespace, _: list[str]) -> dict[str, list[Job
 
 
 def list_odvg(options: argparse.Namespace, problems: list[str]) -> dict[str, list[Job]]:
+    """The images and annotations in a folder."""
     images = (options.odvg / "images").resolve()
     if not images.is_dir():
         problems.append(f"{options.odvg / 'images'} is not a folder; put the images there")
@@ -113,11 +114,11 @@ def read_odvg(file: Path, images: Path, used: dict[Path, str], problems: list[st
             problems.append(f"{where}: not JSON ({error}); write one object per line")
             continue
         except (KeyError, TypeError) as error:
-            problems.append(f"{where}: want filename, width, height, grounding: {{caption, regions: "
-                            f"[{{phrase, bbox}}]}}, the list empty where there are none; found {error!r:.80}")
+            problems.append(f"{where}: write filename, width, height, grounding: {{caption, regions: "
+                            f"[{{phrase, bbox}}]}}, the list empty where there are none ({error!r:.80})")
             continue
         path = (images / str(name)).resolve()
-        faults = [*check_text(size, caption, regions)]
+        faults = list(check_line(size, caption, regions))
         if not path.is_relative_to(images):
             faults.append(f"image {name!r:.80} leaves the folder images/; put it there")
         elif path in used:
@@ -131,7 +132,7 @@ def read_odvg(file: Path, images: Path, used: dict[Path, str], problems: list[st
             yield where, partial(load_image, path, size, caption, in_units)
 
 
-def check_text(size: tuple, caption: object, regions: list[tuple]) -> Iterator[str]:
+def check_line(size: tuple, caption: object, regions: list[tuple]) -> Iterator[str]:
     """What is wrong with a line, as far as can be told without the image."""
     texts = {"the caption": caption}
     texts |= {f"the phrase of region {number}": phrase for number, (phrase, _) in enumerate(regions, 1)}
@@ -295,7 +296,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", options.name):
         parser.error("a name is lower-case letters, digits, dots, dashes and underscores")
     if not options.odvg and options.name not in SOURCES:
-        parser.error(f"unknown data set {options.name}; take {' or '.join(SOURCES)}, or give your own with --odvg FOLDER")
+        known = " or ".join(SOURCES)
+        parser.error(f"unknown data set {options.name}; take {known}, or give your own with --odvg FOLDER")
     if options.odvg and options.name in SOURCES:
         parser.error(f"{options.name} is a built-in data set; give your own another name")
     if given and options.name != "prints":

@@ -58,7 +58,7 @@ measure() {
     mkdir "$WORK/run-$run"
     git_ cat-file blob "$blob" >"$WORK/run-$run/train.py"
     progress "$N" "$kind, run $run"
-      py container/experiment.py "$WORK/run-$run" "$DATA" "$BUDGET" "$MEMORY" "$((RANDOM << 15 | RANDOM))" \
+    py container/experiment.py "$WORK/run-$run" "$DATA" "$BUDGET" "$MEMORY" "$((RANDOM << 15 | RANDOM))" \
       "$(file "$N" log)" 9>&- & # in the background, so that a signal ends us at once and not after the training
     wait "$!" || refuse "experiment $N could not run (see above)"
     rm -f "$WORK/run-$run"/{out.tar,images.npy,captions.npy}

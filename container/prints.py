@@ -887,7 +887,7 @@ def draw(seed: int, index: int, size: int) -> tuple[np.ndarray, str, list[Region
 
 
 def draw_sheet(rows: list[tuple[np.ndarray, str, list[Region]]]) -> Image.Image:
-    """A contact sheet of images (3, TILE, TILE) with their captions; the last row of the sheet shows the regions too."""
+    """A contact sheet of images (3, TILE, TILE) with their captions, in the last row also with their regions."""
     step_x, step_y = TILE + GAP, TILE + GAP + CAPTION_LINES * LINE_HEIGHT
     last = (len(rows) - 1) // COLUMNS_OF_TILES
     width = GAP + min(len(rows), COLUMNS_OF_TILES) * step_x

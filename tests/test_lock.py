@@ -879,7 +879,7 @@ BROKEN_GUARDS = {
 
 
 def test_a_damaged_guard_lets_nothing_through(ground):
-    """In the widest configuration, where nothing but the guard says no; one conversation, the guard changes under it."""
+    """In the widest configuration, where nothing but the guard says no; the guard changes within one conversation."""
     ground.settings(open_wide)
     guard = ground.path / ".claude/hooks/guard.py"
     intact = guard.read_text()
@@ -946,7 +946,8 @@ def test_without_python_nothing_passes(ground, tmp_path):
 def test_settings_written_while_it_runs_do_not_take_the_lock_off(ground):
     (ground.path / "run.sh").write_text(
         "#!/bin/bash\n"
-        'echo \'{"disableAllHooks": true, "permissions": {"allow": ["Bash"]}}\' > .claude/settings.local.json\nsleep 3\n'
+        'echo \'{"disableAllHooks": true, "permissions": {"allow": ["Bash"]}}\' > .claude/settings.local.json\n'
+        "sleep 3\n"
     )
     script = [
         call("Bash", command="./run.sh"),

@@ -81,14 +81,16 @@ class Researcher:
     """A model that follows CLAUDE.md: reads, edits, runs, and decides by the last verdict where to go next."""
 
     LADDERS = {  # constant: values to climb while each is kept
-        "LOGIT_SCALE_MAX": ["20.0", "100.0", "200.0"],
-        "LR": ["2e-3", "4e-3", "undefined_name"],
-        "BATCH": ["48", "32"],
-        "WEIGHT_DECAY": ["0.2", "0.4"],
-        "GRAD_CLIP": ["0.5", "0.3"],
-        "EXPERT_PROB": ["0.6", "1.0"],
-        "BETAS": ["(0.9, 0.95)", "(0.9, 0.9)"],
+        "LR": ["0.0", "never"],  # learns nothing
+        "BATCH": ["undefined_name", "never"],  # crashes
+        "WARMUP": ["100_000", "never"],  # learns nothing yet
+        "GRAD_CLIP": ["0.0", "never"],
+        "EMBED_DIM": ["1", "never"],
+        "WEIGHT_DECAY": ["1e30", "never"],  # not finite
+        "STEPS": ["120", "1"],  # the one thing that surely helps the short training of these tests; then too little
+        "PATCH": ["undefined_name"],
     }
+    EXPECTED = ["discarded", "failed", "discarded", "discarded", "discarded", "failed", "kept", "discarded"]
 
     def __init__(self, compact_after: int):
         self.ladders = {k: list(v) for k, v in self.LADDERS.items()}
@@ -129,9 +131,7 @@ class Researcher:
         """Kept: further in that direction. Otherwise: another constant."""
         if self.blocks and self.verdict != "kept":
             del self.ladders[next(iter(self.ladders))]
-        constant = next(k for k, values in self.ladders.items() if values)
-        if constant != next(iter(self.ladders)):
-            del self.ladders[next(iter(self.ladders))]
+        constant = next(iter(self.ladders))
         return constant, self.ladders[constant].pop(0)
 
 
@@ -145,7 +145,10 @@ def test_eight_experiments_and_a_compaction(project, home):
     judged = [project.trailers(f"refs/experiments/{n}") for n in project.experiments()[1:]]
     assert [t["Hypothesis"] for t in judged] == researcher.ideas
     assert [t["Verdict"] for t in judged] == [b["verdict"] for b in researcher.blocks]
-    assert len(judged) == 8 and {t["Verdict"] for t in judged} <= {"kept", "discarded", "failed"}
+    seen = [t["Verdict"] for t in judged]
+    if "120 steps" in researcher.blocks[6]["train"]:  # on a machine too busy for that many, it may not be kept
+        assert seen == researcher.EXPECTED, researcher.blocks
+    assert len(seen) == 8 and "never" not in " ".join(researcher.ideas)
     kept = [t["Hypothesis"] for t in judged if t["Verdict"] == "kept"]
     assert [
         s.split(" (")[0] for s in project.git("log", "-n", str(len(kept)), "--reverse", "--format=%s").splitlines()

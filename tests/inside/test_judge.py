@@ -9,7 +9,7 @@ import pytest
 
 CONTAINER = Path(__file__).resolve().parents[2] / "container"
 sys.path.insert(0, str(CONTAINER))
-import judge
+import judge  # noqa: E402
 
 
 def brute_force(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
