@@ -204,7 +204,7 @@ class Model:
         if not body.get("tools"):
             return "A title"
         blocks = [b for _, b in blocks_of(body)]
-        if blocks[-1].get("text", "").startswith(COMPACTING):
+        if any(b.get("text", "").startswith(COMPACTING) for b in blocks):
             return "<summary>The summary of all that went before.</summary>"
         if any(b.get("text") == "SUBAGENT" for b in blocks[:4]):
             return "I am a subagent."

@@ -687,8 +687,12 @@ class Ground:
         )
         self.log.touch()
         (self.path / "run.sh").write_text(STUB.format(log=self.log))
-        preview = self.path / "data/prints/preview.png"  # a hard link in the fixture
-        preview.write_bytes((preview.read_bytes(), preview.unlink())[0])
+        data = self.path / "data"  # hard links in the fixture; the guard refuses those whatever their name
+        shutil.copytree(data, tmp_path / "data")
+        shutil.rmtree(data)
+        (tmp_path / "data").rename(data)
+        for name in ("Train.py", "Scratchpad.md"):
+            (self.path / name).write_text("other files\n")
         for folder in (self.path / "sub", self.path / "data/.hidden", self.path / "runs/session", self.out):
             folder.mkdir(parents=True, exist_ok=True)
         for name in (

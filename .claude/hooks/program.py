@@ -17,8 +17,6 @@ from pathlib import Path
 HEADING = re.compile(r"##\s+(.*\S)\s*$")
 PHASE = re.compile(r"Phase\s+(\d+)\s*[—–:-]\s*(\S.*)$")
 PAIR = re.compile(r"(?:[-*]\s+)?([A-Za-z_]+)\s*:\s*(.*?)\s*$")
-UNITS = {"experiment": "experiments", "discard": "discards", "hour": "hours"}
-DOMAIN = re.compile(r"(?=.{4,253}$)([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,63}")
 
 
 class ProgramError(ValueError):
@@ -51,84 +49,38 @@ class Program:
     cooldown: int = 0
 
 
-def whole(low: int, high: int):
-    def parse(text: str) -> int:
-        m = re.fullmatch(r"(\d+)\s*(s|seconds)?", text)
-        if not m or not low <= int(m[1]) <= high:
-            raise ValueError(f"want a whole number from {low} to {high}")
-        return int(m[1])
-
-    return parse
-
-
-def number(text: str) -> float:
-    if not re.fullmatch(r"\d+(\.\d+)?", text):
-        raise ValueError("want a number, such as 2")
-    return float(text)
-
-
-def one_of(*choices: str):
-    def parse(text: str) -> str:
-        if text not in choices:
-            raise ValueError("want " + " or ".join(choices))
-        return text
-
-    return parse
-
-
-def matching(pattern: str, want: str):
-    def parse(text: str) -> str:
-        if not re.fullmatch(pattern, text):
-            raise ValueError(f"want {want}")
-        return text
-
-    return parse
-
-
-def memory(text: str) -> str:
-    m = re.fullmatch(r"(\d+)\s*([GgMm])[Bb]?", text)
-    if not m or int(m[1]) * (1024 if m[2] in "Gg" else 1) < 512:
-        raise ValueError("want a size of at least 512 MB, such as 8 GB")
-    return m[1] + m[2].lower()
-
-
-def amounts(*units: str):
-    """'12 experiments, 6 discards' -> {"experiments": 12, "discards": 6}."""
-
-    def parse(text: str) -> dict:
-        found = {}
-        for part in text.split(","):
-            m = re.fullmatch(r"(\d+(?:\.\d+)?)\s+([a-z]+)", part.strip())
-            unit = UNITS.get(m[2].rstrip("s")) if m else None
-            if unit not in units or unit in found or (unit != "hours" and "." in m[1]):
-                raise ValueError("want " + " or ".join(f"'12 {u}'" for u in units) + ", separated by a comma")
-            found[unit] = float(m[1]) if unit == "hours" else int(m[1])
-        return found
-
-    return parse
-
-
-def domains(text: str) -> list:
-    found = [d.strip() for d in text.split(",")]
-    if not all(DOMAIN.fullmatch(d) for d in found):
-        raise ValueError("want domain names separated by commas, such as arxiv.org, github.com")
+def amounts(text: str) -> dict:
+    """'12 experiments, 6 discards' -> {"experiments": 12, "discards": 6}; hours may be fractions."""
+    pairs = [part.split() for part in text.split(",")]
+    found = {unit.rstrip("s") + "s": float(n) if "hour" in unit else int(n) for n, unit in pairs}
+    if len(found) < len(pairs):
+        raise ValueError("the same unit twice")
     return found
 
 
+def several(amount: str) -> str:
+    return rf"{amount}(\s*,\s*{amount})*"
+
+
+COUNT, DISCARDS, HOURS = r"\d+ experiments?", r"\d+ discards?", r"\d+(\.\d+)? hours?"
+DOMAIN = r"([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,63}"
+SECONDS = (r"\d{1,5}( ?s| seconds)?", lambda t: int(re.match(r"\d+", t)[0]))
+# key: what a value looks like, how it is read, what to say when it does not
 SETTINGS = {
-    "data": matching(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,40}", "the name of a folder in data/"),
-    "metric": one_of("mean_rank", "median_rank"),
-    "budget": whole(1, 86400),
-    "memory": memory,
-    "confirm_below": number,
-    "stop": amounts("experiments", "hours"),
-    "cooldown": whole(0, 86400),
+    "data": (r"[A-Za-z0-9][A-Za-z0-9_.-]{0,40}", str, "the name of a folder in data/"),
+    "metric": (r"mean_rank|median_rank", str, "mean_rank or median_rank"),
+    "budget": (r"[1-9]" + SECONDS[0].replace("1,5", "0,4"), SECONDS[1], "a whole number from 1 to 99999, in seconds"),
+    "memory": (r"\d+ ?[Gg][Bb]?|(\d{4,}|[5-9]\d\d) ?[Mm][Bb]?", lambda t: t.replace(" ", "").lower().rstrip("b"),
+               "a size of at least 500 MB, such as 8 GB"),
+    "confirm_below": (r"\d+(\.\d+)?", float, "a number of sigmas, such as 2"),
+    "stop": (several(f"({COUNT}|{HOURS})"), amounts, "'40 experiments', '9.5 hours', or both with a comma"),
+    "cooldown": (*SECONDS, "a whole number of seconds"),
 }
 PHASE_KEYS = {
-    "until": amounts("experiments", "discards"),
-    "web": domains,
-    "patience": whole(0, 100),
-    "changes": one_of("one", "many"),
+    "until": (several(f"({COUNT}|{DISCARDS})"), amounts, "'12 experiments', '6 discards', or both with a comma"),
+    "web": (several(DOMAIN), lambda t: re.split(r"\s*,\s*", t), "domain names, such as arxiv.org, github.com"),
+    "patience": (r"\d{1,2}", int, "a whole number below 100"),
+    "changes": (r"one|many", str, "one or many"),
 }
 
 
@@ -185,10 +137,11 @@ def take(target: dict, keys: dict, key: str, value: str, n: int) -> None:
                            "(prose goes after an empty line)")
     if key in target:
         raise ProgramError(f"program.md line {n}: a second '{key}'")
+    pattern, convert, want = keys[key]
     try:
-        target[key] = keys[key](value)
-    except ValueError as e:
-        raise ProgramError(f"program.md line {n}: {key}: {value[:60] or '(empty)'}: {e}") from None
+        target[key] = convert(re.fullmatch(pattern, value)[0])
+    except (TypeError, ValueError):
+        raise ProgramError(f"program.md line {n}: {key}: {value[:60] or '(empty)'}: want {want}") from None
 
 
 def read(path: Path) -> Program:

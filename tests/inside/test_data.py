@@ -1,9 +1,6 @@
 """Tests of prepare_data.py and container/prints.py. They run inside the container image, the repository read-only."""
 
-from __future__ import annotations
-
 import json
-import math
 import os
 import random
 import re
@@ -18,75 +15,22 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from conftest import COUNTS, ROOT, SIZE, TINY, Folder, make, prepare_data, read, run_tool, same_regions, stretched
 from PIL import Image, ImageChops, ImageDraw
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from prepare_data import prints
 
-import prepare_data  # noqa: E402
-from prepare_data import prints  # noqa: E402
-
-FIXTURE = ROOT / "tests" / "fixtures" / "odvg"
 NLVR = Path(os.environ.get("SHARED", ROOT.parent / "shared")) / "data" / "nlvr-sample"
-SIZE = 32
-COUNTS = {"train": 40, "val": 12, "test": 9}
-TINY_PRINTS = ["prints", "--size", SIZE, *(f"--{split}={count}" for split, count in COUNTS.items())]
-HIDDEN_SPLITS = ("val", "test")
 PRINTS_OF = {"val": range(40, 52), "test": range(52, 61)}
+DRAWN = [prints.draw(prepare_data.PRINTS_SEED, index, SIZE) for index in range(62)]
 
 
-def run_tool(*arguments: object, umask: int = 0o022) -> subprocess.CompletedProcess[str]:
-    """Runs prepare_data.py as a user does, but with an empty environment and no home."""
-    command = [sys.executable, "-B", str(ROOT / "prepare_data.py"), *map(str, arguments)]
-    environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, umask=umask)
-
-
-def make(out: Path, *arguments: object, status: int = 0) -> Path:
-    """Makes a data set in this process."""
-    assert prepare_data.main([*map(str, arguments), "--out", str(out), "--processes", "1"]) == status
-    return out
-
-
-def info_of(out: Path) -> dict:
-    return json.loads((out / "info.json").read_text())
-
-
-def read_images(folder: Path) -> np.ndarray:
-    """The images of a table, (n, 3 * SIZE * SIZE) uint8, read without a copy as training reads them."""
-    table = datasets.load_from_disk(folder)
-    chunks = table.data.column("image").chunks
-    return np.concatenate([chunk.flatten().to_numpy(zero_copy_only=True) for chunk in chunks]).reshape(len(table), -1)
-
-
-def same_regions(stored: list[dict], drawn: list[dict]) -> bool:
-    return all(a["phrase"] == b["phrase"] and a["bbox"] == pytest.approx(b["bbox"], abs=1e-6)
-               for a, b in zip(stored, drawn, strict=True))
-
-
-def find_prints(images: np.ndarray) -> list[int]:
-    """Which prints show these pixels? All that can be meant are drawn again to find out."""
-    indices = range(sum(COUNTS.values()) + 1)
-    drawn = {prints.draw(prepare_data.PRINTS_SEED, index, SIZE)[0].tobytes(): index for index in indices}
-    return [drawn[pixels.tobytes()] for pixels in images]
-
-
-def read_orders(out: Path, split: str) -> tuple[list[int], list[int]]:
-    """For every row of the images and of the captions: which pair of the split it comes from."""
-    indices = find_prints(read_images(out / split / "images"))
-    image_order = [index - min(indices) for index in indices]
-    key = np.load(out / f"{split}.key.npy").tolist()
-    return image_order, [image_order[key.index(row)] for row in range(len(key))]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny set of prints, made by the command under a umask that hides everything from others."""
-    out = tmp_path_factory.mktemp("data") / "prints"
-    done = run_tool(*TINY_PRINTS, "--out", out, umask=0o077)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == "train: 40 images\nval: 12 images\ntest: 9 images\n"
-    return out
+def orders(out: Path, split: str) -> tuple[list[int], list[int]]:
+    """Which prints are the rows of the images, and which those of the captions?"""
+    images, captions = (datasets.load_from_disk(out / split / side) for side in ("images", "captions"))
+    assert (list(images.features), list(captions.features)) == (["image"], ["caption"])
+    pixels, texts = [row[0].reshape(-1).tolist() for row in DRAWN], [row[1] for row in DRAWN]
+    return [pixels.index(row) for row in images["image"]], [texts.index(row) for row in captions["caption"]]
 
 
 # The prints
@@ -155,67 +99,59 @@ def test_a_box_is_where_the_motif_is(kind: str) -> None:
 
 
 def test_files_and_info(tiny: Path) -> None:
-    info = info_of(tiny)
-    assert COUNTS | {"format": 1, "name": "prints", "image_size": SIZE} == {key: info[key] for key in
-                                                                           ("format", "name", "image_size", *COUNTS)}
+    info = read(tiny)
+    assert info.items() >= {"format": 1, "name": "prints", "image_size": SIZE, **COUNTS}.items()
     assert len(bytes.fromhex(info["hash"])) == 32 and set(info) >= {"source", "licence", "made_by"}
-    assert [path.name for path in tiny.parent.iterdir()] == ["prints"]
-    hidden = {f"{split}{suffix}" for split in HIDDEN_SPLITS for suffix in ("", ".key.npy", ".regions.json")}
+    hidden = {f"{split}{suffix}" for split in PRINTS_OF for suffix in ("", ".key.npy", ".regions.json")}
     assert {path.name for path in tiny.iterdir()} == {"info.json", "preview.png", "train"} | hidden
+    assert list(tiny.parent.iterdir()) == [tiny]
     for path in [tiny, *tiny.rglob("*")]:  # everybody may read, and no path of this machine is written
         assert stat.S_IMODE(path.stat().st_mode) == (0o755 if path.is_dir() else 0o644)
         assert path.is_dir() or str(tiny.parent).encode() not in path.read_bytes()
 
 
 def test_the_training_table(tiny: Path) -> None:
-    table, images = datasets.load_from_disk(tiny / "train"), read_images(tiny / "train")
+    table = datasets.load_from_disk(tiny / "train")
     assert list(table.features) == ["image", "caption", "regions"]
     assert table.features["image"] == datasets.List(datasets.Value("uint8"), length=3 * SIZE * SIZE)
-    for index, row in enumerate(table):
-        pixels, caption, regions = prints.draw(prepare_data.PRINTS_SEED, index, SIZE)
-        assert row["image"] == pixels.reshape(-1).tolist() == images[index].tolist()
-        assert row["caption"] == caption and same_regions(row["regions"], regions)
-    assert index == COUNTS["train"] - 1
+    chunks = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in table.data.column("image").chunks]
+    images = np.concatenate(chunks).reshape(COUNTS["train"], 3, SIZE, SIZE)
+    for row, image, (pixels, caption, regions) in zip(table, images, DRAWN[:40], strict=True):
+        assert np.array_equal(image, pixels) and row["caption"] == caption and same_regions(row["regions"], regions)
 
 
-@pytest.mark.parametrize("split", HIDDEN_SPLITS)
-def test_the_sides_are_apart_and_the_key_and_the_regions_belong_to_the_images(tiny: Path, split: str) -> None:
-    images, captions = (datasets.load_from_disk(tiny / split / side) for side in ("images", "captions"))
-    assert (list(images.features), list(captions.features)) == (["image"], ["caption"])
-    key = np.load(tiny / f"{split}.key.npy")
-    regions = json.loads((tiny / f"{split}.regions.json").read_text())
-    indices = find_prints(read_images(tiny / split / "images"))
-    assert key.dtype == np.int64 and sorted(key) == list(range(COUNTS[split]))
-    assert len(captions) == len(regions) == COUNTS[split] and sorted(indices) == list(PRINTS_OF[split])
-    for row, index in enumerate(indices):
-        _, caption, drawn = prints.draw(prepare_data.PRINTS_SEED, index, SIZE)
-        assert captions[int(key[row])]["caption"] == caption and same_regions(regions[row], drawn)
+@pytest.mark.parametrize("split", PRINTS_OF)
+def test_the_key_and_the_regions_belong_to_the_images(tiny: Path, split: str) -> None:
+    images, captions = orders(tiny, split)
+    key, regions = np.load(tiny / f"{split}.key.npy"), json.loads((tiny / f"{split}.regions.json").read_text())
+    assert sorted(images) == list(PRINTS_OF[split]) and key.dtype == np.int64
+    assert images == [captions[place] for place in key]
+    assert all(same_regions(stored, DRAWN[index][2]) for stored, index in zip(regions, images, strict=True))
 
 
 def test_both_sides_are_shuffled_differently_and_by_the_content(tiny: Path, tmp_path: Path) -> None:
     """With one print more for training, validation has as many prints as before, but others."""
-    other = make(tmp_path / "other", *TINY_PRINTS, "--train", COUNTS["train"] + 1)
-    in_order = list(range(COUNTS["val"]))
-    orders = [in_order, *read_orders(tiny, "val"), *read_orders(other, "val")]
-    assert all(sorted(order) == in_order for order in orders)
-    assert len(set(map(tuple, orders))) == 5
+    images, captions = orders(tiny, "val")
+    others = orders(make(tmp_path / "other", *TINY, "--train", COUNTS["train"] + 1), "val")
+    found = [PRINTS_OF["val"], images, captions, *([index - 1 for index in other] for other in others)]
+    assert len({tuple(order) for order in found}) == 5
 
 
 def test_the_same_input_gives_the_same_hash_and_another_size_or_count_another(tiny: Path, tmp_path: Path) -> None:
-    make(tmp_path / "one", *TINY_PRINTS)
-    assert run_tool(*TINY_PRINTS, "--processes", "3", "--out", tmp_path / "three").returncode == 0
+    make(tmp_path / "one", *TINY)
+    assert run_tool(*TINY, "--processes", "3", "--out", tmp_path / "three").returncode == 0
     for file in ("info.json", "val.key.npy", "test.key.npy", "val.regions.json", "preview.png"):
-        assert (tmp_path / "one" / file).read_bytes() == (tiny / file).read_bytes()
-        assert (tmp_path / "three" / file).read_bytes() == (tiny / file).read_bytes()
-    larger = make(tmp_path / "larger", *TINY_PRINTS, "--size", SIZE + 1)
-    fewer = make(tmp_path / "fewer", *TINY_PRINTS, "--test", COUNTS["test"] - 1)
-    assert len({info_of(out)["hash"] for out in (tiny, larger, fewer)}) == 3
+        contents = {(out / file).read_bytes() for out in (tiny, tmp_path / "one", tmp_path / "three")}
+        assert len(contents) == 1, file
+    larger = make(tmp_path / "larger", *TINY, "--size", SIZE + 1)
+    fewer = make(tmp_path / "fewer", *TINY, "--test", COUNTS["test"] - 1)
+    assert len({read(out)["hash"] for out in (tiny, larger, fewer)}) == 3
 
 
 def test_the_preview_is_a_sheet_of_prints(tiny: Path, tmp_path: Path) -> None:
     with Image.open(tiny / "preview.png") as sheet:
         assert sheet.width > 4 * prints.TILE and len(sheet.getcolors(1 << 24)) > 10_000
-    with Image.open(make(tmp_path / "one", *TINY_PRINTS, "--train", 1) / "preview.png") as sheet:
+    with Image.open(make(tmp_path / "one", *TINY, "--train", 1) / "preview.png") as sheet:
         assert sheet.width < 2 * prints.TILE
 
 
@@ -224,13 +160,12 @@ def test_the_preview_is_a_sheet_of_prints(tiny: Path, tmp_path: Path) -> None:
 
 def test_an_empty_folder_is_used_and_a_full_one_left_alone(tmp_path: Path, capsys) -> None:
     (tmp_path / "prints").mkdir()
-    make(tmp_path / "prints", *TINY_PRINTS)
-    before = sorted(tmp_path.rglob("*"))
-    make(tmp_path / "prints", *TINY_PRINTS, status=1)
-    make(tmp_path / "missing" / "prints", *TINY_PRINTS, status=1)
-    errors = capsys.readouterr().err
-    assert "prints is not an empty folder; remove it" in errors and "missing is not a folder; make it first" in errors
-    assert sorted(tmp_path.rglob("*")) == before
+    before = sorted(make(tmp_path / "prints", *TINY).rglob("*"))
+    make(tmp_path / "prints", *TINY, status=1)
+    assert "prints is not an empty folder; remove it" in capsys.readouterr().err
+    make(tmp_path / "missing" / "prints", *TINY, status=1)
+    assert "missing is not a folder; make it first" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "prints", *before]
 
 
 def test_a_killed_run_leaves_no_data_set_and_the_next_run_cleans_up(tmp_path: Path) -> None:
@@ -242,25 +177,23 @@ def test_a_killed_run_leaves_no_data_set_and_the_next_run_cleans_up(tmp_path: Pa
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert partial.exists() and not out.exists()
-    make(out, *TINY_PRINTS)
-    assert [path.name for path in tmp_path.iterdir()] == ["prints"]
+    assert list(tmp_path.iterdir()) == [partial]
+    make(out, *TINY)
+    assert list(tmp_path.iterdir()) == [out]
 
 
-def no_space(_: object) -> None:
-    raise OSError(28, "No space left on device")
+def test_a_failure_on_the_way_leaves_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(prints, "draw_sheet", lambda rows: Path("/dev/full").write_text("?"))
+    make(tmp_path / "prints", *TINY, status=1)
+    monkeypatch.setattr(prints, "TILE", 0)
+    monkeypatch.setattr(prepare_data.operator, "call", die)
+    make(tmp_path / "prints", *TINY, status=1)
+    errors = capsys.readouterr().err
+    assert "No space left on device" in errors and "try fewer --processes" in errors and not list(tmp_path.iterdir())
 
 
-def kill_worker(*_: object) -> None:
+def die(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.parametrize(("function", "failure", "message"), [
-    ("draw_sheet", no_space, "No space left on device"), ("draw", kill_worker, "try fewer --processes")])
-def test_a_failure_on_the_way_leaves_nothing(function, failure, message, tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(prints, function, failure)
-    make(tmp_path / "prints", *TINY_PRINTS, status=1)
-    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -280,36 +213,113 @@ def test_wrong_arguments(arguments: list[str], message: str, tmp_path: Path, cap
 # Your own images
 
 
-class Folder:
-    """A copy of the fixture that can be spoilt."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = shutil.copytree(FIXTURE, path)
-        self.images = path / "images"
-
-    def lines(self, split: str) -> list[dict]:
-        return [json.loads(line) for line in (self.path / f"{split}.jsonl").read_text().splitlines()]
-
-    def change(self, split: str, number: int, **changes: object) -> None:
-        """Changes keys of a line (counted from 1), or of the grounding in it."""
-        lines = self.lines(split)
-        for key, value in changes.items():
-            (lines[number - 1]["grounding"] if key in ("caption", "regions") else lines[number - 1])[key] = value
-        (self.path / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-    def image(self, split: str, number: int) -> Path:
-        return self.images / self.lines(split)[number - 1]["filename"]
-
-    def make(self, name: str = "mine", status: int = 0) -> Path:
-        return make(self.path.parent / name, "mine", "--odvg", self.path, "--size", SIZE, status=status)
-
-    def failure(self, capsys) -> list[str]:
-        """The lines on stderr of a run that must fail and leave nothing."""
-        self.make(status=1)
-        assert list(self.path.parent.iterdir()) == [self.path]
-        return [line for line in capsys.readouterr().err.splitlines() if not line.endswith(" images")]
+def test_own_images(folder: Folder) -> None:
+    out = folder.make()
+    assert read(out).items() >= {"name": "mine", "image_size": SIZE, "train": 12, "val": 4, "test": 4}.items()
+    for line, row in zip(folder.lines("train"), datasets.load_from_disk(out / "train"), strict=True):
+        want = [{"phrase": region["phrase"], "bbox": np.divide(region["bbox"], (400, 100, 400, 100)).tolist()}
+                for region in line["grounding"]["regions"]]
+        assert row["caption"] == line["grounding"]["caption"] and same_regions(row["regions"], want)
+        assert row["image"] == stretched(folder.images / line["filename"])
+    for split in PRINTS_OF:
+        images, captions = (datasets.load_from_disk(out / split / side) for side in ("images", "captions"))
+        key = np.load(out / f"{split}.key.npy").tolist()
+        for line in folder.lines(split):
+            row = list(images["image"]).index(stretched(folder.images / line["filename"]))
+            assert captions[key[row]]["caption"] == line["grounding"]["caption"]
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Folder:
-    return Folder(tmp_path / "odvg")
+def test_own_images_give_the_same_hash_again_and_another_one_after_any_change(folder: Folder) -> None:
+    hashes = [read(folder.make(name))["hash"] for name in ("a", "b")]
+    folder.change("val", 2, caption="Something else")
+    hashes.append(read(folder.make("c"))["hash"])
+    folder.change("train", 1, regions=[])
+    hashes.append(read(folder.make("d"))["hash"])
+    folder.picture("turned.png", "test", 3, Image.open(folder.image("test", 3)).transpose(Image.Transpose.ROTATE_180))
+    hashes.append(read(folder.make("e"))["hash"])
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 4
+
+
+def test_no_regions_paper_under_transparency_and_boxes_cut_to_the_image(folder: Folder) -> None:
+    clear = Image.new("RGBA", (400, 100), (255, 0, 0, 0))
+    clear.paste((0, 0, 255, 255), (200, 0, 400, 100))
+    folder.picture("clear.png", "train", 1, clear)
+    folder.change("train", 1, regions=[])
+    folder.change("train", 2, regions=[{"phrase": "all", "bbox": [-1, -0.5, 400.4, 101]}])
+    first, second = datasets.load_from_disk(folder.make() / "train").select(range(2))
+    image = np.array(first["image"]).reshape(3, SIZE, SIZE)
+    assert (image[:, 5, 2].tolist(), image[:, 5, SIZE - 3].tolist()) == ([255, 255, 255], [0, 0, 255])
+    assert (first["regions"], second["regions"]) == ([], [{"phrase": "all", "bbox": [0, 0, 1, 1]}])
+
+
+NOISE = Image.effect_noise((400, 100), 80)
+BROKEN = [
+    (lambda f: f.image("val", 2).unlink(), "val.jsonl line 2: image .* is not in images/; add it"),
+    (lambda f: f.image("val", 2).write_text("?"), "val.jsonl line 2: image .* cannot be decoded .*; replace it"),
+    (lambda f: f.picture("a.png", "val", 3, NOISE, 20000), "val.jsonl line 3: image 'a.png' cannot be decoded"),
+    (lambda f: f.picture("a.jpg", "val", 3, NOISE, 2000), "val.jsonl line 3: image 'a.jpg' cannot be decoded"),
+    (lambda f: f.picture("a.png", "val", 2, Image.new("I;16", (400, 100))), "val.jsonl line 2: .* 8 bits a channel"),
+    (lambda f: f.change("test", 1, width=200, regions=[]),
+     "test.jsonl line 1: image .* has 400x100 pixels, not 200x100; correct width and height"),
+    (lambda f: f.change("test", 1, width=None), r"test.jsonl line 1: width and height are \(None, 100\)"),
+    (lambda f: f.change("val", 4, grounding=None), "val.jsonl line 4: write filename, width, height, grounding"),
+    (lambda f: f.text("val", b'"filename"', b'"file"'), r"val.jsonl line 1: write .*KeyError\('filename'\)"),
+    (lambda f: f.change("train", 12, caption=" "), "train.jsonl line 12: the caption is ' '; write a text"),
+    (lambda f: f.change("train", 2, caption=["a"]), r"train.jsonl line 2: the caption is \['a'\]; write a text"),
+    (lambda f: f.change("train", 2, caption=None), "train.jsonl line 2: the caption is None; write a text"),
+    (lambda f: f.text("train", b"}}\n", b"}\n"), "train.jsonl line 1: not JSON .*; write one object per line"),
+    (lambda f: f.text("train", b": ", b": \xff"), "train.jsonl line 1: not JSON"),
+    (lambda f: (f.change("val", 2, caption=""), f.text("val", b"\n", b"\n\n \n")), "val.jsonl line 4: the caption"),
+    (lambda f: f.change("val", 1, regions=None), "val.jsonl line 1: write .*, the list empty where there are none"),
+    (lambda f: f.change("val", 1, regions=["a"]), "val.jsonl line 1: write .*phrase, bbox"),
+    (lambda f: f.box(0, 0, 9, 9, phrase=""), "val.jsonl line 1: the phrase of region 1 is ''; write a text"),
+    (lambda f: f.box(380, 0, 410, 9),
+     r"val.jsonl line 1: bbox \[380, 0, 410, 9\] of region 1 leaves the image of 400x100 pixels; cut it"),
+    (lambda f: f.box(0, -9, 9, 9), "val.jsonl line 1: .* leaves the image"),
+    (lambda f: f.box(float("nan"), 0, 9, 9), "val.jsonl line 1: .* leaves the image"),
+    (lambda f: f.box(5, 5, 5, 9), "val.jsonl line 1: .* has no area; write"),
+    (lambda f: f.box(300, 80, 60, 20), "val.jsonl line 1: .* has no area"),
+    (lambda f: f.box("0", 0, 9, 9), "val.jsonl line 1: .* is not four numbers"),
+    (lambda f: f.box(0, 0, 9), "val.jsonl line 1: .* is not four numbers"),
+    (lambda f: f.change("train", 9, filename=f.image("train", 4).name), "train.jsonl line 9: .* in train.jsonl line 4"),
+    (lambda f: f.change("test", 2, filename="./" + f.image("train", 4).name),
+     "test.jsonl line 2: image .* was used before, in train.jsonl line 4; keep one"),
+    (lambda f: f.picture("copy.bmp", "test", 2, Image.open(f.image("train", 4)).convert("RGB")),
+     "test.jsonl line 2: .* shows the same as that of train.jsonl line 4; keep it in one split only"),
+    (lambda f: f.outside(link=False), "val.jsonl line 1: image '../outside.png' leaves the folder images/"),
+    (lambda f: f.outside(link=True), "val.jsonl line 1: image .* leaves the folder images/; put it there"),
+    (lambda f: f.change("val", 1, filename="/etc/passwd"), "val.jsonl line 1: image '/etc/passwd' leaves the folder"),
+    (lambda f: f.change("val", 1, filename=None), "val.jsonl line 1: image None is not in images/"),
+    (lambda f: f.change("val", 1, filename="."), "val.jsonl line 1: image '.' is not in images/"),
+    (lambda f: (f.path / "val.jsonl").write_text("\n"), "val.jsonl: is empty; every split needs at least one image"),
+    (lambda f: (f.path / "val.jsonl").unlink(), "val.jsonl: cannot be read .*; every split needs its file"),
+    (lambda f: shutil.rmtree(f.images), "images is not a folder; put the images there"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), BROKEN)
+def test_a_problem_is_named_with_its_line_and_nothing_is_written(spoil, message: str, folder: Folder, capsys) -> None:
+    spoil(folder)
+    problem, summary = folder.failure(capsys)
+    assert re.search(message, problem)
+    assert summary == "error: 1 problem; nothing was written"
+
+
+def test_all_problems_are_counted_and_twenty_are_shown(folder: Folder, capsys) -> None:
+    folder.change("train", 1, caption="")
+    folder.image("test", 2).write_bytes(b"broken")
+    first, second, _ = folder.failure(capsys)
+    assert first.startswith("train.jsonl line 1: ") and second.startswith("test.jsonl line 2: ")
+    for number in range(1, 11):
+        folder.change("train", number, regions=[{"phrase": "a thing", "bbox": [0, 0, 999, 9]}] * 2)
+    lines = folder.failure(capsys)
+    assert len(lines) == 21 and lines[-1] == "error: 22 problems (2 more than shown); nothing was written"
+
+
+@pytest.mark.skipif(not NLVR.is_dir(), reason="the sample is not here")
+def test_the_whole_sample(tmp_path: Path) -> None:
+    done = run_tool("nlvr", "--odvg", NLVR, "--out", tmp_path / "nlvr")
+    assert done.returncode == 0, done.stderr
+    assert read(tmp_path / "nlvr").items() >= {"image_size": 96, "train": 461, "val": 99, "test": 99}.items()
+    boxes = [r["bbox"] for row in datasets.load_from_disk(tmp_path / "nlvr" / "train")["regions"] for r in row]
+    assert all(0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1 for x0, y0, x1, y1 in boxes)

@@ -1,0 +1,113 @@
+"""What the tests of prepare_data.py share. They run inside the container image, the repository read-only."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import prepare_data  # noqa: E402
+
+FIXTURE = ROOT / "tests" / "fixtures" / "odvg"
+SIZE = 32
+COUNTS = {"train": 40, "val": 12, "test": 9}
+TINY = ["prints", "--size", SIZE, *(f"--{split}={count}" for split, count in COUNTS.items())]
+
+
+def run_tool(*arguments: object, umask: int = 0o022) -> subprocess.CompletedProcess[str]:
+    """Runs prepare_data.py as a user does, but with an empty environment and no home."""
+    command = [sys.executable, "-B", str(ROOT / "prepare_data.py"), *map(str, arguments)]
+    environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, umask=umask)
+
+
+def make(out: Path, *arguments: object, status: int = 0) -> Path:
+    """Makes a data set in this process."""
+    assert prepare_data.main([*map(str, arguments), "--out", str(out), "--processes", "1"]) == status
+    return out
+
+
+def read(out: Path) -> dict:
+    return json.loads((out / "info.json").read_text())
+
+
+def same_regions(stored: list[dict], want: list[dict]) -> bool:
+    return all(a["phrase"] == b["phrase"] and a["bbox"] == pytest.approx(b["bbox"], abs=1e-6)
+               for a, b in zip(stored, want, strict=True))
+
+
+def stretched(path: Path) -> list[int]:
+    with Image.open(path) as image:
+        square = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    return np.asarray(square).transpose(2, 0, 1).reshape(-1).tolist()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny set of prints, made by the command under a umask that hides everything from others."""
+    out = tmp_path_factory.mktemp("data") / "prints"
+    done = run_tool(*TINY, "--out", out, umask=0o077)
+    assert (done.returncode, done.stderr) == (0, "train: 40 images\nval: 12 images\ntest: 9 images\n")
+    return out
+
+
+class Folder:
+    """A copy of the fixture that can be spoilt."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.images = shutil.copytree(FIXTURE, path), path / "images"
+
+    def lines(self, split: str) -> list[dict]:
+        return [json.loads(line) for line in (self.path / f"{split}.jsonl").read_text().splitlines()]
+
+    def change(self, split: str, number: int, **changes: object) -> None:
+        """Changes keys of a line (counted from 1), or of the grounding in it."""
+        lines = self.lines(split)
+        for key, value in changes.items():
+            (lines[number - 1]["grounding"] if key in ("caption", "regions") else lines[number - 1])[key] = value
+        (self.path / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def box(self, *box: object, phrase: str = "a thing") -> None:
+        self.change("val", 1, regions=[{"phrase": phrase, "bbox": list(box)}])
+
+    def text(self, split: str, old: bytes, new: bytes) -> None:
+        file = self.path / f"{split}.jsonl"
+        file.write_bytes(file.read_bytes().replace(old, new, 1))
+
+    def image(self, split: str, number: int) -> Path:
+        return self.images / self.lines(split)[number - 1]["filename"]
+
+    def picture(self, name: str, split: str, number: int, image: Image.Image, keep: int | None = None) -> None:
+        """Lets a line have another picture, of which only the first bytes are kept."""
+        image.save(self.images / name)
+        (self.images / name).write_bytes((self.images / name).read_bytes()[:keep])
+        self.change(split, number, filename=name)
+
+    def outside(self, link: bool) -> None:
+        path = self.image("val", 1)
+        path.rename(self.path / "outside.png")
+        path.symlink_to("../outside.png") if link else self.change("val", 1, filename="../outside.png")
+
+    def make(self, name: str = "mine", status: int = 0) -> Path:
+        return make(self.path.parent / name, "mine", "--odvg", self.path, "--size", SIZE, status=status)
+
+    def failure(self, capsys) -> list[str]:
+        """The lines on stderr of a run that must fail and leave nothing."""
+        self.make(status=1)
+        assert list(self.path.parent.iterdir()) == [self.path]
+        return [line for line in capsys.readouterr().err.splitlines() if not line.endswith(" images")]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(tmp_path / "odvg")
