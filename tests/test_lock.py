@@ -29,7 +29,8 @@ CLIENTS_OWN_REFUSAL = "<tool_use_error>"  # input it rejects before it asks any 
 CLIENTS_OWN_FILES = re.compile(  # what the client keeps in HOME for itself, whatever the model asks
     r"\.claude\.json|\.claude/(backups/\.claude\.json\.backup\.\d+|projects/[^/]+/[0-9a-f-]{36}\.jsonl"
     r"|plugins/store/[\w-]+\.json|session-env/[0-9a-f-]{36}|shell-snapshots/snapshot-bash-[\w-]+\.sh"
-    r"|file-history/[0-9a-f-]{36}/[0-9a-f]+@v\d+|sessions/\d+\.json|\.last-cleanup)|\.cache/claude-cli-nodejs/[\w-]+/mcp-logs-notes/[\w-]+\.jsonl"
+    r"|file-history/[0-9a-f-]{36}/[0-9a-f]+@v\d+|sessions/\d+\.json|\.last-cleanup)"
+    r"|\.cache/claude-cli-nodejs/[\w-]+/mcp-logs-notes/[\w-]+\.jsonl|\.config/git/ignore"
 )
 STUB = """#!/bin/bash
 printf '%s|%s|%s\\n' "$AR_PROOF" "$PWD" "$*" | tee -a {log}
