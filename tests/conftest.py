@@ -1,4 +1,5 @@
 """Throw-away copies of this repository with tiny data, for tests with the real engine, git, client and trainings."""
+
 from __future__ import annotations
 
 import os
@@ -37,8 +38,16 @@ class Project:
     def run(self, *args: str, env: dict | None = None, timeout: int = 600, **kw) -> subprocess.CompletedProcess:
         """./run.sh ARGS, as a person would, with its output captured."""
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("CLAUDE", "AR_"))}
-        return subprocess.run(["./run.sh", *args], cwd=self.path, env={**clean, **(env or {})}, timeout=timeout,
-                              stdin=subprocess.DEVNULL, capture_output=True, text=True, **kw)
+        return subprocess.run(
+            ["./run.sh", *args],
+            cwd=self.path,
+            env={**clean, **(env or {})},
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            **kw,
+        )
 
     def git(self, *args: str, check: bool = True) -> str:
         done = subprocess.run(["git", *args], cwd=self.path, capture_output=True, text=True)
@@ -64,7 +73,9 @@ class Project:
 
     def hypothesis(self, text: str) -> None:
         pad = self.read("scratchpad.md")
-        self.write("scratchpad.md", re.sub(r"(## Next experiment\n).*?(?=\n## |\Z)", rf"\g<1>{text}\n", pad, flags=re.S))
+        self.write(
+            "scratchpad.md", re.sub(r"(## Next experiment\n).*?(?=\n## |\Z)", rf"\g<1>{text}\n", pad, flags=re.S)
+        )
 
     def experiment(self, hypothesis: str, **kw) -> tuple[subprocess.CompletedProcess, dict]:
         """Write the hypothesis, run, return the process and the result block as a dict."""
@@ -77,12 +88,20 @@ class Project:
         return dict(line.split(": ", 1) for line in lines if ": " in line)
 
     def experiments(self) -> list[int]:
-        return sorted(int(x) for x in self.git("for-each-ref", "--format=%(refname:lstrip=2)", "refs/experiments").split())
+        return sorted(
+            int(x) for x in self.git("for-each-ref", "--format=%(refname:lstrip=2)", "refs/experiments").split()
+        )
 
     def containers(self) -> str:
-        label = subprocess.run(["python3", "-c", "import engine; print(engine.label())"], cwd=self.path / "container",
-                               capture_output=True, text=True).stdout.strip()
-        return subprocess.run([engine(), "ps", "-aq", "--filter", f"label={label}"], capture_output=True, text=True).stdout
+        label = subprocess.run(
+            ["python3", "-c", "import engine; print(engine.label())"],
+            cwd=self.path / "container",
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+        return subprocess.run(
+            [engine(), "ps", "-aq", "--filter", f"label={label}"], capture_output=True, text=True
+        ).stdout
 
 
 def block(text: str) -> dict:
@@ -92,12 +111,16 @@ def block(text: str) -> dict:
 
 
 def engine() -> str:
-    return subprocess.run(["python3", ROOT / "container" / "engine.py", "name"], capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["python3", ROOT / "container" / "engine.py", "name"], capture_output=True, text=True
+    ).stdout.strip()
 
 
 def tracked() -> list[str]:
     """The files that git would carry."""
-    out = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True)
+    out = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True
+    )
     return [name for name in out.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 

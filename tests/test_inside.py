@@ -1,4 +1,5 @@
 """What needs numpy, torch or datasets is tested inside the image, with the sandbox's own flags."""
+
 from __future__ import annotations
 
 import subprocess
@@ -17,8 +18,26 @@ def test_inside_the_image():
     shared = ROOT.parent / "shared"
     if shared.is_dir():
         mounts["/shared"] = shared  # third-party data, where it is there
-    argv = engine.sandbox("ar-test-inside", engine.find_image(), ["env", "SHARED=/shared", "python", "-m", "pytest", "-q",
-                          "-p", "no:cacheprovider", "--basetemp=/tmp/t", "/repo/tests/inside"], memory="6g", limit_s=LIMIT_S, mounts=mounts, gpu=False)
+    argv = engine.sandbox(
+        "ar-test-inside",
+        engine.find_image(),
+        [
+            "env",
+            "SHARED=/shared",
+            "python",
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--basetemp=/tmp/t",
+            "/repo/tests/inside",
+        ],
+        memory="6g",
+        limit_s=LIMIT_S,
+        mounts=mounts,
+        gpu=False,
+    )
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT_S + 60)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout

@@ -1106,6 +1106,8 @@ SEEDS = [
     ".claude/settings.json",
     "/etc/passwd",
     "sub/train.py",
+    "Train.py",
+    "Scratchpad.md",
 ]
 
 

@@ -1,4 +1,5 @@
 """The reader of program.md: what it takes, and the line-numbered errors."""
+
 from __future__ import annotations
 
 import sys
@@ -44,7 +45,12 @@ def test_a_whole_plan():
     assert plan.confirm_below == 1.5 and plan.stop == {"experiments": 40, "hours": 9.5}
     first, second = plan.phases
     assert (first.number, first.name, first.until) == (1, "get the baseline right", {"experiments": 12, "discards": 6})
-    assert (second.name, second.web, second.changes, second.patience) == ("moonshots", ["arxiv.org", "github.com"], "many", 3)
+    assert (second.name, second.web, second.changes, second.patience) == (
+        "moonshots",
+        ["arxiv.org", "github.com"],
+        "many",
+        3,
+    )
     assert second.until == {}
 
 
@@ -59,29 +65,32 @@ def test_fenced_code_is_prose():
     assert len(plan.phases) == 2
 
 
-@pytest.mark.parametrize(("old", "new", "message"), [
-    ("data: prints", "datum: prints", "line 4: unknown key 'datum'"),
-    ("data: prints", "data: ../etc", "line 4: data: ../etc: want the name of a folder"),
-    ("data: prints", "data:", "line 4: data: (empty)"),
-    ("metric: median_rank", "metric: recall", "line 5: metric: recall: want mean_rank or median_rank"),
-    ("300 s", "0", "line 6: budget: 0: want a whole number from 1"),
-    ("300 s", "5 minutes", "line 6: budget: 5 minutes"),
-    ("12 GB", "12 apples", "line 7: memory: 12 apples: want a size"),
-    ("12 GB", "12 MB", "line 7: memory: 12 MB: want a size of at least 500 MB"),
-    ("1.5\n", "-1\n", "line 8: confirm_below: -1: want a number"),
-    ("40 experiments, 9.5 hours", "soon", "line 9: stop: soon"),
-    ("40 experiments, 9.5 hours", "4 hours, 5 hours", "line 9: stop"),
-    ("12 experiments, 6 discards", "12 hours", "line 15: until: 12 hours: want '12 experiments', '6 discards'"),
-    ("12 experiments, 6 discards", "1.5 experiments", "line 15: until: 1.5 experiments"),
-    ("cooldown: 5", "cooldown: 5\ndata: prints", "line 11: a second 'data'"),
-    ("## Phase 2 - moonshots", "## Phase two", "line 22: want '## Phase N — name'"),
-    ("## Phase 2 - moonshots", "## Phase 2 — get the baseline right", "line 22: a second phase named"),
-    ("arxiv.org, github.com", "https://arxiv.org", "line 23: web: https://arxiv.org: want domain names"),
-    ("arxiv.org, github.com", "127.0.0.1", "line 23: web"),
-    ("changes: many", "changes: some", "line 24: changes: some: want one or many"),
-    ("## Settings", "## Setting", "no '## Settings' section"),
-    ("## Something else", "## Settings", "line 19: a second '## Settings'"),
-])
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("data: prints", "datum: prints", "line 4: unknown key 'datum'"),
+        ("data: prints", "data: ../etc", "line 4: data: ../etc: want the name of a folder"),
+        ("data: prints", "data:", "line 4: data: (empty)"),
+        ("metric: median_rank", "metric: recall", "line 5: metric: recall: want mean_rank or median_rank"),
+        ("300 s", "0", "line 6: budget: 0: want a whole number from 1"),
+        ("300 s", "5 minutes", "line 6: budget: 5 minutes"),
+        ("12 GB", "12 apples", "line 7: memory: 12 apples: want a size"),
+        ("12 GB", "12 MB", "line 7: memory: 12 MB: want a size of at least 500 MB"),
+        ("1.5\n", "-1\n", "line 8: confirm_below: -1: want a number"),
+        ("40 experiments, 9.5 hours", "soon", "line 9: stop: soon"),
+        ("40 experiments, 9.5 hours", "4 hours, 5 hours", "line 9: stop"),
+        ("12 experiments, 6 discards", "12 hours", "line 15: until: 12 hours: want '12 experiments', '6 discards'"),
+        ("12 experiments, 6 discards", "1.5 experiments", "line 15: until: 1.5 experiments"),
+        ("cooldown: 5", "cooldown: 5\ndata: prints", "line 11: a second 'data'"),
+        ("## Phase 2 - moonshots", "## Phase two", "line 22: want '## Phase N — name'"),
+        ("## Phase 2 - moonshots", "## Phase 2 — get the baseline right", "line 22: a second phase named"),
+        ("arxiv.org, github.com", "https://arxiv.org", "line 23: web: https://arxiv.org: want domain names"),
+        ("arxiv.org, github.com", "127.0.0.1", "line 23: web"),
+        ("changes: many", "changes: some", "line 24: changes: some: want one or many"),
+        ("## Settings", "## Setting", "no '## Settings' section"),
+        ("## Something else", "## Settings", "line 19: a second '## Settings'"),
+    ],
+)
 def test_errors_name_the_line_and_what_is_wanted(old: str, new: str, message: str):
     assert PLAN.count(old) == 1
     with pytest.raises(program.ProgramError, match="^program.md") as error:

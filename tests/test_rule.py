@@ -1,4 +1,5 @@
 """The keep rule: its edges, its estimate of the noise, and what it does to a whole search (DESIGN: about half the bias)."""
+
 from __future__ import annotations
 
 import math
@@ -21,10 +22,21 @@ def times(sigmas: float, s: float = 0.04, base: float = 100.0) -> float:
     return base * math.exp(-sigmas * s)
 
 
-@pytest.mark.parametrize(("candidate", "verdict"), [
-    ([-5.0], "discarded"), ([0.0], "discarded"), ([0.24], "discarded"), ([0.26], "again"), ([1.99], "again"),
-    ([2.01], "kept"), ([9.0], "kept"), ([1.0, -0.6], "discarded"), ([1.0, -0.4], "kept"), ([0.3, 5.0], "kept"),
-])
+@pytest.mark.parametrize(
+    ("candidate", "verdict"),
+    [
+        ([-5.0], "discarded"),
+        ([0.0], "discarded"),
+        ([0.24], "discarded"),
+        ([0.26], "again"),
+        ([1.99], "again"),
+        ([2.01], "kept"),
+        ([9.0], "kept"),
+        ([1.0, -0.6], "discarded"),
+        ([1.0, -0.4], "kept"),
+        ([0.3, 5.0], "kept"),
+    ],
+)
 def test_the_edges_of_the_rule(candidate: list[float], verdict: str):
     assert record.rule([times(c) for c in candidate], [times(0.0)], 0.04, 2.0) == verdict
 
@@ -55,7 +67,9 @@ def search(rng: random.Random, keep, runs: int, remeasure: bool) -> tuple[float,
     incumbent = [rng.gauss(0, NOISE) for _ in range(2)]
     while spent < runs:
         chance = 0.3 * math.exp(-spent / 50) + 0.03
-        effect = -0.3 if spent == 12 else -rng.expovariate(1 / 0.04) if rng.random() < chance else rng.expovariate(1 / 0.05)
+        effect = (
+            -0.3 if spent == 12 else -rng.expovariate(1 / 0.04) if rng.random() < chance else rng.expovariate(1 / 0.05)
+        )
         seen = []
         for _ in range(2):
             seen.append(true + effect + rng.gauss(0, NOISE))

@@ -1,4 +1,5 @@
 """./run.sh with the real engine, real git and real trainings of a few seconds: every verdict, every refusal."""
+
 from __future__ import annotations
 
 import os
@@ -76,7 +77,14 @@ def test_a_change_that_helps_is_kept_and_one_that_hurts_is_reverted(project: Pro
     record = "refs/experiments/3"
     assert "LR = 1e-9" in project.git("show", f"{record}:train.py")
     assert "step " in project.git("show", f"{record}:experiment/train.log")
-    assert len(subprocess.run(["git", "show", f"{record}:experiment/ranks.npy"], cwd=project.path, capture_output=True).stdout) == 128 + 2 * 200 * 4
+    assert (
+        len(
+            subprocess.run(
+                ["git", "show", f"{record}:experiment/ranks.npy"], cwd=project.path, capture_output=True
+            ).stdout
+        )
+        == 128 + 2 * 200 * 4
+    )
     assert "+LR = 1e-9" in project.git("show", record)
     assert project.git("log", "-1", "--format=%s") == "what the user staged"
     assert "an uncommitted line" in project.read("README.md") and project.read("notes.txt") == "mine, untracked"
@@ -125,21 +133,30 @@ def test_a_crash_shows_its_traceback_and_may_be_tried_again(project: Project):
 
 
 def test_load_is_probed_where_its_traceback_may_be_shown(project: Project):
-    project.edit("    checkpoint = torch.load(", "    raise KeyError('positional_embedding')\n    checkpoint = torch.load(")
+    project.edit(
+        "    checkpoint = torch.load(", "    raise KeyError('positional_embedding')\n    checkpoint = torch.load("
+    )
     done, shown = project.experiment("break load")
     assert done.returncode == 1 and shown["reason"].startswith("load:")
     assert "KeyError: 'positional_embedding'" in done.stdout
 
 
-@pytest.mark.parametrize(("code", "reason"), [
-    ("return x * float('nan')", "invalid output: encode_text: NaN or infinity"),
-    ("return x[:, :0]", "invalid output: encode_text: want 200 rows of 1 to 4096"),
-    ("return x[:, :8]", "invalid output: image and text embeddings differ in width"),
-    ("import os; os.path.exists('/data/state.json') and len(texts) > 4 and open('/missing ' + texts[0])",
-     "embedding the validation captions failed: FileNotFoundError at line"),
-])
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("return x * float('nan')", "invalid output: encode_text: NaN or infinity"),
+        ("return x[:, :0]", "invalid output: encode_text: want 200 rows of 1 to 4096"),
+        ("return x[:, :8]", "invalid output: image and text embeddings differ in width"),
+        (
+            "import os; os.path.exists('/data/state.json') and len(texts) > 4 and open('/missing ' + texts[0])",
+            "embedding the validation captions failed: FileNotFoundError at line",
+        ),
+    ],
+)
 def test_what_cannot_be_judged_fails_and_shows_no_caption(project: Project, code: str, reason: str):
-    project.edit("def load(out_dir: str, device: str) -> ECLIP:", f"""def spoil(encode):
+    project.edit(
+        "def load(out_dir: str, device: str) -> ECLIP:",
+        f"""def spoil(encode):
     def spoilt(texts):
         x = encode(texts)
         {code}
@@ -147,8 +164,12 @@ def test_what_cannot_be_judged_fails_and_shows_no_caption(project: Project, code
     return spoilt
 
 
-def load(out_dir: str, device: str) -> ECLIP:""")
-    project.edit("    return model.to(device).eval()", "    model.encode_text = spoil(model.encode_text)\n    return model.to(device).eval()")
+def load(out_dir: str, device: str) -> ECLIP:""",
+    )
+    project.edit(
+        "    return model.to(device).eval()",
+        "    model.encode_text = spoil(model.encode_text)\n    return model.to(device).eval()",
+    )
     done, shown = project.experiment("spoil the output")
     assert (done.returncode, shown["verdict"]) == (1, "failed"), done.stdout + done.stderr
     assert shown["reason"].startswith(reason)
@@ -176,7 +197,9 @@ def test_out_of_memory_is_named(project: Project):
 
 def test_training_sees_the_training_split_and_nothing_else(project: Project):
     """Not the keys, not validation or test, no environment of the caller, no network, no second writable place."""
-    inject(project, """
+    inject(
+        project,
+        """
     import socket, subprocess
     print(subprocess.run("find / -xdev -name '*.arrow' -o -name '*key*.npy' -o -name 'prints*' 2>/dev/null; find /data -name '*.arrow'; env; id -u; "
                          "cat /proc/net/dev; touch /code/x /data/x /harness/x /usr/x",
@@ -185,8 +208,11 @@ def test_training_sees_the_training_split_and_nothing_else(project: Project):
         try: socket.socket(family, socket.SOCK_RAW if family != socket.AF_VSOCK else socket.SOCK_STREAM); print("OPEN", family)
         except OSError as e: print("closed", family, e)
     raise SystemExit("looked around")
-""")
-    done, _ = project.experiment("look around", env={"ANTHROPIC_API_KEY": "sk-secret", "CLAUDE_CODE_MESSAGING_TOKEN": "token-secret"})
+""",
+    )
+    done, _ = project.experiment(
+        "look around", env={"ANTHROPIC_API_KEY": "sk-secret", "CLAUDE_CODE_MESSAGING_TOKEN": "token-secret"}
+    )
     log = project.read("runs/0002.log")
     assert "looked around" in log and "secret" not in log and "OPEN" not in log and "10001" in log
     assert log.count(".arrow") == log.count("/data/data-") and "key.npy" not in log
@@ -194,9 +220,14 @@ def test_training_sees_the_training_split_and_nothing_else(project: Project):
     assert "eth0" not in log and "SEED=" in log
 
 
-@pytest.mark.parametrize(("hypothesis", "message"), [
-    ("", "no hypothesis"), ("write one line here", "no hypothesis"), ("x" * 101, "has 101 characters"),
-])
+@pytest.mark.parametrize(
+    ("hypothesis", "message"),
+    [
+        ("", "no hypothesis"),
+        ("write one line here", "no hypothesis"),
+        ("x" * 101, "has 101 characters"),
+    ],
+)
 def test_without_a_hypothesis_nothing_runs(project: Project, hypothesis: str, message: str):
     project.set("STEPS", "40")
     done, _ = project.experiment(hypothesis)
@@ -206,6 +237,7 @@ def test_without_a_hypothesis_nothing_runs(project: Project, hypothesis: str, me
 
 def test_refusals_name_the_next_step(project: Project):
     """Each is one line, exit 2, and leaves no experiment behind."""
+
     def refused(message: str, env: dict | None = None) -> None:
         done = project.run(env=env)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
@@ -236,7 +268,9 @@ def test_two_runs_at_once_and_a_killed_one(project: Project):
     """The second is refused; after a SIGKILL the next run sweeps the container and works."""
     inject(project, "    time.sleep(60)")
     project.hypothesis("sleep")
-    first = subprocess.Popen(["./run.sh"], cwd=project.path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    first = subprocess.Popen(
+        ["./run.sh"], cwd=project.path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     deadline = time.monotonic() + 90
     while not project.containers() and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -258,14 +292,23 @@ def test_bytes_are_the_same_in_file_run_hash_and_record(project: Project):
     project.git("config", "core.autocrlf", "true")
     project.git("config", "filter.shout.clean", "tr a-z A-Z")
     project.write(".git/info/attributes", "train.py filter=shout\n")
-    text = project.read("train.py").replace("\n", "\r\n", 5) + "\nprint(__import__('hashlib').sha256(open(__file__, 'rb').read()).hexdigest())\n"
+    text = (
+        project.read("train.py").replace("\n", "\r\n", 5)
+        + "\nprint(__import__('hashlib').sha256(open(__file__, 'rb').read()).hexdigest())\n"
+    )
     (project.path / "train.py").write_bytes(text.encode())
     project.hypothesis("odd line ends")
-    before = subprocess.run(["sha256sum", "train.py"], cwd=project.path, capture_output=True, text=True).stdout.split()[0]
-    incumbent = subprocess.run(["git", "cat-file", "blob", "HEAD:train.py"], cwd=project.path, capture_output=True).stdout
+    before = subprocess.run(["sha256sum", "train.py"], cwd=project.path, capture_output=True, text=True).stdout.split()[
+        0
+    ]
+    incumbent = subprocess.run(
+        ["git", "cat-file", "blob", "HEAD:train.py"], cwd=project.path, capture_output=True
+    ).stdout
     project.run()
     assert before in project.read("runs/0002.log")
-    recorded = subprocess.run(["git", "cat-file", "blob", "refs/experiments/2:train.py"], cwd=project.path, capture_output=True).stdout
+    recorded = subprocess.run(
+        ["git", "cat-file", "blob", "refs/experiments/2:train.py"], cwd=project.path, capture_output=True
+    ).stdout
     assert recorded == text.encode()
     after = (project.path / "train.py").read_bytes()
     assert after == (text.encode() if project.trailers("refs/experiments/2")["Verdict"] == "kept" else incumbent)
@@ -273,7 +316,7 @@ def test_bytes_are_the_same_in_file_run_hash_and_record(project: Project):
 
 def test_odd_places(measured: Project, tmp_path):
     """A path with spaces, quotes and unicode, umask 077, a detached HEAD, no git identity, a worktree that shares data."""
-    odd = tmp_path / "it's a \"répo\" dir"
+    odd = tmp_path / 'it\'s a "répo" dir'
     shutil.copytree(measured.path, odd, ignore=shutil.ignore_patterns("data"))
     shutil.copytree(measured.path / "data", odd / "data", copy_function=os.link)
     project = Project(odd)
@@ -285,7 +328,9 @@ def test_odd_places(measured: Project, tmp_path):
     other.set("STEPS", "120")
     other.hypothesis("more steps, from a worktree")
     env = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
-    done = subprocess.run(["sh", "-c", "umask 077; exec ./run.sh"], cwd=other.path, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        ["sh", "-c", "umask 077; exec ./run.sh"], cwd=other.path, env=env, capture_output=True, text=True
+    )
     assert block(done.stdout)["verdict"] == "kept", done.stdout + done.stderr
     assert other.git("log", "-1", "--format=%an") == "autoresearch"
     project.set("LR", "1e-9")
@@ -314,7 +359,10 @@ def test_own_data(measured: Project, tmp_path):
     project.set("STEPS", "10")
     project.git("commit", "-qam", "short")
     sample = ROOT.parent / "shared" / "data" / "nlvr-sample"
-    for name, folder in {"own": ROOT / "tests" / "fixtures" / "odvg", **({"nlvr": sample} if sample.is_dir() else {})}.items():
+    for name, folder in {
+        "own": ROOT / "tests" / "fixtures" / "odvg",
+        **({"nlvr": sample} if sample.is_dir() else {}),
+    }.items():
         done = project.run("data", name, "--odvg", str(folder))
         assert done.returncode == 0, done.stderr
         project.write("program.md", PROGRAM.replace("data: prints", f"data: {name}"))
@@ -330,5 +378,9 @@ def test_own_data(measured: Project, tmp_path):
     shutil.copytree(ROOT / "tests" / "fixtures" / "odvg", broken)
     next((broken / "images").iterdir()).unlink()
     done = project.run("data", "broken", "--odvg", str(broken))
-    assert done.returncode == 1 and ".jsonl line " in done.stderr + done.stdout and not (project.path / "data/broken").exists()
+    assert (
+        done.returncode == 1
+        and ".jsonl line " in done.stderr + done.stdout
+        and not (project.path / "data/broken").exists()
+    )
     assert "no such folder" in project.run("data", "nowhere", "--odvg", str(tmp_path / "nowhere")).stderr

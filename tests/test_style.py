@@ -1,4 +1,5 @@
 """The shape of the code: lint, sizes, no leftovers. Size is a feature (README, design choices)."""
+
 from __future__ import annotations
 
 import json
@@ -13,8 +14,21 @@ PRODUCT_LINES, RUN_LINES, GUARD_LINES, TRAIN_LINES = 2500, 250, 200, 300
 
 
 def test_ruff():
-    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "--config", ROOT / "tests/ruff.toml",
-                           *[f for f in tracked() if f.endswith(".py")]], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "ruff",
+            "check",
+            "--no-cache",
+            "--config",
+            ROOT / "tests/ruff.toml",
+            *[f for f in tracked() if f.endswith(".py")],
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-4000:]
 
 
@@ -31,8 +45,13 @@ def test_sizes():
 
 
 def test_the_host_needs_only_the_standard_library():
-    host = [f for f in tracked() if f.startswith((".claude/hooks/", "container/")) and f.endswith(".py")
-            and Path(f).name not in ("prints.py", "stage.py", "judge.py")]
+    host = [
+        f
+        for f in tracked()
+        if f.startswith((".claude/hooks/", "container/"))
+        and f.endswith(".py")
+        and Path(f).name not in ("prints.py", "stage.py", "judge.py")
+    ]
     ours = {Path(f).stem for f in host}
     for f in host:
         found = set(re.findall(r"^(?:import|from) (\w+)", (ROOT / f).read_text(), re.M))
@@ -52,4 +71,14 @@ def test_settings_are_json_and_the_seccomp_profile_denies_by_default():
     profile = json.loads((ROOT / "container/seccomp.json").read_text())
     allowed = {n for rule in profile["syscalls"] if rule["action"] == "SCMP_ACT_ALLOW" for n in rule["names"]}
     assert profile["defaultAction"] == "SCMP_ACT_ERRNO"
-    assert not allowed & {"ptrace", "unshare", "setns", "mount", "keyctl", "bpf", "io_uring_setup", "process_vm_writev", "clone3"}
+    assert not allowed & {
+        "ptrace",
+        "unshare",
+        "setns",
+        "mount",
+        "keyctl",
+        "bpf",
+        "io_uring_setup",
+        "process_vm_writev",
+        "clone3",
+    }

@@ -5,6 +5,7 @@ usage: python tests/bench/harness.py [RUNS]     (Python with pytest importable, 
 Runs the shipped train.py with a short training on the whole built-in data. Seconds of training are those that PID 1 in
 the sandbox measures from the end of its imports to the end of train.py; everything else of run.sh's wall clock is ours.
 """
+
 from __future__ import annotations
 
 import json
@@ -37,7 +38,12 @@ def experiments(project, runs: int) -> dict:
         if len(result["runs"]) > 1:
             continue  # seen twice: not comparable
         timing = result["runs"][0]["timing"]
-        for key, value in {**timing, "wall": wall, "around": wall - timing["train"], "git and host": wall - timing["total"]}.items():
+        for key, value in {
+            **timing,
+            "wall": wall,
+            "around": wall - timing["train"],
+            "git and host": wall - timing["total"],
+        }.items():
             parts.setdefault(key, []).append(value)
     return {**{k: round(statistics.median(v), 2) for k, v in parts.items()}, "largest output, bytes": max(sizes)}
 
@@ -50,8 +56,14 @@ def guard(project) -> float:
     times = []
     for _ in range(GUARD_CALLS):
         started = time.monotonic()
-        subprocess.run(["sh", "-c", command], input=call, text=True, capture_output=True, check=True,
-                       env={**os.environ, "CLAUDE_PROJECT_DIR": str(project.path)})
+        subprocess.run(
+            ["sh", "-c", command],
+            input=call,
+            text=True,
+            capture_output=True,
+            check=True,
+            env={**os.environ, "CLAUDE_PROJECT_DIR": str(project.path)},
+        )
         times.append((time.monotonic() - started) * 1000)
     return round(statistics.median(times), 1)
 
@@ -69,9 +81,13 @@ def main(runs: int) -> None:
         print(f"guard: {guard(project)} ms a call")
         for key, value in experiments(project, runs).items():
             print(f"{key}: {value}")
-    print(f"lines: {sum(tracked_code().values())} of product code; load now {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+    print(
+        f"lines: {sum(tracked_code().values())} of product code; load now {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    )
 
 
 if __name__ == "__main__":
-    print(f"commit {subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True, text=True).stdout.strip()}")
+    print(
+        f"commit {subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True, text=True).stdout.strip()}"
+    )
     main(int(sys.argv[1]) if len(sys.argv) > 1 else 5)

@@ -42,8 +42,10 @@ def read(out: Path) -> dict:
 
 
 def same_regions(stored: list[dict], want: list[dict]) -> bool:
-    return all(a["phrase"] == b["phrase"] and a["bbox"] == pytest.approx(b["bbox"], abs=1e-6)
-               for a, b in zip(stored, want, strict=True))
+    return all(
+        a["phrase"] == b["phrase"] and a["bbox"] == pytest.approx(b["bbox"], abs=1e-6)
+        for a, b in zip(stored, want, strict=True)
+    )
 
 
 def stretched(path: Path) -> list[int]:

@@ -196,14 +196,17 @@ def die(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["ukiyoe"], "unknown data set ukiyoe; take prints, or give your own with --odvg FOLDER"),
-    (["prints", "--odvg", "x"], "give your own another name"),
-    (["mine", "--odvg", "x", "--train", "5"], "--train: the number of images can be chosen for prints only"),
-    (["prints", "--val", "0"], "counts must be 1 or more"),
-    (["prints", "--size", "8"], "--size must be 16 to 1024"),
-    (["../mine", "--odvg", "x"], "a name is lower-case letters"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ukiyoe"], "unknown data set ukiyoe; take prints, or give your own with --odvg FOLDER"),
+        (["prints", "--odvg", "x"], "give your own another name"),
+        (["mine", "--odvg", "x", "--train", "5"], "--train: the number of images can be chosen for prints only"),
+        (["prints", "--val", "0"], "counts must be 1 or more"),
+        (["prints", "--size", "8"], "--size must be 16 to 1024"),
+        (["../mine", "--odvg", "x"], "a name is lower-case letters"),
+    ],
+)
 def test_wrong_arguments(arguments: list[str], message: str, tmp_path: Path, capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
         make(tmp_path / "out", *arguments)
@@ -217,8 +220,10 @@ def test_own_images(folder: Folder) -> None:
     out = folder.make()
     assert read(out).items() >= {"name": "mine", "image_size": SIZE, "train": 12, "val": 4, "test": 4}.items()
     for line, row in zip(folder.lines("train"), datasets.load_from_disk(out / "train"), strict=True):
-        want = [{"phrase": region["phrase"], "bbox": np.divide(region["bbox"], (400, 100, 400, 100)).tolist()}
-                for region in line["grounding"]["regions"]]
+        want = [
+            {"phrase": region["phrase"], "bbox": np.divide(region["bbox"], (400, 100, 400, 100)).tolist()}
+            for region in line["grounding"]["regions"]
+        ]
         assert row["caption"] == line["grounding"]["caption"] and same_regions(row["regions"], want)
         assert row["image"] == stretched(folder.images / line["filename"])
     for split in PRINTS_OF:
@@ -259,8 +264,10 @@ BROKEN = [
     (lambda f: f.picture("a.png", "val", 3, NOISE, 20000), "val.jsonl line 3: image 'a.png' cannot be decoded"),
     (lambda f: f.picture("a.jpg", "val", 3, NOISE, 2000), "val.jsonl line 3: image 'a.jpg' cannot be decoded"),
     (lambda f: f.picture("a.png", "val", 2, Image.new("I;16", (400, 100))), "val.jsonl line 2: .* 8 bits a channel"),
-    (lambda f: f.change("test", 1, width=200, regions=[]),
-     "test.jsonl line 1: image .* has 400x100 pixels, not 200x100; correct width and height"),
+    (
+        lambda f: f.change("test", 1, width=200, regions=[]),
+        "test.jsonl line 1: image .* has 400x100 pixels, not 200x100; correct width and height",
+    ),
     (lambda f: f.change("test", 1, width=None), r"test.jsonl line 1: width and height are \(None, 100\)"),
     (lambda f: f.change("val", 4, grounding=None), "val.jsonl line 4: write filename, width, height, grounding"),
     (lambda f: f.text("val", b'"filename"', b'"file"'), r"val.jsonl line 1: write .*KeyError\('filename'\)"),
@@ -273,8 +280,10 @@ BROKEN = [
     (lambda f: f.change("val", 1, regions=None), "val.jsonl line 1: write .*, the list empty where there are none"),
     (lambda f: f.change("val", 1, regions=["a"]), "val.jsonl line 1: write .*phrase, bbox"),
     (lambda f: f.box(0, 0, 9, 9, phrase=""), "val.jsonl line 1: the phrase of region 1 is ''; write a text"),
-    (lambda f: f.box(380, 0, 410, 9),
-     r"val.jsonl line 1: bbox \[380, 0, 410, 9\] of region 1 leaves the image of 400x100 pixels; cut it"),
+    (
+        lambda f: f.box(380, 0, 410, 9),
+        r"val.jsonl line 1: bbox \[380, 0, 410, 9\] of region 1 leaves the image of 400x100 pixels; cut it",
+    ),
     (lambda f: f.box(0, -9, 9, 9), "val.jsonl line 1: .* leaves the image"),
     (lambda f: f.box(float("nan"), 0, 9, 9), "val.jsonl line 1: .* leaves the image"),
     (lambda f: f.box(5, 5, 5, 9), "val.jsonl line 1: .* has no area; write"),
@@ -282,10 +291,14 @@ BROKEN = [
     (lambda f: f.box("0", 0, 9, 9), "val.jsonl line 1: .* is not four numbers"),
     (lambda f: f.box(0, 0, 9), "val.jsonl line 1: .* is not four numbers"),
     (lambda f: f.change("train", 9, filename=f.image("train", 4).name), "train.jsonl line 9: .* in train.jsonl line 4"),
-    (lambda f: f.change("test", 2, filename="./" + f.image("train", 4).name),
-     "test.jsonl line 2: image .* was used before, in train.jsonl line 4; keep one"),
-    (lambda f: f.picture("copy.bmp", "test", 2, Image.open(f.image("train", 4)).convert("RGB")),
-     "test.jsonl line 2: .* shows the same as that of train.jsonl line 4; keep it in one split only"),
+    (
+        lambda f: f.change("test", 2, filename="./" + f.image("train", 4).name),
+        "test.jsonl line 2: image .* was used before, in train.jsonl line 4; keep one",
+    ),
+    (
+        lambda f: f.picture("copy.bmp", "test", 2, Image.open(f.image("train", 4)).convert("RGB")),
+        "test.jsonl line 2: .* shows the same as that of train.jsonl line 4; keep it in one split only",
+    ),
     (lambda f: f.outside(link=False), "val.jsonl line 1: image '../outside.png' leaves the folder images/"),
     (lambda f: f.outside(link=True), "val.jsonl line 1: image .* leaves the folder images/; put it there"),
     (lambda f: f.change("val", 1, filename="/etc/passwd"), "val.jsonl line 1: image '/etc/passwd' leaves the folder"),

@@ -1,4 +1,5 @@
 """The judge against a brute-force rank, and what it must refuse. Runs inside the image."""
+
 import json
 import subprocess
 import sys
@@ -58,17 +59,20 @@ def test_the_key_is_used_in_both_directions():
     assert np.array_equal(np.sort(other_way[0]), np.sort(ranks[1]))
 
 
-@pytest.mark.parametrize(("array", "message"), [
-    (np.full((5, 3), np.nan, np.float32), "NaN or infinity"),
-    (np.full((5, 3), np.inf, np.float32), "NaN or infinity"),
-    (np.ones((5, 3)), "want float32"),
-    (np.ones((5, 3), np.complex64), "want float32"),
-    (np.ones(5, np.float32), "want float32"),
-    (np.ones((4, 3), np.float32), "want 5 rows"),
-    (np.ones((5, 0), np.float32), "want 5 rows of 1 to 4096"),
-    (np.ones((5, 4097), np.float32), "want 5 rows of 1 to 4096"),
-    (np.array([[{}] * 3] * 5, object), "not a plain array"),
-])
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.full((5, 3), np.nan, np.float32), "NaN or infinity"),
+        (np.full((5, 3), np.inf, np.float32), "NaN or infinity"),
+        (np.ones((5, 3)), "want float32"),
+        (np.ones((5, 3), np.complex64), "want float32"),
+        (np.ones(5, np.float32), "want float32"),
+        (np.ones((4, 3), np.float32), "want 5 rows"),
+        (np.ones((5, 0), np.float32), "want 5 rows of 1 to 4096"),
+        (np.ones((5, 4097), np.float32), "want 5 rows of 1 to 4096"),
+        (np.array([[{}] * 3] * 5, object), "not a plain array"),
+    ],
+)
 def test_invalid_embeddings(array: np.ndarray, message: str, tmp_path: Path):
     np.save(tmp_path / "a.npy", array)
     with pytest.raises(judge.InvalidOutput, match=message):
@@ -93,10 +97,16 @@ def test_lengths_do_not_count_and_zero_rows_are_allowed(tmp_path: Path):
 
 def test_the_program_prints_metrics_then_ranks(tmp_path: Path):
     rng = np.random.default_rng(3)
-    for name, x in (("key", rng.permutation(20)), ("i", rng.normal(size=(20, 4)).astype(np.float32)),
-                    ("c", rng.normal(size=(20, 4)).astype(np.float32))):
+    for name, x in (
+        ("key", rng.permutation(20)),
+        ("i", rng.normal(size=(20, 4)).astype(np.float32)),
+        ("c", rng.normal(size=(20, 4)).astype(np.float32)),
+    ):
         np.save(tmp_path / f"{name}.npy", x)
-    out = subprocess.run([sys.executable, CONTAINER / "judge.py", *(tmp_path / f"{n}.npy" for n in ("key", "i", "c"))],
-                         capture_output=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, CONTAINER / "judge.py", *(tmp_path / f"{n}.npy" for n in ("key", "i", "c"))],
+        capture_output=True,
+        check=True,
+    ).stdout
     line, _, array = out.partition(b"\n")
     assert json.loads(line)["metrics"]["gallery"] == 20 and array.startswith(b"\x93NUMPY")
