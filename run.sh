@@ -32,8 +32,8 @@ git_write() { setsid --wait git -c core.hooksPath=/dev/null -c core.fsmonitor=fa
 # Claude Code must show that its guard let this very call through; a person types in a terminal.
 require_person_or_proof() {
   [[ -n ${AGENT-} ]] || return 0
-  local -r proof="$RUNS/session/proof.${AR_PROOF//[^A-Za-z0-9_-]/}"
-  [[ -n ${AR_PROOF-} && -f $proof ]] || refuse "called by Claude Code, but its guard did not approve this call: the" \
+  AR_PROOF=${AR_PROOF-} && local -r proof="$RUNS/session/proof.${AR_PROOF//[^A-Za-z0-9_-]/}"
+  [[ -n $AR_PROOF && -f $proof ]] || refuse "called by Claude Code, but its guard did not approve this call: the" \
     "hooks are off or this is a typed '!' command. Start claude in $ROOT with its hooks on, or use a terminal."
   rm -f -- "$proof"
 }

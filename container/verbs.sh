@@ -77,7 +77,7 @@ verb_keep() {
   take_lock
   local from
   from=$(git_ rev-parse -q --verify "refs/experiments/$1") || refuse "there is no experiment $1"
-  BLOB=$(git_ rev-parse "$from:train.py") PAD=$(git_ rev-parse "$from:scratchpad.md")
+  BLOB=$(git_ rev-parse "$from:train.py") PAD=$(git_ hash-object -w --no-filters -- scratchpad.md)
   INCUMBENT=$(git_ rev-parse HEAD:train.py)
   [[ $BLOB != "$INCUMBENT" ]] || refuse "experiment $1 is the incumbent already"
   [[ $(git_ hash-object --no-filters -- train.py) == "$INCUMBENT" ]] || refuse "train.py has uncommitted changes; commit or undo them first"

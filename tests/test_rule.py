@@ -1,4 +1,4 @@
-"""The keep rule: its edges, its estimate of the noise, and what it does to a whole search (DESIGN: about half the bias)."""
+"""The keep rule: its edges, its estimate of the noise, and what it does to a whole search (about half the bias)."""
 
 from __future__ import annotations
 

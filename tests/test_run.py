@@ -201,11 +201,13 @@ def test_training_sees_the_training_split_and_nothing_else(project: Project):
         project,
         """
     import socket, subprocess
-    print(subprocess.run("find / -xdev -name '*.arrow' -o -name '*key*.npy' -o -name 'prints*' 2>/dev/null; find /data -name '*.arrow'; env; id -u; "
+    print(subprocess.run("find / -xdev -name '*.arrow' -o -name '*key*.npy' -o -name 'prints*' 2>/dev/null; "
+                         "find /data -name '*.arrow'; env; id -u; "
                          "cat /proc/net/dev; touch /code/x /data/x /harness/x /usr/x",
                          shell=True, capture_output=True, text=True))
     for family in (socket.AF_VSOCK, socket.AF_PACKET, socket.AF_NETLINK):
-        try: socket.socket(family, socket.SOCK_RAW if family != socket.AF_VSOCK else socket.SOCK_STREAM); print("OPEN", family)
+        kind = socket.SOCK_STREAM if family == socket.AF_VSOCK else socket.SOCK_RAW
+        try: socket.socket(family, kind); print("OPEN", family)
         except OSError as e: print("closed", family, e)
     raise SystemExit("looked around")
 """,
@@ -315,7 +317,7 @@ def test_bytes_are_the_same_in_file_run_hash_and_record(project: Project):
 
 
 def test_odd_places(measured: Project, tmp_path):
-    """A path with spaces, quotes and unicode, umask 077, a detached HEAD, no git identity, a worktree that shares data."""
+    """Spaces, quotes and unicode in the path, umask 077, a detached HEAD, no identity, a worktree that shares data."""
     odd = tmp_path / 'it\'s a "répo" dir'
     shutil.copytree(measured.path, odd, ignore=shutil.ignore_patterns("data"))
     shutil.copytree(measured.path / "data", odd / "data", copy_function=os.link)

@@ -74,8 +74,8 @@ def check(call: dict) -> dict:
         raise Denied(refusal(str(tool)[:60]))
     if not isinstance(given, dict) or set(given) - KEYS[tool]:
         extra = ", ".join(sorted(map(str, set(given) - KEYS[tool]))) if isinstance(given, dict) else "the input"
-        raise Denied(f"leave out {extra[:100]} and call {tool} again: ./run.sh runs in the foreground to its end, and "
-                     "its own limit ends it.")
+        why = ": ./run.sh runs in the foreground, and its own limit ends it" if tool == "Bash" else ""
+        raise Denied(f"leave out {extra[:100]} and call {tool} again{why}.")
     if os.path.realpath(call.get("cwd") or "/") != ROOT:  # relative paths would mean other files
         raise Denied(f"the shell is not in {ROOT}; tell the person to start claude there.")
     if tool == "Bash":

@@ -17,7 +17,6 @@ from pathlib import Path
 
 sys.dont_write_bytecode = True
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import program  # noqa: E402
 import record  # noqa: E402
 
 SESSIONS = record.ROOT / "runs" / "session"
@@ -124,13 +123,14 @@ def main() -> None:
         call = json.loads(sys.stdin.buffer.read())
         event = call["hook_event_name"]
         answer = EVENTS[event](call)
-    except (program.ProgramError, record.Refused) as e:
-        # A plan that cannot be read ends the loop where it is; the person and the agent both see why.
-        text = f"{e}. Tell the person; nothing can run before it is mended."
-        answer = {"systemMessage": text} if event == "Stop" else context(event, text)
+    except Exception as e:
+        # What cannot be read (a mistake in program.md, most often) ends the loop; person and agent both see why.
         if not event:
             print(str(e)[:150])
             return
+        answer = {"systemMessage": f"The loop cannot go on: {e}"}
+        if event != "Stop":
+            answer |= context(event, f"{e}. Tell the person; nothing can run before it is mended.")
     print(json.dumps(answer))
 
 

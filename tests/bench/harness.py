@@ -1,6 +1,6 @@
 """What the harness costs: seconds around a training, bytes the agent reads, milliseconds of the guard, lines of code.
 
-usage: python tests/bench/harness.py [RUNS]     (Python with pytest importable, as in tests/.venv; engine and image ready)
+usage: tests/.venv/bin/python tests/bench/harness.py [RUNS]
 
 Runs the shipped train.py with a short training on the whole built-in data. Seconds of training are those that PID 1 in
 the sandbox measures from the end of its imports to the end of train.py; everything else of run.sh's wall clock is ours.
@@ -82,12 +82,12 @@ def main(runs: int) -> None:
         for key, value in experiments(project, runs).items():
             print(f"{key}: {value}")
     print(
-        f"lines: {sum(tracked_code().values())} of product code; load now {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+    code, load = sum(tracked_code().values()), os.getloadavg()[0]
+    print(f"lines of product code: {code}; load {load:.1f}, {os.cpu_count()} cores")
     )
 
 
 if __name__ == "__main__":
-    print(
-        f"commit {subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True, text=True).stdout.strip()}"
-    )
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    print("commit", head.strip())
     main(int(sys.argv[1]) if len(sys.argv) > 1 else 5)
