@@ -81,10 +81,8 @@ def main(runs: int) -> None:
         print(f"guard: {guard(project)} ms a call")
         for key, value in experiments(project, runs).items():
             print(f"{key}: {value}")
-    print(
     code, load = sum(tracked_code().values()), os.getloadavg()[0]
     print(f"lines of product code: {code}; load {load:.1f}, {os.cpu_count()} cores")
-    )
 
 
 if __name__ == "__main__":
