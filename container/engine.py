@@ -239,22 +239,14 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def main(verb: str, *rest: str) -> None:
-    if verb == "name":
-        print(name())
-    elif verb == "image":
-        print(image())
-    elif verb == "sweep":
-        sweep()
-    elif verb == "data":
-        sys.exit(data(*rest))
-    else:
-        sys.exit(__doc__)
-
+COMMANDS = {"name": lambda: print(name()), "image": lambda: print(image()), "sweep": sweep,
+            "data": lambda *args: sys.exit(data(*args))}
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        sys.exit(__doc__)
     try:
-        main(*sys.argv[1:] or ["help"])
+        COMMANDS[sys.argv[1]](*sys.argv[2:])
     except (EngineError, subprocess.CalledProcessError) as e:
         say(f"run.sh: {e}")
         sys.exit(3 if isinstance(e, MissingTool) else 2)

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.dont_write_bytecode = True
@@ -36,6 +37,7 @@ OUT_SIZE = "2g"  # tmpfs for what training leaves, within the memory limit
 OUT_MAX = 2 << 30  # bytes of archive that leave the sandbox
 ARRAY_MAX = 512 << 20  # bytes of one side's embeddings
 LINE_MAX = 4096  # bytes of a JSON line from a sandbox
+PR_SET_PDEATHSIG = 1
 LOG_HEAD, LOG_TAIL = 256 << 10, 256 << 10  # bytes of the log kept from either end
 
 
@@ -177,7 +179,8 @@ def train(sandbox: Sandbox, work: Path, budget: int, memory: str, log: Path, on_
     """Wait for the training to end; returns what PID 1 said of it. Raises Failed."""
     ready = sandbox.line(IMPORT_LIMIT_S)
     if not ready:
-        raise Failed(f"the sandbox did not start: {tail_of(log)}")
+        sandbox.wait()
+        raise Failed(f"the sandbox did not start: {log.read_bytes()[-300:].decode('utf-8', 'replace').strip()}")
     on_ready(ready)
     end = sandbox.line(budget + GRACE_S)
     if end.get("status") != "ok":
@@ -192,24 +195,16 @@ def train(sandbox: Sandbox, work: Path, budget: int, memory: str, log: Path, on_
     return {**end, "device": ready.get("device", "cpu")}
 
 
-def tail_of(log: Path) -> str:
-    return re.sub(r"[^\x20-\x7e]", " ", log.read_bytes()[-300:].decode("utf-8", "replace")).strip() or "no message"
-
-
-def embed(sandbox: Sandbox, work: Path, side: str, errors: list[str]) -> None:
-    """Send what training left, store this side's array; in a thread of its own, so failures go into a list."""
-    try:
-        sandbox.send(work / "out.tar")
-        end = sandbox.line(EMBED_LIMIT_S + GRACE_S)
-        if end.get("status") != "ok":
-            killed = "out of memory" if end.get("oom") else "killed"
-            what = {"limit": f"longer than {EMBED_LIMIT_S} s", "killed": killed}.get(end.get("status")) or (
-                f"{end.get('error', 'Exception')} at line {end.get('lines', [])}")
-            raise Failed(f"embedding the validation {side} failed: {what} of train.py")
-        with (work / f"{side}.npy").open("wb") as f:
-            sandbox.copy_to(f, ARRAY_MAX, EMBED_LIMIT_S)
-    except Failed as e:
-        errors.append(str(e))
+def embed(sandbox: Sandbox, work: Path, side: str) -> None:
+    """Send what training left, store this side's array. Raises Failed, with no text that train.py could choose."""
+    sandbox.send(work / "out.tar")
+    end = sandbox.line(EMBED_LIMIT_S + GRACE_S)
+    if end.get("status") != "ok":
+        what = {"limit": f"longer than {EMBED_LIMIT_S} s", "killed": "out of memory" if end.get("oom") else "killed"}
+        error = f"{end.get('error', 'Exception')} at line {end.get('lines', [])}"
+        raise Failed(f"embedding the validation {side} failed: {what.get(end.get('status'), error)} of train.py")
+    with (work / f"{side}.npy").open("wb") as f:
+        sandbox.copy_to(f, ARRAY_MAX, EMBED_LIMIT_S)
 
 
 def judge(work: Path, data: Path, image: str, split: str) -> dict:
@@ -255,15 +250,9 @@ def one_run(work: Path, data: Path, budget: int, memory: str, seed: int, log_pat
         trainer.send(None)
         end = train(trainer, work, budget, memory, log_path, on_ready)
         stamps["trained"] = time.monotonic()
-        errors: list[str] = []
-        threads = [threading.Thread(target=embed, args=(s, work, side, errors)) for side, s in sides.items()]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join()
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda side: embed(sides[side], work, side), sides))
         stamps["embedded"] = time.monotonic()
-        if errors:
-            raise Failed(errors[0])
         result |= {"outcome": "ok", "metrics": judge(work, data, image, split), "train": end}
     except Failed as e:
         result |= {"outcome": "failed", "reason": str(e), "train": {}}
@@ -277,24 +266,20 @@ def one_run(work: Path, data: Path, budget: int, memory: str, seed: int, log_pat
     return result
 
 
-def timing(started: float, stamps: dict, result: dict) -> dict:
+def timing(started: float, t: dict, result: dict) -> dict:
     """Seconds of each stage; training is what PID 1 measured after its imports, the rest is the harness's own."""
-    now, t = time.monotonic(), stamps
-    train_s = result["train"].get("seconds", 0.0)
-    out = {"total": now - started, "train": train_s}
+    now = time.monotonic()
+    out = {"total": now - started, "train": result["train"].get("seconds", now - t.get("ready", now))}
     if "embedded" in t:
-        out |= {"start": t["ready"] - started, "collect": t["trained"] - t["ready"] - train_s,
+        out |= {"start": t["ready"] - started, "collect": t["trained"] - t["ready"] - out["train"],
                 "embed": t["embedded"] - t["trained"], "judge": now - t["embedded"]}
     return {k: round(v, 2) for k, v in out.items()}
 
 
-def end_with_parent() -> None:
-    """When run.sh is killed, the kernel sends us SIGTERM, and the containers go at once instead of at their limit."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
 def main(work: str, data: str, budget: str, memory: str, seed: str, log: str) -> None:
+    # When run.sh is killed, the kernel sends us SIGTERM, and the containers go at once instead of at their limit.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     result = one_run(Path(work), Path(data), int(budget), memory, int(seed), Path(log))
     Path(work, "result.json").write_text(json.dumps(result))
 
@@ -302,9 +287,8 @@ def main(work: str, data: str, budget: str, memory: str, seed: str, log: str) ->
 if __name__ == "__main__":
     if len(sys.argv) != 7:
         sys.exit(__doc__)
-    end_with_parent()
     try:
         main(*sys.argv[1:])
     except engine.EngineError as e:
-        print(f"run.sh: {e}", file=sys.stderr)
+        engine.say(f"run.sh: {e}")
         sys.exit(2)
