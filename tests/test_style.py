@@ -10,7 +10,7 @@ from pathlib import Path
 
 from conftest import ROOT, tracked, tracked_code
 
-PRODUCT_LINES, RUN_LINES, GUARD_LINES, TRAIN_LINES = 2500, 250, 200, 300
+HARNESS_LINES, RUN_LINES, GUARD_LINES, TRAIN_LINES = 2570, 250, 200, 300
 
 
 def test_ruff():
@@ -41,7 +41,7 @@ def test_shellcheck():
 def test_sizes():
     sizes = tracked_code()
     assert sizes["run.sh"] <= RUN_LINES and sizes[".claude/hooks/guard.py"] <= GUARD_LINES
-    assert sizes["train.py"] <= TRAIN_LINES and sum(sizes.values()) <= PRODUCT_LINES, sizes
+    assert sizes["train.py"] <= TRAIN_LINES and sum(sizes.values()) - sizes["train.py"] <= HARNESS_LINES, sizes
 
 
 def test_the_host_needs_only_the_standard_library():

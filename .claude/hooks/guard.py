@@ -75,7 +75,7 @@ def check(call: dict) -> dict:
     if not isinstance(given, dict) or set(given) - KEYS[tool]:
         extra = ", ".join(sorted(map(str, set(given) - KEYS[tool]))) if isinstance(given, dict) else "the input"
         why = ": ./run.sh runs in the foreground, and its own limit ends it" if tool == "Bash" else ""
-        raise Denied(f"leave out {extra[:100]} and call {tool} again{why}.")
+        raise Denied(f"leave out {extra[:100]} and call {tool} again{why}. {ABILITIES}")
     if os.path.realpath(call.get("cwd") or "/") != ROOT:  # relative paths would mean other files
         raise Denied(f"the shell is not in {ROOT}; tell the person to start claude there.")
     if tool == "Bash":
