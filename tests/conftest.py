@@ -106,7 +106,7 @@ class Project:
 
 def block(text: str) -> dict:
     """The last result block in run.sh's output."""
-    lines = text.rpartition("---\n")[2].splitlines()
+    lines = re.split(r"^---$", text, flags=re.M)[-1].splitlines()
     return {k: v.strip() for k, _, v in (line.partition(":") for line in lines if not line.startswith("|"))}
 
 
