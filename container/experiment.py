@@ -231,7 +231,7 @@ def one_run(work: Path, data: Path, budget: int, memory: str, seed: int, log_pat
         engine.say("run.sh: warning: this engine enforces no memory and process limits; see ./run.sh doctor")
     image, log, started = engine.find_image(), Log(log_path), time.monotonic()
     stamps, sides, result = {}, {}, {"seed": seed}
-    common, stage = {"image": image, "memory": memory}, ["python", "-I", "/harness/stage.py"]
+    common, stage = {"image": image, "memory": memory}, ["python", "-Iu", "/harness/stage.py"]
     # one script of ours, not its folder: prints.py there could draw the validation pairs again
     code = {"/code/train.py": work / "train.py", "/harness/stage.py": HERE / "stage.py"}
 

@@ -204,7 +204,7 @@ def test_training_sees_the_training_split_and_nothing_else(project: Project):
     print(subprocess.run("find / -xdev -name '*.arrow' -o -name '*key*.npy' -o -name 'prints*' 2>/dev/null; "
                          "find /data -name '*.arrow'; env; id -u; "
                          "cat /proc/net/dev; touch /code/x /data/x /harness/x /usr/x",
-                         shell=True, capture_output=True, text=True))
+                         shell=True, capture_output=True, text=True).stdout)
     for family in (socket.AF_VSOCK, socket.AF_PACKET, socket.AF_NETLINK):
         kind = socket.SOCK_STREAM if family == socket.AF_VSOCK else socket.SOCK_RAW
         try: socket.socket(family, kind); print("OPEN", family)
@@ -351,8 +351,8 @@ def test_a_person_measures_the_incumbent_once_more_and_other_data_is_never_compa
     project.edit("budget: 120", "budget: 119", "program.md")
     project.set("LR", "1e-9")
     done, shown = project.experiment("hardly learn, under another budget")
-    assert shown["verdict"] == "discarded" and done.stdout.count("verdict:") == 2  # a new baseline came first
-    assert "2 runs" in shown["before"] and project.experiments() == [1, 2, 3, 4]
+    assert shown["verdict"] == "discarded" and "2 runs" in shown["before"]
+    assert project.experiments() == [1, 2, 3, 4] and project.trailers("refs/experiments/3")["Verdict"] == "baseline"
 
 
 def test_own_data(measured: Project, tmp_path):
