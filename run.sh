@@ -234,10 +234,10 @@ TEXT
 main() {
   local -r verb=${1-}
   case $verb in
-    '') experiment ;;
+    '') experiment '' ;;
     setup | test | data | keep)
       [[ -z ${AGENT-} ]] || refuse "'$verb' is for a person, in a terminal"
-      # shellcheck source=container/verbs.sh
+      # shellcheck disable=SC1091 source=container/verbs.sh
       . "$ROOT/container/verbs.sh"
       "verb_$verb" "${@:2}"
       ;;

@@ -116,7 +116,7 @@ def sandbox(container: str, image: str, command: list[str], *, memory: str, limi
              "--security-opt", f"seccomp={HERE / 'seccomp.json'}", "--user", caller() if writable else UID,
              "--pids-limit", str(PIDS), "--memory", memory, "--memory-swap", memory, "--cpus", str(os.cpu_count()),
              "--ipc", "private", "--shm-size", SHM_SIZE, "--ulimit", "core=0:0", "--hostname", "sandbox",
-             # threads that wait sleep: spinning, a busy machine trains five times slower (measured)
+             # threads that wait sleep: spinning, a busy machine trained 6 and 9 times slower (two pairs)
              "--env", "OMP_WAIT_POLICY=PASSIVE", "--workdir", "/tmp", "--log-driver", "none", "--pull", "never",
              "--tmpfs", f"/tmp:rw,nosuid,nodev,size={TMP_SIZE},mode=1777"]
     if out_size:
