@@ -138,8 +138,9 @@ class Log:
     def close(self) -> None:
         """Write the end; may be called again."""
         if not self.file.closed:
-            self.file.write(b"\n[... %d bytes left out ...]\n" % self.dropped if self.dropped else b"")
-            self.file.write(self.tail)
+            left_out = self.dropped + max(0, len(self.tail) - LOG_TAIL)
+            self.file.write(b"\n[... %d bytes left out ...]\n" % left_out if left_out else b"")
+            self.file.write(self.tail[-LOG_TAIL:])
             self.file.close()
 
 

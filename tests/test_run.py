@@ -129,7 +129,7 @@ def test_a_crash_shows_its_traceback_and_may_be_tried_again(project: Project):
     inject(project, "    print('\\x1b[2J' + 'x' * 5_000_000); raise SystemExit('gave up')")
     done, shown = project.experiment("crash on purpose")  # the same hypothesis, after a failure
     assert shown["verdict"] == "failed" and "gave up" in done.stdout and "\x1b" not in done.stdout
-    assert os.path.getsize(project.path / "runs/0003.log") < 600_000
+    assert os.path.getsize(project.path / "runs/0003.log") < 530_000  # 256 KiB from either end
 
 
 def test_load_is_probed_where_its_traceback_may_be_shown(project: Project):
