@@ -3,6 +3,8 @@
 
     python prepare_data.py prints --out DIR                the built-in woodblock prints, drawn here
     python prepare_data.py NAME --odvg FOLDER --out DIR    your own images and annotations
+    python prepare_data.py NAME --add trainval --out DIR   to a data set: one table of training and validation pairs
+    python prepare_data.py prints --add audit=K --out DIR  to the prints: as many pairs as for validation, never used
 
 FOLDER holds train.jsonl, val.jsonl, test.jsonl and images/. Every line describes one image:
 
@@ -256,6 +258,45 @@ def store_pairs_apart(table: datasets.Dataset, digest: str, folder: Path, split:
     return key
 
 
+def add_trainval(folder: Path, staging: Path) -> None:
+    """One table of the training and the validation pairs, for ./run.sh final."""
+    images, captions = (datasets.load_from_disk(folder / "val" / side) for side in ("images", "captions"))
+    pairs = images.add_column("caption", list(captions.select(np.load(folder / "val.key.npy"))["caption"]))
+    train = datasets.load_from_disk(folder / "train")
+    regions = json.loads((folder / "val.regions.json").read_text())
+    pairs = pairs.add_column("regions", regions, feature=train.features["regions"]).cast(train.features)
+    datasets.concatenate_datasets([train, pairs]).save_to_disk(staging / "trainval", num_shards=1)
+
+
+def add_audit(folder: Path, staging: Path, number: int) -> None:
+    """Pairs for audit `number`, drawn with indices that no split and no other audit has."""
+    info = json.loads((folder / "info.json").read_text())
+    first = sum(info[split] for split in SPLITS) + number * info["val"]
+    rows = ((f"print {i}", prints.draw(PRINTS_SEED, i, info["image_size"])) for i in range(first, first + info["val"]))
+    rows = tqdm(rows, "audit", info["val"], leave=False, unit=" images", disable=None)
+    table, digest = store_rows(rows, staging / "audit.arrow", info["image_size"], {}, [])
+    store_pairs_apart(table, digest, staging, "audit")
+
+
+def add(options: argparse.Namespace) -> list[str]:
+    """Adds pairs to a data set, in the place of those that an earlier call added."""
+    staging = options.out / "add.partial"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    os.umask(0o022)
+    if options.add == "trainval":
+        add_trainval(options.out, staging)
+    else:
+        add_audit(options.out, staging, int(options.add.removeprefix("audit=")))
+        (staging / "audit.arrow").unlink()
+    for new in sorted(staging.iterdir()):
+        old = options.out / new.name
+        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+        new.rename(old)
+    staging.rmdir()
+    return []
+
+
 def prepare(options: argparse.Namespace) -> list[str]:
     """Writes the data set, completely or, where it returns problems, not at all."""
     out, staging = options.out, options.out.with_name(options.out.name + ".partial")
@@ -283,6 +324,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist yet, or be empty")
     parser.add_argument("--odvg", type=Path, help="folder with train.jsonl, val.jsonl, test.jsonl and images/")
     parser.add_argument("--size", type=int, help="pixels per side")
+    parser.add_argument("--add", help="trainval or audit=NUMBER: add pairs to the data set in --out")
     for split, count in PRINTS_COUNTS.items():
         parser.add_argument(f"--{split}", type=int, help=f"number of {split} images, for prints only ({count})")
     default_processes = max(2, len(os.sched_getaffinity(0)))
@@ -291,11 +333,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     given = [split for split in SPLITS if getattr(options, split) is not None]
     if options.size is not None and options.size not in SIZES:
         parser.error(f"--size must be {SIZES[0]} to {SIZES[-1]}")
+    additions = r"trainval|audit=\d{1,6}" if options.name == "prints" else "trainval"
+    if options.add and not re.fullmatch(additions, options.add):
+        parser.error("--add takes trainval, and for the prints audit=NUMBER")
     if options.processes < 1 or any(getattr(options, split) < 1 for split in given):
         parser.error("counts must be 1 or more")
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", options.name):
         parser.error("a name is lower-case letters, digits, dots, dashes and underscores")
-    if not options.odvg and options.name not in SOURCES:
+    if not options.odvg and not options.add and options.name not in SOURCES:
         known = " or ".join(SOURCES)
         parser.error(f"unknown data set {options.name}; take {known}, or give your own with --odvg FOLDER")
     if options.odvg and options.name in SOURCES:
@@ -309,7 +354,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     datasets.disable_progress_bars()
     try:
-        problems = prepare(options)
+        problems = (add if options.add else prepare)(options)
     except OSError as error:
         problems = [str(error)]
     if not problems:

@@ -84,7 +84,7 @@ record_attempt() {
   fi
   while :; do
     result write "$WORK" "$N" "$kind" "$VERDICT" "$blob" "$IMAGE" "${BY_HAND-}"
-    tree=$(tree_with "$head" "$blob" "$pad" "$WORK/result.json" "$WORK"/run-*/ranks.npy "$(file "$N" log)")
+    tree=$(tree_with "$head" "$blob" "$pad" "$WORK/result.json" "$WORK"/run-*/{ranks,examples}.npy "$(file "$N" log)")
     COMMIT=$(commit_tree "$tree" "$head" "$WORK/message")
     git_write update-ref "refs/experiments/$N" "$COMMIT" 0000000000000000000000000000000000000000 2>/dev/null && break
     git_ rev-parse -q --verify "refs/experiments/$N" >/dev/null || refuse "cannot write refs/experiments/$N (disk full or read-only?)"
@@ -105,7 +105,7 @@ tree_with() {
     printf '100644 %s\ttrain.py\n100644 %s\tscratchpad.md\n' "$2" "$3"
     for f in "${@:4}"; do
       name=${f##*/}
-      case $f in *.log) name=train.log ;; */run-2/*) name=ranks-2.npy ;; esac
+      case $f in *.log) name=train.log ;; */run-2/*) name=${name/./-2.} ;; esac
       [[ ! -f $f ]] || printf '100644 %s\texperiment/%s\n' "$(git_ hash-object -w --no-filters "$f")" "$name"
     done
   } | git_ update-index --add --index-info
@@ -151,6 +151,12 @@ restore_file() {
   git_ cat-file blob HEAD:train.py >"$RUNS/train.py.new" && mv -f "$RUNS/train.py.new" train.py
 }
 
+clean_up_at_the_end() {
+  trap 'rm -f -- "$RUNS/running.json"; rm -rf -- "$RUNS"/work.*; py container/engine.py sweep' EXIT
+  trap 'exit 143' INT TERM HUP
+}
+newest() { git_ for-each-ref --format='%(refname:lstrip=2)' refs/experiments/ | sort -n | tail -n 1; }
+
 # What a killed run left: containers, temporary files, stale locks on our refs, a verdict not carried out.
 recover() {
   py container/engine.py sweep
@@ -165,7 +171,7 @@ recover() {
     rm -f -- "$lock" && say "run.sh: removed $lock, left by a git that was killed"
   done
   # a record of this worktree that never reached its history file was not carried out to the end
-  last=$(git_ for-each-ref --format='%(refname:lstrip=2)' refs/experiments/ | sort -n | tail -n 1)
+  last=$(newest)
   if [[ -n $last && -f $(file "$last" log) ]] && ! grep -qs "^$last"$'\t' "$RUNS/experiments.tsv"; then
     WORK=$(mktemp -d "$RUNS/work.XXXXXX")
     finish "refs/experiments/$last"
@@ -196,8 +202,7 @@ experiment() {
   done
   recover
   read_plan
-  trap 'rm -f -- "$RUNS/running.json"; rm -rf -- "$RUNS"/work.*; py container/engine.py sweep' EXIT
-  trap 'exit 143' INT TERM HUP
+  clean_up_at_the_end
   sleep "$COOLDOWN"
   if [[ $KIND != candidate || $REMEASURE == 1 ]]; then
     measure_incumbent
@@ -218,33 +223,17 @@ measure_incumbent() {
 }
 show_block() { result block "$WORK" "$COMMIT" "$(file "$N" log)" "$IMAGE"; }
 
-usage() {
-  cat <<'TEXT'
-./run.sh                one experiment: train, judge, commit or revert (this is what Claude Code runs)
-./run.sh setup          engine, image, built-in data, baseline; only what is missing
-./run.sh test           all tests, with what they need
-./run.sh data NAME [--odvg DIR]   draw the built-in prints, or import your own ODVG lines and images
-./run.sh status|log [N] where things stand; the last N experiments
-./run.sh keep N         overrule a verdict: make experiment N the incumbent
-./run.sh doctor         what this machine can hold, and what it cannot
-exit status             0 recorded, 1 recorded as failed, 2 refused and nothing ran
-TEXT
-}
-
 main() {
   local -r verb=${1-}
   case $verb in
     '') experiment '' ;;
-    setup | test | data | keep)
-      [[ -z ${AGENT-} ]] || refuse "'$verb' is for a person, in a terminal"
-      # shellcheck disable=SC1091 source=container/verbs.sh
-      . "$ROOT/container/verbs.sh"
-      "verb_$verb" "${@:2}"
-      ;;
     status | log) result "$verb" "${@:2}" ;;
     doctor) py container/doctor.py ;;
-    help | --help | -h) usage ;;
-    *) say "run.sh: unknown verb '$verb'"; usage >&2; exit "$REFUSED" ;;
+    *)
+      # shellcheck disable=SC1091 source=container/verbs.sh
+      . "$ROOT/container/verbs.sh"
+      person "$@"
+      ;;
   esac
 }
 main "$@"

@@ -6,8 +6,8 @@ the ordinary one, is pulled towards the phrase that names the region. Only train
 is a plain two-tower encoder, judged by image-text retrieval. (eCLIP: ECCV 2024; towers: open_clip.)
 
 Contract with ./run.sh: `python train.py` reads the table in $DATA, takes every random number from $SEED, ends within
-$BUDGET_S seconds and leaves a checkpoint in $OUT. `load` (last function) is called later, without training data, to
-encode images and captions nobody has seen. Importing this file runs nothing. All else is yours to change.
+$BUDGET_S seconds and leaves a checkpoint in $OUT; published weights lie in $WEIGHTS. `load` (last function) is called
+later, with neither, to encode unseen images and captions. Importing this file runs nothing. The rest is yours.
 """
 
 import math
@@ -23,6 +23,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from datasets import load_from_disk
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 # Training
@@ -30,6 +31,7 @@ STEPS = 300  # fixed, so that a result does not depend on the machine's speed: a
 STOP_AT = 0.85  # share of the budget after which a machine too slow for STEPS stops early and saves what it has
 BATCH = 64  # pairs a step; the other pairs of the batch are the negatives
 LR = 1e-3  # peak; linear warm-up, then a cosine to zero
+TUNING_STEPS, TUNING_LR = 1000, 1e-4  # the same two where training starts from published weights
 WARMUP = 20  # steps
 WEIGHT_DECAY = 0.1  # on matrices only, not on biases, gains and the logit scale
 BETAS = (0.9, 0.98)
@@ -47,17 +49,22 @@ MIX_ALPHA = 0.5  # mixup of ordinary and expert view, weight drawn from Beta(alp
 HEAT_SIGMA = 1 / 3  # of the box's width and height
 HEAT_SIGMA_MIN = 0.03  # of the image's side, so that thin boxes still cover a patch
 
-# Model (0.9 M parameters)
+# Model: small images train one from scratch (0.9 M parameters), large ones start from published weights
+TUNE, TUNE_FROM = "ViT-S/16", 224  # or "ViT-B/32"; px of an image's side
 EMBED_DIM = 64  # the space both towers share
-PATCH = 16  # px
 CONTEXT = 56  # tokens, start and end included; longer captions are cut
-PIXEL_MEAN, PIXEL_STD = 127.5, 63.75  # on the 0-255 scale
-VISION = {"width": 96, "layers": 4, "head_width": 32, "patch_size": PATCH}
-TEXT = {"width": 96, "layers": 2, "heads": 4, "context_length": CONTEXT}
 HEAT_HEADS = 4
-
-
-# --- data ------------------------------------------------------------------------------------------------------------
+VISION = {"width": 96, "layers": 4, "head_width": 32, "patch_size": 16}
+TEXT = {"width": 96, "layers": 2, "heads": 4, "context_length": CONTEXT}
+VIT_S = {"timm_model_name": "vit_small_patch16_224", "timm_pool": "token", "timm_proj": "linear"}  # ImageNet
+VIT_B = {"width": 768, "layers": 12, "patch_size": 32}  # CLIP's own
+CLIP_TEXT = {"width": 512, "layers": 12, "heads": 8, "context_length": 77}
+CLIP, IMAGENET = {"ViT-B-32.safetensors": ""}, {"vit_small_patch16_224.safetensors": "visual.trunk."}
+MODELS = {  # embedding width, towers, mean and deviation of pixels (0-255), files in $WEIGHTS and where they go
+    "scratch": (EMBED_DIM, VISION, TEXT, (127.5, 63.75), {}),
+    "ViT-S/16": (512, VIT_S, CLIP_TEXT, (127.5, 127.5), CLIP | IMAGENET),  # 86 M
+    "ViT-B/32": (512, VIT_B, CLIP_TEXT, (114.5, 68.5), CLIP),  # 151 M
+}
 
 
 @dataclass
@@ -65,16 +72,12 @@ class Data:
     """The training split: image i has caption i and the regions `first[i]` to `first[i + 1] - 1`."""
 
     images: Tensor  # (N, 3, S, S) uint8, on the device
-    captions: Tensor  # (N, CONTEXT) token ids, on the device
+    captions: Tensor  # (N, context) token ids, on the device
     phrases: Tensor  # (R, L) token ids, on the device; L is the longest phrase's length
     boxes: Tensor  # (R, 4) x0 y0 x1 y1 in 0..1, on the device
     first: np.ndarray  # (N + 1,)
-    vocabulary: Tensor  # (V,) the tokenizer's ids that occur here, ascending
-
-
-def tokenize(texts: list[str]) -> Tensor:
-    """Texts to CLIP's own token ids (B, CONTEXT), 0 where a text has ended."""
-    return open_clip.tokenize(texts, context_length=CONTEXT)
+    vocabulary: Tensor  # (V,) ids the model knows, ascending: those that occur here, or all of a published one's
+    kind: str  # of MODELS
 
 
 def compact(ids: Tensor, vocabulary: Tensor) -> Tensor:
@@ -97,17 +100,15 @@ def load_data(path: str, device: str) -> Data:
             phrases.append(region["phrase"])
             boxes.append(region["bbox"])
         first.append(len(phrases))
-    ids = tokenize(captions + phrases)
-    vocabulary = torch.cat([ids.new_zeros(1), ids.flatten()]).unique()
+    kind = TUNE if size >= TUNE_FROM else "scratch"
+    ids = open_clip.tokenize(captions + phrases, MODELS[kind][2]["context_length"])
+    known = torch.arange(open_clip.tokenizer.SimpleTokenizer().vocab_size) if MODELS[kind][4] else ids.flatten()
+    vocabulary = torch.cat([ids.new_zeros(1), known]).unique()
     caption_ids, phrase_ids = compact(ids, vocabulary).split([len(captions), len(phrases)])
-    return Data(
-        images=torch.from_numpy(pixels).view(-1, 3, size, size).to(device),
-        captions=caption_ids.to(device),
-        phrases=phrase_ids[:, : int(phrase_ids.count_nonzero(1).max())].to(device),
-        boxes=torch.tensor(boxes, dtype=torch.float32, device=device),
-        first=np.array(first),
-        vocabulary=vocabulary,
-    )
+    images = torch.from_numpy(pixels).view(-1, 3, size, size).to(device)
+    phrase_ids = phrase_ids[:, : int(phrase_ids.count_nonzero(1).max())].to(device)
+    boxes = torch.tensor(boxes, dtype=torch.float32, device=device)
+    return Data(images, caption_ids.to(device), phrase_ids, boxes, np.array(first), vocabulary, kind)
 
 
 def batches(count: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
@@ -127,23 +128,20 @@ def gaussian_heatmap(boxes: Tensor, size: int) -> Tensor:
     return y[:, :, None] * x[:, None, :]
 
 
-# --- model -----------------------------------------------------------------------------------------------------------
-
-
 class HeatmapProcessor(nn.Module):
     """The expert's view of an image: heatmap patches attend to image patches, averaged where the heatmap is warm."""
 
-    def __init__(self, patches: int, width: int):
+    def __init__(self, patches: int, patch: int, width: int, embed_dim: int):
         super().__init__()
-        self.embed = nn.Linear(PATCH * PATCH, width)
+        self.patch, self.embed = patch, nn.Linear(patch**2, width)
         self.position = nn.Parameter(torch.randn(patches, width) * 0.02)
         self.attention = nn.MultiheadAttention(width, HEAT_HEADS, batch_first=True)
         self.norm = nn.LayerNorm(width)
-        self.project = nn.Linear(width, EMBED_DIM, bias=False)
+        self.project = nn.Linear(width, embed_dim, bias=False)
 
     def forward(self, tokens: Tensor, heatmap: Tensor) -> Tensor:
-        """Image patches (B, P, width) and a heatmap (B, S, S) to (B, EMBED_DIM)."""
-        heat = F.unfold(heatmap[:, None], PATCH, stride=PATCH).transpose(1, 2)  # (B, P, PATCH * PATCH)
+        """Image patches (B, P, width) and a heatmap (B, S, S) to (B, D)."""
+        heat = F.unfold(heatmap[:, None], self.patch, stride=self.patch).transpose(1, 2)  # (B, P, patch * patch)
         query = self.embed(heat) + self.position
         attended, _ = self.attention(query, tokens, tokens, need_weights=False)
         weight = heat.mean(2, keepdim=True)
@@ -152,22 +150,30 @@ class HeatmapProcessor(nn.Module):
 
 
 class ECLIP(nn.Module):
-    """Two open_clip towers and the heatmap processor."""
+    """Two open_clip towers and the heatmap processor; D is the width of the space they share."""
 
-    def __init__(self, image_size: int, vocabulary: Tensor):
+    def __init__(self, kind: str, image_size: int, vocabulary: Tensor):
         super().__init__()
-        self.image_size, self.vocabulary = image_size, vocabulary
-        vision = VISION | {"image_size": image_size, "output_tokens": True}
-        text = TEXT | {"vocab_size": len(vocabulary) + 1}  # one more: the unknown token
-        self.clip = open_clip.CLIP(EMBED_DIM, vision, text, init_logit_scale=LOGIT_SCALE_INIT)
-        self.heatmap = HeatmapProcessor((image_size // PATCH) ** 2, VISION["width"])
+        self.kind, self.image_size, self.vocabulary = kind, image_size, vocabulary
+        embed_dim, vision, text, self.pixels, _ = MODELS[kind]
+        vision, text = vision | {"image_size": image_size, "output_tokens": True}, dict(text)
+        text["vocab_size"] = len(vocabulary) + 1  # one more: the unknown token
+        self.clip = open_clip.CLIP(embed_dim, vision, text, init_logit_scale=LOGIT_SCALE_INIT)
+        trunk = getattr(self.clip.visual, "trunk", None)  # where the image tower is one of timm's
+        conv = trunk.patch_embed.proj if trunk else self.clip.visual.conv1
+        patch, width = conv.kernel_size[0], conv.out_channels
+        self.heatmap = HeatmapProcessor((image_size // patch) ** 2, patch, width, embed_dim)
 
     def image(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, S, S) uint8 to embeddings (B, EMBED_DIM) and patch tokens (B, P, width)."""
-        return self.clip.visual((images.float() - PIXEL_MEAN) / PIXEL_STD)
+        """Images (B, 3, S, S) uint8 to embeddings (B, D) and patch tokens (B, P, width)."""
+        x, tower = (images.float() - self.pixels[0]) / self.pixels[1], self.clip.visual
+        if not hasattr(tower, "trunk"):
+            return tower(x)
+        tokens = tower.trunk.forward_features(x)
+        return tower.head(tower.trunk.forward_head(tokens)), tokens[:, tower.trunk.num_prefix_tokens :]
 
     def text(self, tokens: Tensor) -> Tensor:
-        """Token ids (B, L) to embeddings (B, EMBED_DIM). As in open_clip, but L may be shorter than CONTEXT."""
+        """Token ids (B, L) to embeddings (B, D). As in open_clip, but L may be shorter than the context."""
         clip, length = self.clip, tokens.shape[1]
         mask = None if clip.attn_mask is None else clip.attn_mask[:length, :length]
         x = clip.token_embedding(tokens) + clip.positional_embedding[:length]
@@ -175,29 +181,39 @@ class ECLIP(nn.Module):
         return x[torch.arange(len(x), device=x.device), tokens.argmax(1)] @ clip.text_projection
 
     def expert(self, patches: Tensor, boxes: Tensor) -> Tensor:
-        """Patch tokens (B, P, width) and one box for each image (B, 4) to embeddings (B, EMBED_DIM)."""
+        """Patch tokens (B, P, width) and one box for each image (B, 4) to embeddings (B, D)."""
         return self.heatmap(patches, gaussian_heatmap(boxes, self.image_size))
 
     def logit_scale(self) -> Tensor:
         """What cosines are multiplied by to become logits, a scalar."""
         return self.clip.logit_scale.exp().clamp(max=LOGIT_SCALE_MAX)
 
-    @torch.inference_mode()
     def encode_image(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) uint8 to (B, EMBED_DIM). Called for evaluation only."""
+        """Images (B, 3, S, S) uint8 to (B, D). Called for evaluation only."""
         return self.image(images)[0]
 
-    @torch.inference_mode()
     def encode_text(self, captions: list[str]) -> Tensor:
-        """Captions to (B, EMBED_DIM). Called for evaluation only."""
-        return self.text(compact(tokenize(captions), self.vocabulary).to(self.clip.logit_scale.device))
+        """Captions to (B, D). Called for evaluation only."""
+        ids = open_clip.tokenize(captions, self.clip.context_length)
+        return self.text(compact(ids, self.vocabulary).to(self.clip.logit_scale.device))
 
 
-# --- training --------------------------------------------------------------------------------------------------------
+def start_from_published(model: ECLIP, folder: str) -> None:
+    """Fills the towers from $WEIGHTS; a missing file ends the run in one line. From scratch there is nothing to do."""
+    state = {}
+    for file, place in MODELS[model.kind][4].items():
+        if not Path(folder, file).is_file():
+            raise SystemExit(f"weights/{file} is missing: a person gets it with ./run.sh data ukiyo-e")
+        state |= {place + name: tensor for name, tensor in load_file(Path(folder, file)).items()}
+    if state:
+        words = state.pop("token_embedding.weight")
+        state |= {"token_embedding.weight": torch.cat([words[:1], words]), "logit_scale": model.clip.logit_scale}
+        new = model.clip.load_state_dict(state, strict=False).missing_keys
+        assert set(new) <= {"attn_mask", "visual.head.proj.weight"}, f"not in the published weights: {new[:4]}"
 
 
 def contrastive(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    """Symmetric cross-entropy of embeddings (B, EMBED_DIM): row i of one belongs to row i of the other."""
+    """Symmetric cross-entropy of embeddings (B, D): row i of one belongs to row i of the other."""
     with torch.autocast(a.device.type, enabled=False):  # the only product that needs all of float32
         logits = scale * F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).T
     target = torch.arange(len(a), device=a.device)
@@ -222,68 +238,61 @@ def losses(model: ECLIP, data: Data, rows: np.ndarray, rng: np.random.Generator)
     return caption_loss, contrastive(view, phrase, model.logit_scale())
 
 
-def learning_rate(step: int) -> float:
-    """Learning rate of step 0 to STEPS - 1."""
-    return LR * min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+def learning_rate(step: int, steps: int) -> float:
+    """Share of the peak at step 0 to steps - 1."""
+    return min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def main() -> None:
     started = time.monotonic()
-    out, seed, budget = Path(os.environ["OUT"]), int(os.environ["SEED"]), float(os.environ["BUDGET_S"])
+    seed, budget = int(os.environ["SEED"]), float(os.environ["BUDGET_S"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or min(16, len(os.sched_getaffinity(0)))))
     torch.set_float32_matmul_precision("high")  # TF32 where there is a GPU
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-
     data = load_data(os.environ["DATA"], device)
-    model = ECLIP(data.images.shape[-1], data.vocabulary).to(device)
-    decay = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
+    steps, peak_lr = (STEPS, LR) if data.kind == "scratch" else (TUNING_STEPS, TUNING_LR)
+    steps = round(steps * float(os.environ.get("SCALE", 1)))  # ./run.sh final trains longer
+    model = ECLIP(data.kind, data.images.shape[-1], data.vocabulary)
+    start_from_published(model.to(device), os.environ.get("WEIGHTS", ""))
+    decay, others = ([p for p in model.parameters() if (p.ndim >= 2) == matrix] for matrix in (True, False))
     groups = [{"params": decay, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, fused=True)
-
-    every = max(1, STEPS // 20)  # steps between progress lines
+    optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=BETAS, fused=True)
     recent: list[Tensor] = []  # caption losses since the last one
     means: list[float] = []  # their means, one a line
-    for step, rows in zip(range(STEPS), batches(len(data.images), rng), strict=False):
+    for step, rows in zip(range(steps), batches(len(data.images), rng), strict=False):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step)
+            group["lr"] = peak_lr * learning_rate(step, steps)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             caption_loss, expert_loss = losses(model, data, rows, rng)
         optimizer.zero_grad()
         (caption_loss + EXPERT_WEIGHT * expert_loss).backward()
         nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
         optimizer.step()
-
         recent.append(caption_loss.detach())
         late = time.monotonic() - started > STOP_AT * budget
-        if (step + 1) % every == 0 or step + 1 == STEPS or late:
+        if (step + 1) % max(1, steps // 20) == 0 or step + 1 == steps or late:
             means.append(float(torch.stack(recent).mean()))
             recent.clear()
-            print(f"step {step + 1}/{STEPS} loss {means[-1]:.3f}", flush=True)
+            print(f"step {step + 1}/{steps} loss {means[-1]:.3f}", flush=True)
             if not math.isfinite(means[-1]):
                 raise FloatingPointError("the loss is not finite")
         if late:
-            print("the budget is nearly used up: stopping here", flush=True)
-            break
+            break  # the budget is nearly used up
 
-    checkpoint = {"image_size": model.image_size, "vocabulary": model.vocabulary, "model": model.state_dict()}
-    torch.save(checkpoint, out / "checkpoint.pt")
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else rss
-    print("---")
-    print(f"steps: {step + 1}")
-    print(f"loss: {means[0]:.2f} -> {means[-1]:.2f}")
-    print(f"peak_memory: {peak / 1e9:.2f} GB")
-    print(f"seconds: {time.monotonic() - started:.0f}")
+    checkpoint = [model.kind, model.image_size, model.vocabulary, model.state_dict()]
+    torch.save(checkpoint, f"{os.environ['OUT']}/checkpoint.pt")
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident
+    print(f"---\nsteps: {step + 1}\nloss: {means[0]:.2f} -> {means[-1]:.2f}\npeak_memory: {peak / 1e9:.2f} GB")
 
 
 def load(out_dir: str, device: str) -> ECLIP:
     """The trained model, ready for `encode_image` and `encode_text`."""
-    checkpoint = torch.load(Path(out_dir) / "checkpoint.pt", map_location=device, weights_only=True)
-    model = ECLIP(checkpoint["image_size"], checkpoint["vocabulary"].cpu())
-    model.load_state_dict(checkpoint["model"])
+    *made_of, weights = torch.load(Path(out_dir) / "checkpoint.pt", map_location="cpu", weights_only=True)
+    model = ECLIP(*made_of)
+    model.load_state_dict(weights)
     return model.to(device).eval()
 
 

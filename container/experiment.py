@@ -3,14 +3,16 @@
 
 usage: experiment.py WORK DATA BUDGET_S MEMORY SEED LOG
 
-WORK holds the snapshot train.py (world-readable) and receives result.json and ranks.npy. What the sandboxes send is
-untrusted: it is capped, never opened here, and passed on to the next sandbox; only the judge's answer is read.
+WORK holds the snapshot train.py (world-readable) and receives result.json, ranks.npy and examples.npy. What the
+sandboxes send is untrusted: it is capped, never opened here, and passed on to the next sandbox; only the judge's
+answer is read.
 result.json: {"outcome": "ok" | "failed", "reason": "...", "metrics": {...}, "train": {...}, "seed": n, "timing": {...}}
 """
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import json
 import os
 import re
@@ -29,7 +31,7 @@ import engine  # noqa: E402
 
 GRACE_S = 5  # between the budget, at which PID 1 inside kills, and the kill from outside
 IMPORT_LIMIT_S = 120  # until a sandbox has imported torch
-PROBE_LIMIT_S = 60  # load and encode a few training rows
+PROBE_LIMIT_S = 60  # load and encode a few training rows, where embedding failed
 EMBED_LIMIT_S = 120  # load and encode one side
 JUDGE_LIMIT_S = 120
 JUDGE_MEMORY = "4g"
@@ -187,9 +189,6 @@ def train(sandbox: Sandbox, work: Path, budget: int, memory: str, log: Path, on_
     if end.get("status") != "ok":
         sandbox.wait()
         raise Failed(why_training_ended(end, sandbox, budget, memory, log))
-    if sandbox.line(PROBE_LIMIT_S + GRACE_S).get("status") != "ok":
-        sandbox.wait()
-        raise Failed("load: training ended well, but load() or encoding training rows failed (traceback in the log)")
     with (work / "out.tar").open("wb") as f:
         sandbox.copy_to(f, OUT_MAX, EMBED_LIMIT_S)
     sandbox.wait()
@@ -208,8 +207,17 @@ def embed(sandbox: Sandbox, work: Path, side: str) -> None:
         sandbox.copy_to(f, ARRAY_MAX, EMBED_LIMIT_S)
 
 
+def probe(sandbox: Sandbox, work: Path) -> None:
+    """Where embedding failed: does encoding training rows fail too? Then the log has a traceback. Raises Failed."""
+    sandbox.send(work / "out.tar")
+    end = sandbox.line(IMPORT_LIMIT_S + PROBE_LIMIT_S + GRACE_S)
+    sandbox.wait()
+    if end.get("status") != "ok":
+        raise Failed("load: training ended well, but load() or encoding training rows failed (traceback in the log)")
+
+
 def judge(work: Path, data: Path, image: str, split: str) -> dict:
-    """Metrics of the two arrays; stores the ranks. Raises Failed with the judge's reason."""
+    """Metrics of the two arrays; stores the ranks and examples. Raises Failed with the judge's reason."""
     for f in ("images.npy", "captions.npy"):
         (work / f).chmod(0o644)
     mounts = {"/harness/judge.py": HERE / "judge.py", "/key.npy": data / f"{split}.key.npy",
@@ -218,16 +226,22 @@ def judge(work: Path, data: Path, image: str, split: str) -> dict:
                       mounts=mounts)
     sandbox.send(None)
     found = sandbox.line(JUDGE_LIMIT_S)
-    with (work / "ranks.npy").open("wb") as f:
-        sandbox.copy_to(f, ARRAY_MAX, JUDGE_LIMIT_S)
+    arrays = io.BytesIO()
+    sandbox.copy_to(arrays, ARRAY_MAX, JUDGE_LIMIT_S)
     sandbox.wait()
     if "metrics" not in found:
         raise Failed(f"invalid output: {found.get('invalid', 'the judge did not answer')}")
+    (work / "ranks.npy").write_bytes(arrays.getvalue()[: found["bytes"]])
+    (work / "examples.npy").write_bytes(arrays.getvalue()[found["bytes"] :])
     return found["metrics"]
 
 
-def one_run(work: Path, data: Path, budget: int, memory: str, seed: int, log_path: Path, split: str = "val") -> dict:
-    """Train, embed, judge. Returns what result.json holds; containers are gone afterwards, whatever happened."""
+def one_run(work: Path, data: Path, budget: int, memory: str, seed: int, log_path: Path, *, split: str = "val",
+            table: str = "train", scale: float = 1.0) -> dict:
+    """Train on a table, embed and judge a split. Returns what result.json holds; containers are gone afterwards.
+
+    scale: how much longer than usual train.py should train. WORK keeps the archive of what training left.
+    """
     if not engine.limits_hold():
         engine.say("run.sh: warning: this engine enforces no memory and process limits; see ./run.sh doctor")
     image, log, started = engine.find_image(), Log(log_path), time.monotonic()
@@ -244,15 +258,24 @@ def one_run(work: Path, data: Path, budget: int, memory: str, seed: int, log_pat
                                   limit_s=budget + 2 * EMBED_LIMIT_S, mounts={**code, "/data": data / split / side},
                                   **common)
 
-    trainer = Sandbox("train", command=["env", f"BUDGET_S={budget}", f"SEED={seed}", "DATA=/data", "OUT=/out",
-                                        *stage, "train", str(budget)], log=log, out_size=OUT_SIZE,
-                      limit_s=budget + IMPORT_LIMIT_S, mounts={**code, "/data": data / "train"}, **common)
+    weights = data.parent / "weights"  # published ones, which ./run.sh data ukiyo-e fetches; others need none
+    mounts = {**code, "/data": data / table} | ({"/weights": weights} if weights.is_dir() else {})
+    environment = [f"BUDGET_S={budget}", f"SEED={seed}", "DATA=/data", "OUT=/out", "WEIGHTS=/weights",
+                   f"SCALE={scale:g}"]
+    trainer = Sandbox("train", command=["env", *environment, *stage, "train", str(budget)], log=log, out_size=OUT_SIZE,
+                      limit_s=budget + IMPORT_LIMIT_S, mounts=mounts, **common)
     try:
         trainer.send(None)
         end = train(trainer, work, budget, memory, log_path, on_ready)
         stamps["trained"] = time.monotonic()
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda side: embed(sides[side], work, side), sides))
+        try:
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(lambda side: embed(sides[side], work, side), sides))
+        except Failed:
+            sides["probe"] = Sandbox("probe", command=[*stage, "probe", str(PROBE_LIMIT_S)], log=Log(log_path),
+                                     out_size=OUT_SIZE, limit_s=IMPORT_LIMIT_S + PROBE_LIMIT_S, mounts=mounts, **common)
+            probe(sides["probe"], work)
+            raise
         stamps["embedded"] = time.monotonic()
         result |= {"outcome": "ok", "metrics": judge(work, data, image, split), "train": end}
     except Failed as e:
@@ -277,10 +300,14 @@ def timing(started: float, t: dict, result: dict) -> dict:
     return {k: round(v, 2) for k, v in out.items()}
 
 
-def main(work: str, data: str, budget: str, memory: str, seed: str, log: str) -> None:
-    # When run.sh is killed, the kernel sends us SIGTERM, and the containers go at once instead of at their limit.
+def end_with_the_caller() -> None:
+    """When run.sh is killed, the kernel sends us SIGTERM, and the containers go at once instead of at their limit."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def main(work: str, data: str, budget: str, memory: str, seed: str, log: str) -> None:
+    end_with_the_caller()
     result = one_run(Path(work), Path(data), int(budget), memory, int(seed), Path(log))
     Path(work, "result.json").write_text(json.dumps(result))
 

@@ -2,7 +2,8 @@
 
 usage: judge.py KEY.npy IMAGES.npy CAPTIONS.npy
 
-Prints one JSON line, {"metrics": {...}} followed by the ranks as raw .npy bytes, or {"invalid": "why"}.
+Prints one JSON line, {"metrics": {...}, "bytes": n} followed by two raw .npy files, the ranks (n bytes) and the best
+matches of a few examples, or {"invalid": "why"}.
 Ranks are exact, counted from 1; ties count half, so that a constant embedding ranks in the middle, not first.
 """
 import io
@@ -14,6 +15,7 @@ import numpy as np
 MAX_WIDTH = 4096  # embedding dimensions
 CHUNK = 1024  # rows of the score matrix held at once
 RECALL_AT = (1, 5, 10)
+EXAMPLES, BEST = 24, 5  # queries whose best matches are kept for the report, and how many of each
 
 
 class InvalidOutput(ValueError):
@@ -72,6 +74,20 @@ def retrieval(images: np.ndarray, captions: np.ndarray, key: np.ndarray) -> tupl
     return metrics, both
 
 
+def examples(images: np.ndarray, captions: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Best matches int32 (2, E, BEST): caption rows of E evenly spaced images, and image rows of their captions."""
+    rows = np.linspace(0, len(key) - 1, min(EXAMPLES, len(key))).astype(int)
+    both = images[rows] @ captions.T, captions[key[rows]] @ images.T
+    return np.stack([np.argsort(-scores, axis=1, kind="stable")[:, :BEST] for scores in both]).astype(np.int32)
+
+
+def npy(array: np.ndarray) -> bytes:
+    """A plain .npy file."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
 def main(key_path: str, images_path: str, captions_path: str) -> None:
     key = np.load(key_path, allow_pickle=False)
     out = sys.stdout.buffer
@@ -89,9 +105,9 @@ def main(key_path: str, images_path: str, captions_path: str) -> None:
         out.write(json.dumps({"invalid": str(e)}).encode() + b"\n")
         return
     metrics, both = retrieval(*sides, key)
-    array = io.BytesIO()
-    np.save(array, both.astype(np.float32))
-    out.write(json.dumps({"metrics": metrics}).encode() + b"\n" + array.getvalue())
+    ranked = npy(both.astype(np.float32))
+    out.write(json.dumps({"metrics": metrics, "bytes": len(ranked)}).encode() + b"\n" + ranked)
+    out.write(npy(examples(*sides, key)))
 
 
 if __name__ == "__main__":

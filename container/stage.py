@@ -2,6 +2,7 @@
 
 usage: stage.py train SECONDS               /code/train.py and /data (the training table) mounted, /out a tmpfs
        stage.py embed SECONDS < archive     the same, but /data is one side of the pairs, without the other
+       stage.py probe SECONDS < archive     /data is the training table: a few rows of it, with a full traceback
 
 Everything heavy is imported first, then a child is forked: it runs the untrusted code with its standard output
 turned to standard error. Standard output belongs to this process: JSON lines, then raw bytes (the archive of /out,
@@ -10,8 +11,10 @@ so it can neither stop the clock nor write into the stream. What comes out is st
 """
 import builtins
 import ctypes
+import gc
 import io
 import json
+import math
 import os
 import runpy
 import select
@@ -22,14 +25,17 @@ import time
 import traceback
 from pathlib import Path
 
-import datasets
-import numpy as np
-import open_clip  # noqa: F401  (imported for train.py: the time it takes is then not training time)
-import torch
+gc.disable()  # nothing to collect yet, and looking for it is a quarter of the time that these imports take
+import datasets  # noqa: E402
+import numpy as np  # noqa: E402
+import open_clip  # noqa: E402, F401  (imported for train.py: the time it takes is then not training time)
+import torch  # noqa: E402
 
-BATCH = 250  # images or captions encoded at once
-PROBE = 4  # training rows that `load` must encode right after training, where a traceback may still be shown
-PROBE_LIMIT_S = 60
+gc.freeze()
+gc.enable()
+
+BATCH = 64  # images or captions encoded at once; larger ones fall out of the cache
+PROBE = 4  # training rows that `load` must encode where embedding failed: there a traceback may be shown
 PR_SET_DUMPABLE = 4
 MAX_FD = 4096
 LIBC = ctypes.CDLL(None)
@@ -139,27 +145,37 @@ def encode(m, device: str, rows: datasets.Dataset) -> np.ndarray:
 
     Raises TypeError or ValueError when the model returns anything but one finite-width float row per input.
     """
-    out, text = [], "caption" in rows.column_names
+    out, text, rows = [], "caption" in rows.column_names, rows.with_format("arrow")
     what = "encode_text" if text else "encode_image"
-    size = None if text else int((len(rows[0]["image"]) / 3) ** 0.5)
     for start in range(0, len(rows), BATCH):
-        part = rows.with_format(None if text else "numpy")[start : start + BATCH]
-        if text:
-            e, n = m.encode_text(part["caption"]), len(part["caption"])
-        else:
-            images = torch.from_numpy(np.stack(part["image"]).reshape(-1, 3, size, size)).to(device)
-            e, n = m.encode_image(images), len(images)
+        column = rows[start : start + BATCH]["caption" if text else "image"]
+        e = m.encode_text(column.to_pylist()) if text else m.encode_image(pixels(column).to(device))
         if not isinstance(e, torch.Tensor) or not e.is_floating_point():
             raise TypeError(f"{what} must return a float tensor, not {type(e).__name__}")
-        if e.ndim != 2 or len(e) != n:
-            raise ValueError(f"{what} must return (B, D) with B={n}, not {tuple(e.shape)}")
+        if e.ndim != 2 or len(e) != len(column):
+            raise ValueError(f"{what} must return (B, D) with B={len(column)}, not {tuple(e.shape)}")
         out.append(e.float().cpu().numpy())
     return np.concatenate(out)
 
 
+def pixels(column) -> torch.Tensor:
+    """An Arrow column of flat images as uint8 (B, 3, S, S), without turning numbers into Python's."""
+    flat = np.concatenate([chunk.flatten().to_numpy() for chunk in column.chunks]).reshape(len(column), 3, -1)
+    size = math.isqrt(flat.shape[2])
+    return torch.from_numpy(flat.reshape(len(column), 3, size, size))
+
+
+def unpack() -> None:
+    """The archive of what training left, from standard input into this sandbox's own /out."""
+    with tarfile.open(fileobj=sys.stdin.buffer, mode="r|") as tar:
+        # in here a forged member can do no harm; the filter, where this Python has it, only names it sooner
+        tar.extractall("/out", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+
+
 @torch.inference_mode()
-def probe(_: int) -> None:
-    """Encode a few training rows with what training left: a mistake in `load` shows its traceback here."""
+def probe_rows(_: int) -> None:
+    """In the child: encode a few training rows with what training left; a mistake in `load` shows its traceback."""
+    unpack()
     m, device = model()
     table = datasets.load_from_disk("/data")
     table = table.select(range(min(PROBE, len(table))))
@@ -167,16 +183,17 @@ def probe(_: int) -> None:
     encode(m, device, table.select_columns("caption"))
 
 
+def probe(out) -> None:
+    end, _ = in_child(probe_rows, float(sys.argv[2]))
+    say(out, **end)
+
+
 def train(out) -> None:
-    """Three JSON lines: torch is imported, how the training ended, how `load` did; then the archive of /out."""
+    """Two JSON lines: torch is imported, how the training ended; then, if well, the archive of /out."""
     say(out, ready=True, device="cuda" if torch.cuda.is_available() else "cpu")
     end, _ = in_child(run_training, float(sys.argv[2]))
     say(out, **end)
-    if end["status"] != "ok":
-        return
-    check, _ = in_child(probe, PROBE_LIMIT_S)
-    say(out, **check)
-    if check["status"] == "ok":
+    if end["status"] == "ok":
         with tarfile.open(fileobj=out, mode="w|") as tar:
             tar.add("/out", arcname=".")
         out.flush()
@@ -186,9 +203,7 @@ def train(out) -> None:
 def embed_side(pipe: int) -> None:
     """In the child: unpack what training left, embed this side, write the array, or what went wrong."""
     try:
-        with tarfile.open(fileobj=sys.stdin.buffer, mode="r|") as tar:
-            # in here a forged member can do no harm; the filter, where this Python has it, only names it sooner
-            tar.extractall("/out", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+        unpack()
         m, device = model()
         array = io.BytesIO()
         np.save(array, encode(m, device, datasets.load_from_disk("/data")))
@@ -225,4 +240,6 @@ def error_of(payload: bytes) -> dict:
 
 if __name__ == "__main__":
     verb, stdout = sys.argv[1], os.fdopen(os.dup(1), "wb")
-    (train if verb == "train" else embed)(stdout)
+    {"train": train, "embed": embed, "probe": probe}[verb](stdout)
+    stdout.flush()
+    os._exit(0)  # at once: tearing down what was imported takes time and says things that end up in the log

@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034  # variables are run.sh's
-# Sourced by run.sh: the verbs setup, test, data and keep, which are for a person.
+# Sourced by run.sh: the verbs that are for a person.
 # What setup and test install, they show first.
 
 readonly ENGINE_PACKAGES=(podman crun runc uidmap slirp4netns fuse-overlayfs ca-certificates)
@@ -100,4 +100,78 @@ verb_data() {
   [[ ${1-} =~ ^[A-Za-z0-9][A-Za-z0-9_.-]*$ ]] || refuse "usage: ./run.sh data NAME [--odvg DIR]"
   [[ ! -e $(data_folder)/$1 ]] || refuse "data/$1 exists already; move it away first"
   py container/engine.py data "$(data_folder)" "$@"
+}
+
+# usage: final: train the best on training and validation pairs, longer, and look at the test pairs once
+verb_final() {
+  (($# == 0)) || refuse "usage: ./run.sh final"
+  publish final
+}
+
+# usage: audit [K] [--ablate]: baseline and best, K fresh seeds each, on pairs the loop never used
+verb_audit() {
+  local seeds=3 ablate='' word
+  for word in "$@"; do
+    case $word in
+      --ablate) ablate=ablate ;;
+      [2-9] | [1-9][0-9]) seeds=$word ;;
+      *) refuse "usage: ./run.sh audit [K] [--ablate], with K from 2 to 99" ;;
+    esac
+  done
+  publish audit "$seeds" "$ablate"
+}
+
+# usage: publish final|audit ARGS...: measure, record, and keep what was made under final/N, which the agent cannot read
+publish() {
+  take_lock
+  IMAGE=$(py container/engine.py image) || exit "$REFUSED"
+  recover
+  clean_up_at_the_end
+  rm -rf final/work.* && mkdir -p final
+  WORK=$(mktemp -d final/work.XXXXXX)
+  py container/audit.py "$WORK" "$IMAGE" "$@" 9>&- &
+  wait "$!" || exit "$REFUSED"
+  local head tree
+  head=$(git_ rev-parse HEAD)
+  tree=$(tree_with "$head" "$(git_ rev-parse HEAD:train.py)" "$(git_ rev-parse HEAD:scratchpad.md)" "$WORK/result.json")
+  N=$(newest)
+  while :; do
+    N=$((N + 1))
+    sed -i "s/^Experiment: .*/Experiment: $N/" "$WORK/message"
+    COMMIT=$(commit_tree "$tree" "$head" "$WORK/message")
+    git_write update-ref "refs/experiments/$N" "$COMMIT" 0000000000000000000000000000000000000000 2>/dev/null && break
+    git_ rev-parse -q --verify "refs/experiments/$N" >/dev/null || refuse "cannot write refs/experiments/$N (disk full or read-only?)"
+  done
+  rm -rf "$WORK"/{index,best,with,without,message} "$WORK"/run-*/{images,captions}.npy
+  [[ $1 == final ]] || rm -f "$WORK"/run-*/out.tar
+  mv -T "$WORK" "final/$(printf %04d "$N")"
+  printf 'record:      experiment %d; logs%s in final/%04d\n' "$N" "$([[ $1 != final ]] || printf ' and the checkpoint (run-1/out.tar)')" "$N"
+}
+
+usage() {
+  cat <<'TEXT'
+./run.sh                one experiment: train, judge, commit or revert (this is what Claude Code runs)
+./run.sh setup          engine, image, built-in data, baseline; only what is missing
+./run.sh test           all tests, with what they need
+./run.sh data NAME [--odvg DIR]   draw the built-in prints, or import your own ODVG lines and images
+./run.sh status|log [N] where things stand; the last N experiments
+./run.sh keep N         overrule a verdict: make experiment N the incumbent
+./run.sh audit [K] [--ablate]     baseline against best on fresh pairs, K seeds each: the numbers to publish
+./run.sh final          the best, trained longer on all but the test pairs, judged once on those
+./run.sh doctor         what this machine can hold, and what it cannot
+exit status             0 recorded, 1 recorded as failed, 2 refused and nothing ran
+TEXT
+}
+
+
+# usage: person VERB ARGS...
+person() {
+  case $1 in
+    help | --help | -h) usage ;;
+    setup | test | data | keep | final | audit)
+      [[ -z ${AGENT-} ]] || refuse "'$1' is for a person, in a terminal"
+      "verb_$1" "${@:2}"
+      ;;
+    *) say "run.sh: unknown verb '$1'"; usage >&2; exit "$REFUSED" ;;
+  esac
 }

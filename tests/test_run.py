@@ -134,7 +134,7 @@ def test_a_crash_shows_its_traceback_and_may_be_tried_again(project: Project):
 
 def test_load_is_probed_where_its_traceback_may_be_shown(project: Project):
     project.edit(
-        "    checkpoint = torch.load(", "    raise KeyError('positional_embedding')\n    checkpoint = torch.load("
+        "    *made_of, weights = torch", "    raise KeyError('positional_embedding')\n    *made_of, weights = torch"
     )
     done, shown = project.experiment("break load")
     assert done.returncode == 1 and shown["reason"].startswith("load:")

@@ -47,6 +47,7 @@ class Program:
     confirm_below: float = 2.0
     stop: dict = field(default_factory=dict)
     cooldown: int = 0
+    final_budget: int = 0  # of ./run.sh final; 0: four times the budget
 
 
 def amounts(text: str) -> dict:
@@ -75,6 +76,7 @@ SETTINGS = {
     "confirm_below": (r"\d+(\.\d+)?", float, "a number of sigmas, such as 2"),
     "stop": (several(f"({COUNT}|{HOURS})"), amounts, "'40 experiments', '9.5 hours', or both with a comma"),
     "cooldown": (*SECONDS, "a whole number of seconds"),
+    "final_budget": (*SECONDS, "a whole number of seconds"),
 }
 PHASE_KEYS = {
     "until": (several(f"({COUNT}|{DISCARDS})"), amounts, "'12 experiments', '6 discards', or both with a comma"),

@@ -127,7 +127,7 @@ class State:
         self.newest = self.all[-1].n if self.all else 0
         self.data = data_folder(self.plan.data)
         self.comparable = (comparable(self.plan, self.data, image) if image
-                           else self.all[-1].comparable if self.all else "")
+                           else next((r.comparable for r in reversed(self.all) if r.comparable), ""))
         self.mine = [r for r in self.all if r.comparable == self.comparable]
         self.counted = [r for r in self.mine if r.verdict in COUNTED and "By-Hand" not in r.trailers]
         self.head_blob = git("rev-parse", "HEAD:train.py", check=False).strip()

@@ -207,6 +207,8 @@ def tsv() -> None:
     state = State()
     print("n\tverdict\tmetric\tchange\tphase\thypothesis")
     for r in state.all:
+        if not r.comparable:
+            continue  # an audit or a final: numbers that the loop must not see
         old = "" if r.comparable == state.comparable else " (not comparable)"
         value = show(geometric(state.values(r))) if state.values(r) else r.reason.split(":")[0]
         print("\t".join([str(r.n), r.verdict + old, value, r.change, r.phase, r.hypothesis]))

@@ -1,5 +1,6 @@
 """The judge against a brute-force rank, and what it must refuse. Runs inside the image."""
 
+import io
 import json
 import subprocess
 import sys
@@ -108,5 +109,10 @@ def test_the_program_prints_metrics_then_ranks(tmp_path: Path):
         capture_output=True,
         check=True,
     ).stdout
-    line, _, array = out.partition(b"\n")
-    assert json.loads(line)["metrics"]["gallery"] == 20 and array.startswith(b"\x93NUMPY")
+    line, _, arrays = out.partition(b"\n")
+    said = json.loads(line)
+    ranks, best = (np.load(io.BytesIO(part)) for part in (arrays[: said["bytes"]], arrays[said["bytes"] :]))
+    assert said["metrics"]["gallery"] == 20 and ranks.shape == (2, 20) and best.shape == (2, 20, judge.BEST)
+    key = np.load(tmp_path / "key.npy")
+    assert ((best[0] == key[:, None]).any(1) == (ranks[0] <= judge.BEST)).all()  # the right caption is among the best
+    assert ((best[1] == np.arange(20)[:, None]).any(1) == (ranks[1] <= judge.BEST)).all()

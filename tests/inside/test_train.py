@@ -1,0 +1,72 @@
+"""train.py with published weights: files in the layout of the real ones, filled with random numbers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import train
+
+TEXTS = ["a heron, in the snow", "two boats!"]
+
+
+@pytest.fixture(scope="module")
+def clip() -> torch.nn.Module:
+    return open_clip.create_model("ViT-B-32", pretrained=None).eval()
+
+
+@pytest.fixture(scope="module")
+def vit() -> torch.nn.Module:
+    return timm.create_model("vit_small_patch16_224", pretrained=False).eval()
+
+
+@pytest.fixture(scope="module")
+def weights(clip, vit, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    save_file({k: v.contiguous().clone() for k, v in clip.state_dict().items()}, folder / "ViT-B-32.safetensors")
+    save_file(vit.state_dict(), folder / "vit_small_patch16_224.safetensors")
+    return folder
+
+
+def published(kind: str, folder: Path) -> train.ECLIP:
+    model = train.ECLIP(kind, 224, torch.arange(open_clip.tokenizer.SimpleTokenizer().vocab_size))
+    train.start_from_published(model, str(folder))
+    return model.eval()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", ["ViT-S/16", "ViT-B/32"])
+def test_the_towers_are_the_published_ones(kind: str, clip, vit, weights: Path):
+    model = published(kind, weights)
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 224, 224), dtype=np.uint8))
+    torch.testing.assert_close(model.encode_text(TEXTS), clip.encode_text(open_clip.tokenize(TEXTS)))
+    mean, deviation = model.pixels
+    x = (images.float() - mean) / deviation
+    embedding, patches = model.image(images)
+    if kind == "ViT-S/16":
+        torch.testing.assert_close(embedding, model.clip.visual.head(vit.forward_head(vit.forward_features(x), True)))
+    else:
+        torch.testing.assert_close(embedding, clip.encode_image(x))
+    assert patches.shape[:2] == (2, (224 // int(kind[-2:])) ** 2)
+    assert model.expert(patches, torch.tensor([[0, 0, 0.5, 0.5]] * 2)).shape == embedding.shape
+    assert float(model.clip.logit_scale.detach()) == pytest.approx(train.LOGIT_SCALE_INIT)  # not the published
+
+
+def test_a_missing_weight_is_one_clear_line(weights: Path, tmp_path: Path):
+    (tmp_path / "ViT-B-32.safetensors").symlink_to(weights / "ViT-B-32.safetensors")
+    with pytest.raises(SystemExit, match=r"vit_small_patch16_224\.safetensors is missing: .*run\.sh data ukiyo-e"):
+        published("ViT-S/16", tmp_path)
+
+
+def test_weights_of_another_model_do_not_pass_for_published_ones(weights: Path, tmp_path: Path):
+    save_file({"token_embedding.weight": torch.zeros(49408, 512)}, tmp_path / "ViT-B-32.safetensors")
+    with pytest.raises(AssertionError, match="not in the published weights"):
+        published("ViT-B/32", tmp_path)
