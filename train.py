@@ -166,7 +166,7 @@ class ECLIP(nn.Module):
 
     def image(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, S, S) uint8 to embeddings (B, D) and patch tokens (B, P, width)."""
-        x, tower = (images.float() - self.pixels[0]) / self.pixels[1], self.clip.visual
+        x, tower = images.float().sub_(self.pixels[0]).div_(self.pixels[1]), self.clip.visual
         if not hasattr(tower, "trunk"):
             return tower(x)
         tokens = tower.trunk.forward_features(x)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-collect_ignore = ["inside", "bench"]  # run inside the image (test_inside.py), or by hand
+collect_ignore = ["inside", "bench", "long"]  # run inside the image (test_inside.py), or by hand
 TINY = ("--train", "600", "--val", "200", "--test", "100")
 STEPS = 30  # of a test's training: about 3 s on two quiet cores
 PROGRAM = """# Program

@@ -40,9 +40,8 @@ PROJECTORS: Edits = [
         "        self.heatmap = HeatmapProcessor(",
     ),
     (
-        "        return self.clip.visual((images.float() - PIXEL_MEAN) / PIXEL_STD)",
-        "        image, patches = self.clip.visual((images.float() - PIXEL_MEAN) / PIXEL_STD)\n"
-        "        return self.image_head(image), patches",
+        "            return tower(x)\n",
+        "            image, patches = tower(x)\n            return self.image_head(image), patches\n",
     ),
     (
         "        return x[torch.arange(len(x), device=x.device), tokens.argmax(1)] @ clip.text_projection",
@@ -111,6 +110,7 @@ def ranks(scores: np.ndarray) -> np.ndarray:
     return 1 + np.count_nonzero(scores > true, axis=1) + ties / 2
 
 
+@torch.inference_mode()
 def evaluate(program: Path, out: Path, data: Path, device: str) -> dict[str, float]:
     """Retrieval on the validation split, both directions, with the encoders that `load` of this train.py returns."""
     spec = importlib.util.spec_from_file_location(program.parent.name, program)
