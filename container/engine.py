@@ -20,7 +20,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 REGISTRY_BASE = "docker.io/library/python:3.12-slim"
-DEBIAN_BASE = "localhost/autoresearch-base:debian"
+DEBIAN_BASE = "localhost/autoresearch-base:" + hashlib.sha256((HERE / "base_image.sh").read_bytes()).hexdigest()[:12]
 PULL_TIMEOUT_S = 600
 CA_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem")
 UID = "10001:10001"  # nobody on the host
@@ -118,7 +118,7 @@ def sandbox(container: str, image: str, command: list[str], *, memory: str, limi
              "--ipc", "private", "--shm-size", SHM_SIZE, "--ulimit", "core=0:0", "--hostname", "sandbox",
              # threads that wait sleep: spinning, a busy machine trained 6 and 9 times slower (two pairs)
              "--env", "OMP_WAIT_POLICY=PASSIVE", "--workdir", "/tmp", "--log-driver", "none", "--pull", "never",
-             "--tmpfs", f"/tmp:rw,nosuid,nodev,size={TMP_SIZE},mode=1777"]
+             "--tmpfs", f"/tmp:rw,nosuid,nodev,size={TMP_SIZE},mode=1777,exec"]  # exec: what torch.compile builds
     if out_size:
         flags += ["--tmpfs", f"/out:rw,nosuid,nodev,noexec,size={out_size},mode=1777"]
     if name() == "podman":
