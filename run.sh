@@ -224,7 +224,7 @@ usage() {
 ./run.sh setup          engine, image, built-in data, baseline; only what is missing
 ./run.sh test           all tests, with what they need
 ./run.sh data NAME [--odvg DIR]   draw the built-in prints, or import your own ODVG lines and images
-./run.sh status|log [N] where things stand; the last N experiments
+./run.sh status|log [N]|report   where things stand; the last N experiments; report.html for a browser
 ./run.sh keep N         overrule a verdict: make experiment N the incumbent
 ./run.sh doctor         what this machine can hold, and what it cannot
 exit status             0 recorded, 1 recorded as failed, 2 refused and nothing ran
@@ -235,7 +235,7 @@ main() {
   local -r verb=${1-}
   case $verb in
     '') experiment '' ;;
-    setup | test | data | keep)
+    setup | test | data | report | keep)
       [[ -z ${AGENT-} ]] || refuse "'$verb' is for a person, in a terminal"
       # shellcheck disable=SC1091 source=container/verbs.sh
       . "$ROOT/container/verbs.sh"

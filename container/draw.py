@@ -23,7 +23,7 @@ from PIL import Image
 DATA = Path("/data")
 LIGHT = {"ink": "#1b2430", "muted": "#66707d", "grid": "#e3e5e8", "kept": "#1f5fa8", "dropped": "#a3abb5",
          "failed": "#c8402f", "looked": "#b07508", "base": "#5b6673", "paper": "#ffffff"}  # the page's dark ones: CSS
-WIDE, NARROW, PICTURE = (1040, 430), (380, 330), (800, 420)  # pixels of the progress curve
+WIDE, NARROW, PICTURE, SMALL = (1040, 430), (380, 330), (800, 430), (440, 270)  # pixels
 WORST = 1.30  # times the first value: what is worse is drawn at the upper edge
 LABEL_PX, LABEL_CHARS = 26, 32  # between two names on the curve; of one
 EXAMPLES, OPEN = 12, 6  # drawn, and shown without a click
@@ -40,7 +40,8 @@ def number(value: float) -> str:
 
 
 def signed(value: float, digits: int = 1) -> str:
-    return f"{value:+.{digits}f}".replace("-", "−")
+    text = f"{value:+.{digits}f}".replace("-", "−")
+    return text if float(text.replace("−", "-")) else text[1:]
 
 
 def canvas(size: tuple) -> tuple:
@@ -90,10 +91,10 @@ def progress(d: dict, size: tuple, names: bool, legend: bool = False) -> Figure:
     ax.set_yscale("log")
     ax.set_ylim(low, high)
     plain_ticks(ax.yaxis, low, high)
-    ax.xaxis.set_major_locator(MaxNLocator(8 if size[0] < 500 else 14, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(8 if size[0] < 500 else 14, integer=True, steps=[1, 2, 5, 10]))
     ax.fill_between(x, line * math.exp(-d["sigma"]), line * math.exp(d["sigma"]), step="post", color=LIGHT["kept"],
-                    alpha=0.13, lw=0, label=f"±1 σ of one run ({d['sigma'] * 100:.1f} %)")
-    ax.step(x, line, where="post", color=LIGHT["kept"], lw=2, label="incumbent, mean of its runs")
+                    alpha=0.13, lw=0, label=f"±1 σ ({d['sigma'] * 100:.1f} %)")
+    ax.step(x, line, where="post", color=LIGHT["kept"], lw=2, label="incumbent")
     scale = 0.6 if len(rows) > 150 else 1
     for verdict, label, colour, marker, area in (
             ("discarded", "discarded", LIGHT["dropped"], "o", 26), ("remeasured", "", LIGHT["base"], ".", 26),
@@ -111,14 +112,14 @@ def progress(d: dict, size: tuple, names: bool, legend: bool = False) -> Figure:
             dots.set_gid(f"v-{verdict}")
     for n, side, s in audits:
         ax.errorbar(n, s["mean"], s["se"], fmt="s" if side == "best" else "D", color=LIGHT["looked"], capsize=3, zorder=4,
-                    label=f"audit, ±1 standard error{s['note']}" if side == "best" else None)
+                    label=f"audit: {side}{s['note']}")
     if names:
         name_the_kept(ax, rows, (x[-1] - x[0] or 1) / (size[0] - 90))
     ax.set_xlabel("experiment")
-    ax.set_ylabel(f"{d['metric']}, lower is better")
+    ax.set_ylabel(f"{d['metric']}, lower is better (log)")
     ax.margins(x=0.02)
     if legend:
-        fig.legend(loc="outside upper center", ncols=3, fontsize=10)
+        fig.legend(loc="outside upper left", ncols=4, fontsize=9.5, columnspacing=1.2, handlelength=1.4)
     return fig
 
 
@@ -130,7 +131,7 @@ def audit_sides(d: dict) -> list:
         a = e["verdict"] == "audit" and e["look"]
         if a and a["metric"].replace("_", " ") == d["metric"]:
             k = (here + 1) / (a["gallery"] + 1)
-            note = "" if a["gallery"] == here else f", scaled from {a['gallery']} pairs to {here}"
+            note = "" if a["gallery"] == here else f", scaled to {here} pairs"
             found.append((e, {side: {"mean": s["mean"] * k, "se": s["se"] * k, "low": (s["mean"] - s["se"]) * k, "note": note}
                               for side, s in a["sides"].items()}))
     return found
@@ -152,7 +153,7 @@ def name_the_kept(ax, rows: list, per_px: float) -> None:
 
 def training(d: dict) -> Figure:
     """Training loss by step: baseline and best stand out."""
-    fig, ax = canvas((500, 300))
+    fig, ax = canvas(SMALL)
     for e in d["experiments"]:
         if e["loss"]:
             one = {d["baseline"]: ("base", 1.8, f"baseline, {e['n']}"), d["best"]: ("kept", 2.2, f"best, {e['n']}")}
@@ -167,13 +168,14 @@ def training(d: dict) -> Figure:
 
 def cumulative(d: dict, arrays: dict) -> Figure:
     """Share of queries, both ways, whose right answer ranks so high or higher."""
-    fig, ax = canvas((500, 300))
+    fig, ax = canvas(SMALL)
     for side, colour in (("baseline", "base"), ("best", "kept")):
         if arrays[side]["ranks"] is not None:
             ranks = np.sort(arrays[side]["ranks"].ravel())
             at = np.unique(np.geomspace(1, len(ranks) / 2, 120).round())
             ax.plot(at, np.searchsorted(ranks, at, "right") / len(ranks) * 100, color=LIGHT[colour], lw=2, label=side)
-            ax.plot(at, at / at[-1] * 100, color=LIGHT["grid"], lw=1.2, zorder=1, label=None if side == "best" else "chance")
+            ax.plot(at, at / at[-1] * 100, color=LIGHT["dropped"], lw=1, ls=":", zorder=1,
+                    label="chance" if side == "best" else None)
             ax.set_xscale("log")
             plain_ticks(ax.xaxis, 1, at[-1])
             ax.legend()
@@ -212,7 +214,7 @@ def examples(arrays: dict) -> list:
     queries, found = np.linspace(0, len(key) - 1, count).astype(int), []
     for e in np.linspace(0, count - 1, min(EXAMPLES, count)).astype(int):
         q = int(queries[e])
-        sides = [{"name": name, "i2t": number(a["ranks"][0][q]), "t2i": number(a["ranks"][1][q]),
+        sides = [{"name": name, "i2t": f"{a['ranks'][0][q]:g}", "t2i": f"{a['ranks'][1][q]:g}",
                   "prints": [(thumb(int(row)), row == q) for row in a["examples"][1][e]],
                   "captions": [(captions[int(row)]["caption"], row == key[q]) for row in a["examples"][0][e]]}
                  for name, a in (("baseline", base), ("best", best))]

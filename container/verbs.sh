@@ -1,10 +1,10 @@
 # shellcheck shell=bash disable=SC2034  # variables are run.sh's
-# Sourced by run.sh: the verbs setup, test, data and keep, which are for a person.
+# Sourced by run.sh: the verbs setup, test, data, report and keep, which are for a person.
 # What setup and test install, they show first.
 
 readonly ENGINE_PACKAGES=(podman crun runc uidmap slirp4netns fuse-overlayfs ca-certificates)
 readonly CLIENT_VERSION=2.1.328 # the Claude Code that the tests drive
-readonly TEST_REQUIREMENTS=(pytest==9.2.0 ruff==0.17.6)
+readonly TEST_REQUIREMENTS=(pytest==9.2.0 ruff==0.17.6 playwright==1.65.2) # playwright drives the system's chromium
 
 # usage: install_packages WHY PACKAGE...: with Debian's package manager; asks on a terminal, never takes root silently
 install_packages() {
@@ -57,12 +57,13 @@ verb_test() {
   local missing=()
   python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
   local tool
-  for tool in npm tmux shellcheck; do command -v "$tool" >/dev/null || missing+=("$tool"); done
+  for tool in npm tmux shellcheck chromium; do command -v "$tool" >/dev/null || missing+=("$tool"); done
   ((${#missing[@]} == 0)) || install_packages "for the tests, ${missing[*]}" "${missing[@]}"
   need_image
-  if [[ $(tests/.venv/bin/python -m pip freeze 2>/dev/null) != *"${TEST_REQUIREMENTS[0]}"* ]]; then
+  if [[ $(cat tests/.venv/requirements 2>/dev/null) != "${TEST_REQUIREMENTS[*]}" ]]; then
     say "tests: a virtual environment with ${TEST_REQUIREMENTS[*]}"
     python3 -m venv --clear tests/.venv && tests/.venv/bin/python -m pip install -q "${TEST_REQUIREMENTS[@]}"
+    printf '%s\n' "${TEST_REQUIREMENTS[*]}" >tests/.venv/requirements
   fi
   if [[ $(tests/.client/node_modules/.bin/claude --version 2>/dev/null) != "$CLIENT_VERSION "* ]]; then
     say "tests: Claude Code $CLIENT_VERSION"
@@ -101,3 +102,6 @@ verb_data() {
   [[ ! -e $(data_folder)/$1 ]] || refuse "data/$1 exists already; move it away first"
   py container/engine.py data "$(data_folder)" "$@"
 }
+
+# report.html and progress.png, for a person: they show validation pairs
+verb_report() { py container/report.py; }
