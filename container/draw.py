@@ -82,7 +82,8 @@ def progress(d: dict, size: tuple, names: bool, legend: bool = False) -> Figure:
     fig, ax = canvas(size)
     rows = [e for e in d["experiments"] if e["comparable"]]
     lined = [e for e in rows if e["line"]]
-    x, line = [e["n"] for e in lined] + [rows[-1]["n"] + 0.5], np.array([e["line"] for e in lined] + [lined[-1]["line"]])
+    x = [*(e["n"] for e in lined), rows[-1]["n"] + 0.5]
+    line = np.array([*(e["line"] for e in lined), lined[-1]["line"]])
     values = [e["value"] for e in rows if e["value"]]
     audits = [(e["n"], side, s) for e, sides in audit_sides(d) for side, s in sides.items()]
     low = min([line.min() * math.exp(-d["sigma"]), *values, *(s["low"] for *_, s in audits)])
@@ -111,8 +112,8 @@ def progress(d: dict, size: tuple, names: bool, legend: bool = False) -> Figure:
             dots.set_urls([f"#e{e['n']}" for e in part])
             dots.set_gid(f"v-{verdict}")
     for n, side, s in audits:
-        ax.errorbar(n, s["mean"], s["se"], fmt="s" if side == "best" else "D", color=LIGHT["looked"], capsize=3, zorder=4,
-                    label=f"audit: {side}{s['note']}")
+        ax.errorbar(n, s["mean"], s["se"], fmt="s" if side == "best" else "D", color=LIGHT["looked"], capsize=3,
+                    zorder=4, label=f"audit: {side}{s['note']}")
     if names:
         name_the_kept(ax, rows, (x[-1] - x[0] or 1) / (size[0] - 90))
     ax.set_xlabel("experiment")
@@ -125,15 +126,16 @@ def progress(d: dict, size: tuple, names: bool, legend: bool = False) -> Figure:
 
 def audit_sides(d: dict) -> list:
     """[(record, {side: mean, se, low, note})]; ranks in a gallery of another size are scaled to this one."""
-    here = next(e["metrics"]["gallery"] for e in d["experiments"] if e["comparable"] and e["metrics"])
+    here = next((e["metrics"]["gallery"] for e in d["experiments"] if e["comparable"] and e["metrics"]), 0)
     found = []
     for e in d["experiments"]:
         a = e["verdict"] == "audit" and e["look"]
         if a and a["metric"].replace("_", " ") == d["metric"]:
             k = (here + 1) / (a["gallery"] + 1)
             note = "" if a["gallery"] == here else f", scaled to {here} pairs"
-            found.append((e, {side: {"mean": s["mean"] * k, "se": s["se"] * k, "low": (s["mean"] - s["se"]) * k, "note": note}
-                              for side, s in a["sides"].items()}))
+            sides = {name: {"mean": s["mean"] * k, "se": s["se"] * k, "low": (s["mean"] - s["se"]) * k, "note": note}
+                     for name, s in a["sides"].items()}
+            found.append((e, sides))
     return found
 
 
@@ -247,11 +249,12 @@ def page(d: dict) -> str:
                              lstrip_blocks=True)
     env.filters |= {"number": number, "signed": signed,
                     "clock": lambda t: time.strftime("%Y-%m-%d %H:%M", time.gmtime(t))}
-    charts = {"wide": svg(progress(d, WIDE, True), "wide", rows), "narrow": svg(progress(d, NARROW, False), "narrow", rows),
-              "training": svg(training(d), "training", rows), "cumulative": svg(cumulative(d, arrays), "cumulative", rows)}
+    figures = {"wide": progress(d, WIDE, True), "narrow": progress(d, NARROW, False), "training": training(d),
+               "cumulative": cumulative(d, arrays)}
     return env.get_template("report.html.jinja").render(
-        d=d, rows=rows, base=rows[d["baseline"]], best=rows[d["best"]], now=now, charts=charts, phases=phases(d), open=OPEN,
-        examples=examples(arrays), audits=audit_sides(d), light=LIGHT, nonce=secrets.token_urlsafe(16))
+        d=d, base=rows[d["baseline"]], best=rows[d["best"]], now=now, phases=phases(d), examples=examples(arrays),
+        charts={name: svg(fig, name, rows) for name, fig in figures.items()}, audits=audit_sides(d), open=OPEN,
+        light=LIGHT, nonce=secrets.token_urlsafe(16))
 
 
 def main() -> None:

@@ -80,7 +80,7 @@ def losses(log: bytes) -> list:
 
 
 def line_of_incumbents(mine: list, values) -> dict:
-    """{experiment: (the incumbent's metric after it, its file)}: the mean of all comparable runs of that file so far."""
+    """{experiment: (the incumbent's metric after it, its file)}: the mean of all runs of that file so far."""
     runs: dict = {}
     train, found = "", {}
     for r in mine:
@@ -96,8 +96,9 @@ def entry(r: record.Record, result: dict, values: list) -> dict:
     runs = result.get("runs", [])
     ok = [x for x in runs if x.get("outcome") == "ok"]
     return {"n": r.n, "verdict": r.verdict, "hypothesis": r.hypothesis, "reason": r.reason, "phase": r.phase,
-            "when": r.when, "by_hand": "By-Hand" in r.trailers, "values": values, "value": record.geometric(values) if values else None,
-            "percent": result.get("percent"), "sigmas": result.get("sigmas"), "seeds": [x.get("seed") for x in runs],
+            "when": r.when, "by_hand": "By-Hand" in r.trailers, "values": values,
+            "value": record.geometric(values) if values else None, "percent": result.get("percent"),
+            "sigmas": result.get("sigmas"), "seeds": [x.get("seed") for x in runs],
             "train_s": sum(x["timing"]["train"] for x in runs), "total_s": sum(x["timing"]["total"] for x in runs),
             "claims": runs[-1]["train"].get("claims", {}) if runs else {}, "metrics": ok[-1]["metrics"] if ok else {},
             "look": result.get(r.verdict) if r.verdict in LOOKS else None}
@@ -110,7 +111,8 @@ def gather() -> tuple[dict, Path]:
     mine = [r for r in judged if r.comparable == judged[-1].comparable]
     line = line_of_incumbents(mine, state.values)
     if not any(value for value, _ in line.values()):
-        raise record.Refused("there is nothing to show: no experiment is recorded yet; ./run.sh measures the first")
+        raise record.Refused("there is nothing to show: nothing was measured with today's data, judge, image and budget yet; run "
+                             "./run.sh first")
     groups: dict = {}
     for r in mine:
         groups.setdefault(r.train, []).extend(state.values(r))
