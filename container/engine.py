@@ -110,10 +110,11 @@ def sandbox(container: str, image: str, command: list[str], *, memory: str, limi
 
     mounts: path inside -> path on the host, all read-only. out_size: size of a tmpfs at /out. writable: a folder of
     the caller's at /writable, for our own data preparation only, which then runs as the caller. background: at most
-    one core, and only what the other containers leave of it.
+    one core, and only what the other containers leave of it; a mark that sweep does not know.
     The run limit here is only the third line of defence: PID 1 inside keeps the time, and the caller kills.
     """
-    flags = [*client(), "run", "--rm", "-i", "--name", container, "--label", label(), "--network", "none",
+    flags = [*client(), "run", "--rm", "-i", "--name", container, "--network", "none",
+             "--label", label() + ("-background" if background else ""),
              "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges",
              "--security-opt", f"seccomp={HERE / 'seccomp.json'}", "--user", caller() if writable else UID,
              "--pids-limit", str(PIDS), "--memory", memory, "--memory-swap", memory,

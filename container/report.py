@@ -54,10 +54,10 @@ def read_objects(names: list) -> dict:
 
 def diffs(numbers: list) -> dict:
     """{experiment: diff of train.py against its parent}, from one git process."""
-    done = subprocess.run(
-        [*record.GIT, "log", "--no-walk=unsorted", "--stdin", "-p", "--no-ext-diff", "--no-textconv", "--no-color",
-         "--format=%x00%(trailers:key=Experiment,valueonly,separator=)%x00", "--", "train.py"], cwd=record.ROOT,
-        input="".join(f"refs/experiments/{n}\n" for n in numbers), capture_output=True, text=True, errors="replace")
+    command = ["log", "--no-walk=unsorted", "--stdin", "-p", "--no-ext-diff", "--no-textconv", "--no-color",
+               "--no-show-signature", "--format=%x00%(trailers:key=Experiment,valueonly,separator=)%x00", "--", "train.py"]
+    done = subprocess.run([*record.GIT, *command], cwd=record.ROOT, capture_output=True, text=True, errors="replace",
+                          input="".join(f"refs/experiments/{n}\n" for n in numbers))
     parts = done.stdout.split("\0")[1:]
     return {int(n): clean(text.partition("\n@@")[2], MOST_DIFF)
             for n, text in zip(parts[::2], parts[1::2]) if n.strip().isdigit()}
@@ -111,8 +111,8 @@ def gather() -> tuple[dict, Path]:
     mine = [r for r in judged if r.comparable == judged[-1].comparable]
     line = line_of_incumbents(mine, state.values)
     if not any(value for value, _ in line.values()):
-        raise record.Refused("there is nothing to show: nothing was measured with today's data, judge, image and budget yet; run "
-                             "./run.sh first")
+        raise record.Refused("there is nothing to show: nothing was measured with today's data, judge, image and "
+                             "budget yet; run ./run.sh first")
     groups: dict = {}
     for r in mine:
         groups.setdefault(r.train, []).extend(state.values(r))

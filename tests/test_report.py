@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -83,7 +84,7 @@ def test_nothing_to_show_is_said_in_one_line(empty: Project):
 def test_two_files_and_nothing_else(drawn):
     root = drawn.project.path
     assert drawn.done.stdout.split() == [f"{root}/report.html", f"{root}/progress.png"]
-    assert drawn.project.git("status", "--porcelain") == "" and drawn.project.containers() == ""
+    assert drawn.project.git("status", "--porcelain") == "" and drawn.project.containers("-background") == ""
     assert not [f for f in (root / "runs").rglob("*") if f.is_file()]
     png = (root / "progress.png").read_bytes()
     width, height = struct.unpack(">II", png[16:24])
@@ -228,8 +229,13 @@ def test_refresh_is_silent_and_harmless(drawn, tmp_path):
     two = [refresh(project), refresh(project)]
     assert [(p.communicate()[0], p.returncode) for p in two] == [(b"", 0)] * 2
     assert project.read("report.html") != before and project.read("report.html").endswith("</html>")
+    late = refresh(project)
+    while late.poll() is None and not project.containers("-background"):
+        time.sleep(0.1)
+    subprocess.run([sys.executable, project.path / "container" / "engine.py", "sweep"], check=True)
+    assert project.containers("-background") and late.wait() == 0  # an experiment that ends meanwhile does not hit it
     assert sorted(f.name for f in project.path.glob("report.html*")) == ["report.html"]
-    assert project.containers() == ""
+    assert project.containers("-background") == ""
 
 
 def test_a_day_that_has_just_begun_and_data_that_is_gone(empty: Project, tmp_path, browser):
