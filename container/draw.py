@@ -17,13 +17,13 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib import rcParams
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
 DATA = Path("/data")
 LIGHT = {"ink": "#1b2430", "muted": "#66707d", "grid": "#e3e5e8", "kept": "#1f5fa8", "dropped": "#a3abb5",
          "failed": "#c8402f", "looked": "#b07508", "base": "#5b6673", "paper": "#ffffff"}  # the page's dark ones: CSS
-WIDE, NARROW, PICTURE, SMALL = (1040, 430), (380, 330), (800, 430), (440, 270)  # pixels
+WIDE, NARROW, PICTURE, SMALL = (1040, 430), (380, 330), (800, 430), (700, 260)  # pixels
 WORST = 1.30  # times the first value: what is worse is drawn at the upper edge
 LABEL_PX, LABEL_CHARS = 26, 32  # between two names on the curve; of one
 EXAMPLES, OPEN = 12, 6  # drawn, and shown without a click
@@ -68,15 +68,6 @@ def svg(fig: Figure, name: str, rows: dict) -> Markup:
     return Markup(re.sub(r'<a xlink:href="#e(\d+)"[^>]*>', link, text).replace("xlink:href", "href"))
 
 
-def plain_ticks(axis, low: float, high: float) -> None:
-    """Round numbers on a log axis, also where it spans less than a decade."""
-    ticks = (LogLocator(subs=(1, 2, 5)) if high > 8 * low else MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])).tick_values(
-        low, high)
-    axis.set_major_locator(FixedLocator([t for t in ticks if low <= t <= high]))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-
-
 def progress(d: dict, size: tuple, names: bool, legend: bool = False) -> Figure:
     """The progress curve: incumbent with its noise, every experiment, failures at the foot, audits."""
     fig, ax = canvas(size)
@@ -87,30 +78,29 @@ def progress(d: dict, size: tuple, names: bool, legend: bool = False) -> Figure:
     values = [e["value"] for e in rows if e["value"]]
     audits = [(e["n"], side, s) for e, sides in audit_sides(d) for side, s in sides.items()]
     low = min([line.min() * math.exp(-d["sigma"]), *values, *(s["low"] for *_, s in audits)])
-    high = min(max(values), line[0] * WORST) * 1.04
+    high = max([min(max(values), line[0] * WORST), *(s["high"] for *_, s in audits)]) * 1.04
     low *= (high / low) ** (-0.32 if names else -0.1)  # room for the names, and for the failures
     ax.set_yscale("log")
     ax.set_ylim(low, high)
-    plain_ticks(ax.yaxis, low, high)
+    ticks = (LogLocator(subs=(1, 2, 5)) if high > 8 * low else MaxNLocator(6)).tick_values(low, high)  # round numbers
+    ax.yaxis.set_major_locator(FixedLocator([t for t in ticks if low <= t <= high]))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     ax.xaxis.set_major_locator(MaxNLocator(8 if size[0] < 500 else 14, integer=True, steps=[1, 2, 5, 10]))
     ax.fill_between(x, line * math.exp(-d["sigma"]), line * math.exp(d["sigma"]), step="post", color=LIGHT["kept"],
                     alpha=0.13, lw=0, label=f"±1 σ ({d['sigma'] * 100:.1f} %)")
     ax.step(x, line, where="post", color=LIGHT["kept"], lw=2, label="incumbent")
     scale = 0.6 if len(rows) > 150 else 1
-    for verdict, label, colour, marker, area in (
-            ("discarded", "discarded", LIGHT["dropped"], "o", 26), ("remeasured", "", LIGHT["base"], ".", 26),
-            ("kept", "kept", LIGHT["kept"], "o", 52), ("baseline", "baseline", LIGHT["base"], "D", 40),
-            ("failed", "failed", LIGHT["failed"], "x", 36)):
+    for verdict, colour, marker, area in (("discarded", "dropped", "o", 26), ("remeasured", "base", ".", 26),
+                                          ("kept", "kept", "o", 52), ("baseline", "base", "D", 40),
+                                          ("failed", "failed", "x", 36)):
         some = [e for e in rows if e["verdict"] == verdict and (e["value"] or verdict == "failed")]
-        out = [bool(e["value"] and e["value"] > high) for e in some]
-        for beyond in (False, True):
-            part = [e for e, o in zip(some, out) if o == beyond]
-            at = [high / 1.01 if beyond else e["value"] or low * (high / low) ** 0.03 for e in part]
-            face = {"edgecolor": LIGHT["paper"], "lw": 0.8} if marker != "x" else {"lw": 1.6}
-            dots = ax.scatter([e["n"] for e in part], at, s=area * scale, color=colour, zorder=3, clip_on=False,
-                              marker="^" if beyond else marker, label=label if part and not beyond else None, **face)
-            dots.set_urls([f"#e{e['n']}" for e in part])
-            dots.set_gid(f"v-{verdict}")
+        at = [min(high / 1.01, e["value"] or low * (high / low) ** 0.03) for e in some]
+        face = {"lw": 1.6} if marker == "x" else {"edgecolor": LIGHT["paper"], "lw": 0.8}
+        dots = ax.scatter([e["n"] for e in some], at, s=area * scale, color=LIGHT[colour], marker=marker, zorder=3,
+                          label=verdict if some and verdict != "remeasured" else None, clip_on=False, **face)
+        dots.set_urls([f"#e{e['n']}" for e in some])
+        dots.set_gid(f"v-{verdict}")
     for n, side, s in audits:
         ax.errorbar(n, s["mean"], s["se"], fmt="s" if side == "best" else "D", color=LIGHT["looked"], capsize=3,
                     zorder=4, label=f"audit: {side}{s['note']}")
@@ -133,8 +123,8 @@ def audit_sides(d: dict) -> list:
         if a and a["metric"].replace("_", " ") == d["metric"]:
             k = (here + 1) / (a["gallery"] + 1)
             note = "" if a["gallery"] == here else f", scaled to {here} pairs"
-            sides = {name: {"mean": s["mean"] * k, "se": s["se"] * k, "low": (s["mean"] - s["se"]) * k, "note": note}
-                     for name, s in a["sides"].items()}
+            sides = {name: {"mean": s["mean"] * k, "se": s["se"] * k, "low": (s["mean"] - s["se"]) * k,
+                            "high": (s["mean"] + s["se"]) * k, "note": note} for name, s in a["sides"].items()}
             found.append((e, sides))
     return found
 
@@ -168,36 +158,13 @@ def training(d: dict) -> Figure:
     return fig
 
 
-def cumulative(d: dict, arrays: dict) -> Figure:
-    """Share of queries, both ways, whose right answer ranks so high or higher."""
-    fig, ax = canvas(SMALL)
-    for side, colour in (("baseline", "base"), ("best", "kept")):
-        if arrays[side]["ranks"] is not None:
-            ranks = np.sort(arrays[side]["ranks"].ravel())
-            at = np.unique(np.geomspace(1, len(ranks) / 2, 120).round())
-            ax.plot(at, np.searchsorted(ranks, at, "right") / len(ranks) * 100, color=LIGHT[colour], lw=2, label=side)
-            ax.plot(at, at / at[-1] * 100, color=LIGHT["dropped"], lw=1, ls=":", zorder=1,
-                    label="chance" if side == "best" else None)
-            ax.set_xscale("log")
-            plain_ticks(ax.xaxis, 1, at[-1])
-            ax.legend()
-    ax.set(xlabel="rank of the right match", ylabel="% of queries at this rank or better")
-    return fig
-
-
-def read_arrays(d: dict) -> dict:
-    """{side: {ranks, examples}}, None where a record has none."""
-    def one(text: str):
-        return np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False) if text else None
-    return {side: {k: one(v) for k, v in found.items()} for side, found in d["arrays"].items()}
-
-
-def examples(arrays: dict) -> list:
+def examples(d: dict) -> list:
     """Retrieval of the best model beside the baseline's, for queries spread evenly, none chosen."""
-    best, base = arrays["best"], arrays["baseline"]
-    if any(a is None for side in (best, base) for a in side.values()) or not (DATA / "captions").is_dir():
+    if not all(text for side in d["arrays"].values() for text in side.values()) or not (DATA / "captions").is_dir():
         return []
     from datasets import load_from_disk
+    base, best = ({k: np.load(io.BytesIO(base64.b64decode(v)), allow_pickle=False) for k, v in arrays.items()}
+                  for arrays in (d["arrays"]["baseline"], d["arrays"]["best"]))
     captions, images = (load_from_disk(str(DATA / side)) for side in ("captions", "images"))
     key = np.load(DATA / "key.npy", allow_pickle=False)
     thumbs: dict = {}
@@ -243,16 +210,15 @@ def phases(d: dict) -> list:
 
 
 def page(d: dict) -> str:
-    arrays, rows = read_arrays(d), {e["n"]: e for e in d["experiments"]}
+    rows = {e["n"]: e for e in d["experiments"]}
     now = next(e["line"] for e in reversed(d["experiments"]) if e["line"])
     env = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
                              lstrip_blocks=True)
     env.filters |= {"number": number, "signed": signed,
                     "clock": lambda t: time.strftime("%Y-%m-%d %H:%M", time.gmtime(t))}
-    figures = {"wide": progress(d, WIDE, True), "narrow": progress(d, NARROW, False), "training": training(d),
-               "cumulative": cumulative(d, arrays)}
+    figures = {"wide": progress(d, WIDE, True), "narrow": progress(d, NARROW, False), "training": training(d)}
     return env.get_template("report.html.jinja").render(
-        d=d, base=rows[d["baseline"]], best=rows[d["best"]], now=now, phases=phases(d), examples=examples(arrays),
+        d=d, base=rows[d["baseline"]], best=rows[d["best"]], now=now, phases=phases(d), examples=examples(d),
         charts={name: svg(fig, name, rows) for name, fig in figures.items()}, audits=audit_sides(d), open=OPEN,
         light=LIGHT, nonce=secrets.token_urlsafe(16))
 

@@ -10,6 +10,7 @@ standard input and come back on standard output: nothing of it lies in runs/, wh
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import re
@@ -28,7 +29,6 @@ import record  # noqa: E402
 FILES = ("report.html", "progress.png")
 LIMIT_S = 180
 MEMORY = "2g"
-MOST_OUTPUT = 64 << 20  # bytes
 LOOKS = ("audit", "final")  # records that are no experiments
 DIFFS = 400  # newest experiments whose diff is in the page
 MOST_DIFF = 12_000  # characters of one
@@ -53,20 +53,17 @@ def read_objects(names: list) -> dict:
 
 
 def diffs(numbers: list) -> dict:
-    """{experiment: diff of train.py against its parent}, from one git process."""
+    """{experiment: the hunks of train.py against its parent, visible characters only}, from one git process."""
     command = ["log", "--no-walk=unsorted", "--stdin", "-p", "--no-ext-diff", "--no-textconv", "--no-color",
-               "--no-show-signature", "--format=%x00%(trailers:key=Experiment,valueonly,separator=)%x00", "--", "train.py"]
+               "--no-show-signature", "--format=%x00%(trailers:key=Experiment,valueonly,separator=)%x00", "train.py"]
     done = subprocess.run([*record.GIT, *command], cwd=record.ROOT, capture_output=True, text=True, errors="replace",
                           input="".join(f"refs/experiments/{n}\n" for n in numbers))
-    parts = done.stdout.split("\0")[1:]
-    return {int(n): clean(text.partition("\n@@")[2], MOST_DIFF)
-            for n, text in zip(parts[::2], parts[1::2]) if n.strip().isdigit()}
-
-
-def clean(text: str, most: int) -> str:
-    """The end of a hunk's first line onwards, without invisible characters, capped."""
-    lines = [record.clean("|" + line.replace("\t", "    "))[1:] for line in text[:most].splitlines()]
-    return "\n".join(["@@" + lines[0], *lines[1:], *(["[... cut ...]"] if len(text) > most else [])]) if lines else ""
+    parts, found = done.stdout.split("\0")[1:], {}
+    for n, text in zip(parts[::2], parts[1::2]):
+        hunks = text[text.find("\n@@") + 1:] if "\n@@" in text else ""
+        lines = [record.clean("|" + x.replace("\t", "    "))[1:] for x in hunks[:MOST_DIFF].splitlines()]
+        found[int(n)] = "\n".join([*lines, *(["[... cut ...]"] if len(hunks) > MOST_DIFF else [])])
+    return found
 
 
 def losses(log: bytes) -> list:
@@ -154,10 +151,10 @@ def draw(found: dict, data: Path) -> list:
     header, _, body = done.stdout.partition(b"\n")
     try:
         first, second = json.loads(header)
+        if len(body) != first + second:
+            raise ValueError
     except ValueError:
         raise engine.EngineError(f"the report was not drawn: {done.stderr.decode('utf-8', 'replace')[-800:]}") from None
-    if len(body) != first + second or len(body) > MOST_OUTPUT:
-        raise engine.EngineError("the report was not drawn whole")
     return [body[:first], body[first:]]
 
 
@@ -172,25 +169,23 @@ def publish(contents: list) -> None:
             part.unlink(missing_ok=True)
 
 
-def main(refresh: bool) -> None:
-    if refresh:
-        os.nice(19)
-    publish(draw(*gather()))
+def main() -> None:
+    try:
+        publish(draw(*gather()))
+    except (record.Refused, program.ProgramError, engine.EngineError) as e:
+        engine.say(f"run.sh: {e}")
+        sys.exit(2)
+    print("\n".join(str(record.ROOT / name) for name in FILES))
+
+
+def refresh() -> None:
+    """Silent: a report that could not be drawn must not show in an agent's run."""
+    os.nice(19)
+    with contextlib.suppress(Exception):
+        publish(draw(*gather()))
 
 
 if __name__ == "__main__":
     if sys.argv[1:] not in ([], ["refresh"]):
         sys.exit(__doc__)
-    quiet = sys.argv[1:] == ["refresh"]
-    try:
-        main(quiet)
-    except (record.Refused, program.ProgramError, engine.EngineError) as e:
-        if not quiet:
-            engine.say(f"run.sh: {e}")
-            sys.exit(2)
-    except Exception:
-        if not quiet:  # a report that could not be refreshed must not show in the agent's run
-            raise
-    else:
-        if not quiet:
-            print("\n".join(str(record.ROOT / name) for name in FILES))
+    refresh() if sys.argv[1:] else main()
