@@ -82,8 +82,8 @@ def progress(d: dict, size: tuple, names: bool, legend: bool = False) -> Figure:
     low *= (high / low) ** (-0.32 if names else -0.1)  # room for the names, and for the failures
     ax.set_yscale("log")
     ax.set_ylim(low, high)
-    ticks = (LogLocator(subs=(1, 2, 5)) if high > 8 * low else MaxNLocator(6)).tick_values(low, high)  # round numbers
-    ax.yaxis.set_major_locator(FixedLocator([t for t in ticks if low <= t <= high]))
+    ticks = LogLocator(subs=(1, 2, 5)) if high > 8 * low else MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])  # round numbers
+    ax.yaxis.set_major_locator(FixedLocator([t for t in ticks.tick_values(low, high) if low <= t <= high]))
     ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     ax.xaxis.set_major_locator(MaxNLocator(8 if size[0] < 500 else 14, integer=True, steps=[1, 2, 5, 10]))
