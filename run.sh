@@ -53,6 +53,8 @@ measure() {
   WORK=$(mktemp -d "$RUNS/work.XXXXXX") && chmod 755 "$WORK"
   printf '%s\n' "$idea" >"$WORK/hypothesis"
   : >"$(file "$N" log)"
+  # the pictures of all that is recorded so far, drawn in the shadow of this training
+  setsid nice -n 19 python3 -I container/report.py refresh </dev/null &>/dev/null 9>&- &
   for run in 1 2; do
     [[ $VERDICT == again ]] || break
     mkdir "$WORK/run-$run"

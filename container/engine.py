@@ -104,21 +104,27 @@ def label() -> str:
 
 
 def sandbox(container: str, image: str, command: list[str], *, memory: str, limit_s: int, mounts: dict,
-            out_size: str | None = None, gpu: bool = True, writable: Path | None = None) -> list[str]:
+            out_size: str | None = None, gpu: bool = True, writable: Path | None = None,
+            background: bool = False) -> list[str]:
     """argv of a locked-down `run`: no network, read-only, no privileges; memory, processes and tmpfs are limited.
 
     mounts: path inside -> path on the host, all read-only. out_size: size of a tmpfs at /out. writable: a folder of
-    the caller's at /writable, for our own data preparation only, which then runs as the caller.
+    the caller's at /writable, for our own data preparation only, which then runs as the caller. background: at most
+    one core, and only what the other containers leave of it; a mark that sweep does not know.
     The run limit here is only the third line of defence: PID 1 inside keeps the time, and the caller kills.
     """
-    flags = [*client(), "run", "--rm", "-i", "--name", container, "--label", label(), "--network", "none",
+    flags = [*client(), "run", "--rm", "-i", "--name", container, "--network", "none",
+             "--label", label() + ("-background" if background else ""),
              "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges",
              "--security-opt", f"seccomp={HERE / 'seccomp.json'}", "--user", caller() if writable else UID,
-             "--pids-limit", str(PIDS), "--memory", memory, "--memory-swap", memory, "--cpus", str(os.cpu_count()),
+             "--pids-limit", str(PIDS), "--memory", memory, "--memory-swap", memory,
+             "--cpus", "1" if background else str(os.cpu_count()),
              "--ipc", "private", "--shm-size", SHM_SIZE, "--ulimit", "core=0:0", "--hostname", "sandbox",
              # threads that wait sleep: spinning, a busy machine trained 6 and 9 times slower (two pairs)
              "--env", "OMP_WAIT_POLICY=PASSIVE", "--workdir", "/tmp", "--log-driver", "none", "--pull", "never",
              "--tmpfs", f"/tmp:rw,nosuid,nodev,size={TMP_SIZE},mode=1777,exec"]  # exec: what torch.compile builds
+    if background:
+        flags += ["--cpu-shares", "2"]
     if out_size:
         flags += ["--tmpfs", f"/out:rw,nosuid,nodev,noexec,size={out_size},mode=1777"]
     if name() == "podman":

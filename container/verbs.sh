@@ -4,7 +4,7 @@
 
 readonly ENGINE_PACKAGES=(podman crun runc uidmap slirp4netns fuse-overlayfs ca-certificates)
 readonly CLIENT_VERSION=2.1.328 # the Claude Code that the tests drive
-readonly TEST_REQUIREMENTS=(pytest==9.2.0 ruff==0.17.6)
+readonly TEST_REQUIREMENTS=(pytest==9.2.0 ruff==0.17.6 playwright==1.65.2) # playwright drives the system's chromium
 
 # usage: install_packages WHY PACKAGE...: with Debian's package manager; asks on a terminal, never takes root silently
 install_packages() {
@@ -57,12 +57,13 @@ verb_test() {
   local missing=()
   python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
   local tool
-  for tool in npm tmux shellcheck; do command -v "$tool" >/dev/null || missing+=("$tool"); done
+  for tool in npm tmux shellcheck chromium; do command -v "$tool" >/dev/null || missing+=("$tool"); done
   ((${#missing[@]} == 0)) || install_packages "for the tests, ${missing[*]}" "${missing[@]}"
   need_image
-  if [[ $(tests/.venv/bin/python -m pip freeze 2>/dev/null) != *"${TEST_REQUIREMENTS[0]}"* ]]; then
+  if [[ $(cat tests/.venv/requirements 2>/dev/null) != "${TEST_REQUIREMENTS[*]}" ]]; then
     say "tests: a virtual environment with ${TEST_REQUIREMENTS[*]}"
     python3 -m venv --clear tests/.venv && tests/.venv/bin/python -m pip install -q "${TEST_REQUIREMENTS[@]}"
+    printf '%s\n' "${TEST_REQUIREMENTS[*]}" >tests/.venv/requirements
   fi
   if [[ $(tests/.client/node_modules/.bin/claude --version 2>/dev/null) != "$CLIENT_VERSION "* ]]; then
     say "tests: Claude Code $CLIENT_VERSION"
@@ -147,6 +148,8 @@ publish() {
   mv -T "$WORK" "final/$(printf %04d "$N")"
   printf 'record:      experiment %d; logs%s in final/%04d\n' "$N" "$([[ $1 != final ]] || printf ' and the checkpoint (run-1/out.tar)')" "$N"
 }
+# report.html and progress.png, for a person: they show validation pairs
+verb_report() { py container/report.py; }
 
 usage() {
   cat <<'TEXT'
@@ -154,7 +157,7 @@ usage() {
 ./run.sh setup          engine, image, built-in data, baseline; only what is missing
 ./run.sh test           all tests, with what they need
 ./run.sh data NAME [--odvg DIR]   draw the built-in prints, or import your own ODVG lines and images
-./run.sh status|log [N] where things stand; the last N experiments
+./run.sh status|log [N]|report   where things stand; the last N experiments; report.html for a browser
 ./run.sh keep N         overrule a verdict: make experiment N the incumbent
 ./run.sh audit [K] [--ablate]     baseline against best on fresh pairs, K seeds each: the numbers to publish
 ./run.sh final          the best, trained longer on all but the test pairs, judged once on those
@@ -163,12 +166,11 @@ exit status             0 recorded, 1 recorded as failed, 2 refused and nothing 
 TEXT
 }
 
-
 # usage: person VERB ARGS...
 person() {
   case $1 in
     help | --help | -h) usage ;;
-    setup | test | data | keep | final | audit)
+    setup | test | data | keep | final | audit | report)
       [[ -z ${AGENT-} ]] || refuse "'$1' is for a person, in a terminal"
       "verb_$1" "${@:2}"
       ;;

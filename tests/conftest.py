@@ -92,7 +92,7 @@ class Project:
             int(x) for x in self.git("for-each-ref", "--format=%(refname:lstrip=2)", "refs/experiments").split()
         )
 
-    def containers(self) -> str:
+    def containers(self, mark: str = "") -> str:
         label = subprocess.run(
             ["python3", "-c", "import engine; print(engine.label())"],
             cwd=self.path / "container",
@@ -100,7 +100,7 @@ class Project:
             text=True,
         ).stdout.strip()
         return subprocess.run(
-            [engine(), "ps", "-aq", "--filter", f"label={label}"], capture_output=True, text=True
+            [engine(), "ps", "-aq", "--filter", f"label={label}{mark}"], capture_output=True, text=True
         ).stdout
 
 

@@ -169,6 +169,7 @@ SHELL = r"""
 ./run.sh log
 ./run.sh status
 ./run.sh keep 1
+./run.sh report
 ./run.sh --help
 ./run.sh ''
 ./run.sh; id
@@ -491,6 +492,8 @@ runs/0001.log/../../run.sh
 runs/../data/prints/val.key.npy
 runs/٠٠٠١.log
 runs/work.x/run-1/train.py
+report.html
+progress.png
 TRAIN.py
 sub/train.py
 .
@@ -703,6 +706,8 @@ class Ground:
             "data/.hidden/preview.png",
             "runs/session/x.json",
             "runs/0001.log.bak",
+            "report.html",
+            "progress.png",
         ):
             shutil.copy(self.path / "run.sh", self.path / name)
         (self.path / "sub/n.ipynb").write_text('{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}')
@@ -992,6 +997,7 @@ def test_without_hooks_run_sh_refuses_claude_code(project, tmp_path, how):
         f"AR_CLEAN=$$ {script}",
         f"{script} setup",
         f"{script} keep 1",
+        f"{script} report",
         f"{script} data prints",
         f"{script} status",
     ]

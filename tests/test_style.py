@@ -10,7 +10,7 @@ from pathlib import Path
 
 from conftest import ROOT, tracked, tracked_code
 
-HARNESS_LINES, RUN_LINES, GUARD_LINES, TRAIN_LINES = 2570, 250, 200, 300
+HARNESS_LINES, RUN_LINES, GUARD_LINES, TRAIN_LINES = 3010, 250, 200, 300
 
 
 def test_ruff():
@@ -50,7 +50,7 @@ def test_the_host_needs_only_the_standard_library():
         for f in tracked()
         if f.startswith((".claude/hooks/", "container/"))
         and f.endswith(".py")
-        and Path(f).name not in ("prints.py", "stage.py", "judge.py")
+        and Path(f).name not in ("prints.py", "stage.py", "judge.py", "draw.py")
     ]
     ours = {Path(f).stem for f in host}
     for f in host:
