@@ -1,0 +1,72 @@
+"""audit and final: real trainings, recorded, counted, and out of the loop's sight."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+
+import pytest
+from conftest import Project
+
+
+@pytest.fixture
+def improved(project: Project) -> Project:
+    """One change is kept: more steps."""
+    project.edit("stop: 100 experiments", "stop: 100 experiments\nfinal_budget: 120", "program.md")
+    project.set("STEPS", "120")
+    done, shown = project.experiment("more steps")
+    assert shown["verdict"] == "kept", done.stdout + done.stderr
+    return project
+
+
+def result(project: Project, n: int) -> dict:
+    return json.loads(project.git("show", f"refs/experiments/{n}:experiment/result.json"))
+
+
+def test_audit_and_final(improved: Project):
+    head, status, history = (improved.git("rev-parse", "HEAD"), improved.run("status").stdout, "runs/experiments.tsv")
+    before = improved.read(history)
+
+    done = improved.run("audit", "2", "--ablate")
+    assert done.returncode == 0, done.stderr
+    assert "200 fresh pairs (random 100.5)" in done.stdout and "2 seeds each" in done.stdout
+    audit = result(improved, 3)["audit"]
+    sides, runs = audit["sides"], result(improved, 3)["runs"]
+    assert len({r["seed"] for r in runs}) == len(runs) == 6
+    assert sides["best"]["mean"] < sides["baseline"]["mean"] and audit["difference"]["percent"] < 0
+    (row,) = audit["ablation"]  # without its one change the best is the baseline again
+    assert row["experiment"] == 2 and row["percent"] > 0 and abs(row["values"][0] / sides["baseline"]["mean"] - 1) < 0.4
+    assert "Test-Look" not in improved.trailers("refs/experiments/3")
+
+    for look in (1, 2):
+        done = improved.run("final")
+        assert done.returncode == 0, done.stderr
+        assert f"test look:   {look} " in done.stdout and "gallery 100, random 50.5" in done.stdout
+        assert improved.trailers(f"refs/experiments/{3 + look}")["Test-Look"] == str(look)
+    final = result(improved, 4)
+    assert final["final"]["split"] == "test" and len(final["final"]["metrics"]["t2i"]) == 3
+    with tarfile.open(improved.path / "final/0004/run-1/out.tar") as left:
+        assert "./checkpoint.pt" in left.getnames()
+
+    # what the loop goes by has not moved, and nothing of it can be read where the agent reads
+    assert improved.git("rev-parse", "HEAD") == head and improved.run("status").stdout == status
+    assert not any("Comparable" in improved.trailers(f"refs/experiments/{n}") for n in (3, 4, 5))
+    improved.set("STEPS", "2")
+    done, shown = improved.experiment("far too few steps")
+    assert shown["experiment"] == "6" and shown["verdict"] == "discarded" and "1 runs" in shown["before"]
+    assert improved.read(history).startswith(before.rstrip("\n")) and "audit" not in improved.read(history)
+    assert "final" not in improved.read(history) and improved.git("status", "--short") == "M scratchpad.md"
+    assert "audit: baseline against best" in improved.run("log").stdout
+    assert improved.containers() == ""
+
+
+def test_refusals(project: Project):
+    done = project.run("audit")
+    assert (done.returncode, done.stdout) == (2, "") and "still the baseline" in done.stderr
+    for words in (["audit", "1"], ["audit", "many"], ["final", "now"]):
+        done = project.run(*words)
+        assert done.returncode == 2 and "usage: ./run.sh" in done.stderr
+    for verb in ("audit", "final", "report"):
+        done = project.run(verb, env={"CLAUDECODE": "1"})
+        assert done.returncode == 2 and "for a person" in done.stderr
+    assert project.experiments() == [1]
