@@ -327,7 +327,7 @@ def add_audit(folder: Path, staging: Path, number: int) -> None:
     info = json.loads((folder / "info.json").read_text())
     first = sum(info[split] for split in SPLITS) + number * info["val"]
     rows = ((f"print {i}", prints.draw(PRINTS_SEED, i, info["image_size"])) for i in range(first, first + info["val"]))
-    rows = tqdm(rows, "audit", info["val"], leave=False, unit=" images", disable=None)
+    rows = ukiyoe.Bar(rows, "audit", info["val"], unit=" images")
     table, digest = store_rows(rows, staging / "audit.arrow", info["image_size"], {}, [])
     store_pairs_apart(table, digest, staging, "audit")
 
