@@ -240,7 +240,7 @@ def data(folder: str, *args: str) -> int:
             if not (given.is_dir() or what == "images" and given.is_file()):
                 raise EngineError(f"--{what} {given}: no such folder; README says what belongs in it")
             mounts[f"/{what}"] = given
-    online = args[0] in FETCHED and not FETCHED[args[0]] <= set(options)
+    online = args[0] in FETCHED and "--add" not in options and not FETCHED[args[0]] <= set(options)
     environment = {"PROGRESS": "1"} if sys.stderr.isatty() else {}
     if online:
         environment.update({key: os.environ[key] for key in PASSED_ON if key in os.environ})
