@@ -2,6 +2,7 @@
 """Prepares a data set once, so that training only reads memory-mapped uint8. Runs inside the container image.
 
     python prepare_data.py prints --out DIR                the built-in woodblock prints, drawn here
+    python prepare_data.py ukiyo-e --out DIR               Ukiyo-eVG, real prints, and pretrained weights, fetched
     python prepare_data.py NAME --odvg FOLDER --out DIR    your own images and annotations
     python prepare_data.py NAME --add trainval --out DIR   to a data set: one table of training and validation pairs
     python prepare_data.py prints --add audit=K --out DIR  to the prints: as many pairs as for validation, never used
@@ -51,14 +52,15 @@ from itertools import repeat
 from pathlib import Path
 
 import datasets
+import imagehash
 import numpy as np
 from datasets.arrow_writer import ArrowWriter
 from PIL import Image
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "container"))
 
 import prints
+import ukiyoe
 
 FORMAT = 1
 SPLITS = ("train", "val", "test")
@@ -68,6 +70,12 @@ PRINTS_SEED = 7
 ROWS_PER_TASK = 32  # what a process is handed at a time
 ROWS_PER_BATCH = 256  # of an Arrow file: 7 MB at 96 px
 MAX_PROBLEMS_SHOWN = 20
+HASH_SIDE = 16  # of a perceptual hash: 256 bits
+# Bits by which the hashes of two impressions of a block may differ. Measured on 1,000 drawn prints: copies brightened
+# by 20 %, cut by 2 % and stored anew as JPEG differ by up to 46, 9 in 10 of them by up to 40; of 500,000 pairs of
+# different prints five come below 46. The usual 64 bits tell them apart worse: at 10, which also finds 9 in 10 copies,
+# 1 in 2,000 pairs of different prints is one, so a training print would on average have a double among 2,199 others.
+HASH_BITS = 40
 BOX_SLACK = 1.0  # pixels a box may stick out by and is cut back: annotation tools round outwards
 
 # A row is one image (3, S, S) uint8, its caption, and its regions [{phrase, bbox}] with boxes in [0, 1].
@@ -77,7 +85,7 @@ Row = tuple[np.ndarray, str, list[dict]]
 Job = tuple[str, Callable[[int], Row | str]]
 
 
-def list_prints(options: argparse.Namespace, _: list[str]) -> dict[str, list[Job]]:
+def list_prints(options: argparse.Namespace, *_: object) -> dict[str, list[Job]]:
     """Print 0 and following are the training split, then come validation and test."""
     jobs, start = {}, 0
     for split in SPLITS:
@@ -87,7 +95,23 @@ def list_prints(options: argparse.Namespace, _: list[str]) -> dict[str, list[Job
     return jobs
 
 
-def list_odvg(options: argparse.Namespace, problems: list[str]) -> dict[str, list[Job]]:
+def list_ukiyoe(options: argparse.Namespace, problems: list[str], report: dict) -> dict[str, list[Job]]:
+    """Ukiyo-eVG, fetched first. What was fetched stays until the data set is written."""
+    given = {name: getattr(options, name) for name in GIVEN}
+    folder, used = download_folder(options.out), {}
+    try:
+        images = ukiyoe.fetch(folder, options.out.with_name("weights"), given, report).resolve()
+    except ukiyoe.FetchError as error:
+        problems.append(str(error))
+        return {}
+    return {split: list(read_odvg(folder / f"{split}.jsonl", images, used, problems)) for split in SPLITS}
+
+
+def download_folder(out: Path) -> Path:
+    return out.with_name(out.name + ".download")
+
+
+def list_odvg(options: argparse.Namespace, problems: list[str], _: dict) -> dict[str, list[Job]]:
     """The images and annotations in a folder."""
     images = (options.odvg / "images").resolve()
     if not images.is_dir():
@@ -176,24 +200,30 @@ def load_image(path: Path, stated: tuple[int, int], caption: str, regions: list[
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1)), caption, regions
 
 
-# What lists the jobs, pixels per side, source, licence.
-SOURCES = {"prints": (list_prints, 96, "drawn by container/prints.py", "that of this repository")}
-OWN = (list_odvg, 96, "images and annotations in ODVG format", "that of the images")
+# What lists the jobs, pixels per side, source, licence, and whether several prints were made from one block.
+SOURCES = {
+    "prints": (list_prints, 96, "drawn by container/prints.py", "that of this repository", False),
+    "ukiyo-e": (list_ukiyoe, 224, f"Ukiyo-eVG (selinakhan/vg_art), images of {ukiyoe.RECORD}", "theirs", True),
+}
+OWN = (list_odvg, 96, "images and annotations in ODVG format", "that of the images", False)
+GIVEN = ("annotations", "images", "weights")  # local copies for ukiyo-e
 
 
 def write_data_set(options: argparse.Namespace, folder: Path) -> list[str]:
     """Writes everything. Where it returns problems, what it wrote is of no use."""
-    list_jobs, size, source, licence = OWN if options.odvg else SOURCES[options.name]
-    size, problems = options.size or size, []
-    jobs = list_jobs(options, problems)
-    tables, digests, seen = {}, {}, {}
+    list_jobs, size, source, licence, doubles = OWN if options.odvg else SOURCES[options.name]
+    size, problems, report = options.size or size, [], {}
+    jobs = list_jobs(options, problems, report)
+    tables, digests, seen, hashes = {}, {}, {}, []
     # Forked, because they need nothing but numpy and Pillow, and starting anew would import everything in each.
     with ProcessPoolExecutor(options.processes, multiprocessing.get_context("fork")) as pool:
-        for split in jobs:
+        for split in reversed(jobs) if doubles else jobs:
             makers = [make for _, make in jobs[split]]
             rows = pool.map(operator.call, makers, repeat(size), chunksize=ROWS_PER_TASK)
-            rows = tqdm(rows, split, len(makers), leave=False, unit=" images", disable=None)
+            rows = ukiyoe.Bar(rows, split, len(makers), unit=" images")
             named = ((where, row) for (where, _), row in zip(jobs[split], rows, strict=True))
+            if doubles:
+                named, seen = watch_doubles(named, split, hashes, report), {}
             tables[split], digests[split] = store_rows(named, folder / f"{split}.arrow", size, seen, problems)
             print(f"{split}: {len(makers)} images", file=sys.stderr, flush=True)
     if problems:
@@ -207,11 +237,35 @@ def write_data_set(options: argparse.Namespace, folder: Path) -> list[str]:
     for split in SPLITS:
         (folder / f"{split}.arrow").unlink()
     info = {"format": FORMAT, "name": options.name, "image_size": size}
-    info |= {split: len(tables[split]) for split in SPLITS}
+    info |= {split: len(tables[split]) for split in SPLITS} | report
+    for what, count in report.items():
+        print(f"{what.replace('_', ' ')}: {count}", file=sys.stderr, flush=True)
     info |= {"source": source, "licence": licence, "hash": content.hexdigest(), "made_by": {
         "python": platform.python_version(), **{name: version(name) for name in ("numpy", "pillow", "datasets")}}}
     (folder / "info.json").write_text(json.dumps(info, indent=2) + "\n")
     return []
+
+
+def watch_doubles(rows: Iterator[tuple[str, Row | str]], split: str, hashes: list[np.ndarray],
+                  report: dict) -> Iterator[tuple[str, Row | str]]:
+    """Leaves out training images that look like one of validation or test, which come first, test before validation.
+
+    Those of validation that look like one of test are only counted. `hashes` are those of the images so far, (4,)
+    uint64 each.
+    """
+    others = np.array(hashes, np.uint64).reshape(-1, HASH_SIDE**2 // 64)
+    doubles = 0
+    for where, row in rows:
+        if not isinstance(row, str):
+            found = imagehash.phash(Image.fromarray(row[0].transpose(1, 2, 0)), HASH_SIDE).hash
+            hashes.append(np.packbits(found).view(np.uint64))
+            double = bool(np.any(np.bitwise_count(others ^ hashes[-1]).sum(axis=1) <= HASH_BITS))
+            doubles += double
+            if double and split == "train":
+                continue
+        yield where, row
+    if split != "test":
+        report["training_doubles_left_out" if split == "train" else "validation_like_test"] = doubles
 
 
 def store_rows(rows: Iterator[tuple[str, Row | str]], file: Path, size: int, seen: dict[bytes, tuple[Path, str]],
@@ -273,7 +327,7 @@ def add_audit(folder: Path, staging: Path, number: int) -> None:
     info = json.loads((folder / "info.json").read_text())
     first = sum(info[split] for split in SPLITS) + number * info["val"]
     rows = ((f"print {i}", prints.draw(PRINTS_SEED, i, info["image_size"])) for i in range(first, first + info["val"]))
-    rows = tqdm(rows, "audit", info["val"], leave=False, unit=" images", disable=None)
+    rows = ukiyoe.Bar(rows, "audit", info["val"], unit=" images")
     table, digest = store_rows(rows, staging / "audit.arrow", info["image_size"], {}, [])
     store_pairs_apart(table, digest, staging, "audit")
 
@@ -311,6 +365,7 @@ def prepare(options: argparse.Namespace) -> list[str]:
         problems = write_data_set(options, staging)
         if not problems:
             staging.rename(out)
+            shutil.rmtree(download_folder(out), ignore_errors=True)
         return problems
     except BrokenProcessPool:
         return ["a process was killed, perhaps for want of memory; try fewer --processes"]
@@ -323,6 +378,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("name", help=f"{' or '.join(SOURCES)}, or the name of your own data set (with --odvg)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist yet, or be empty")
     parser.add_argument("--odvg", type=Path, help="folder with train.jsonl, val.jsonl, test.jsonl and images/")
+    for what in GIVEN:
+        parser.add_argument(f"--{what}", type=Path, help=f"ukiyo-e: local folder with the {what}, or archive of images")
     parser.add_argument("--size", type=int, help="pixels per side")
     parser.add_argument("--add", help="trainval or audit=NUMBER: add pairs to the data set in --out")
     for split, count in PRINTS_COUNTS.items():
@@ -345,6 +402,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"unknown data set {options.name}; take {known}, or give your own with --odvg FOLDER")
     if options.odvg and options.name in SOURCES:
         parser.error(f"{options.name} is a built-in data set; give your own another name")
+    if options.name != "ukiyo-e" and any(getattr(options, what) for what in GIVEN):
+        parser.error(f"--{', --'.join(GIVEN)} are for ukiyo-e only")
     if given and options.name != "prints":
         parser.error(f"--{', --'.join(given)}: the number of images can be chosen for prints only")
     return options

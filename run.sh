@@ -10,7 +10,7 @@ if [[ ${AR_CLEAN-} != "$$" ]]; then
   # Everything below runs with a clean environment: no keys, no sockets of the client, no GIT_* or PYTHON* variables.
   keep=()
   for name in HOME USER TERM CI XDG_RUNTIME_DIR DOCKER_HOST AR_ENGINE AR_PROOF {http,https,no}_proxy {HTTP,HTTPS,NO}_PROXY \
-    SSL_CERT_FILE NODE_EXTRA_CA_CERTS; do
+    SSL_CERT_FILE NODE_EXTRA_CA_CERTS HF_ENDPOINT; do
     [[ -z ${!name-} ]] || keep+=("$name=${!name}")
   done
   exec env -i "${keep[@]}" AR_CLEAN="$$" AGENT="${CLAUDECODE:+1}" LANG=C.UTF-8 \

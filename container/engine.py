@@ -27,7 +27,10 @@ UID = "10001:10001"  # nobody on the host
 PIDS = 512  # data loader workers and threads fit, a fork bomb does not
 FILES = 8192  # open files
 DATA_MEMORY = "8g"  # for preparing a data set
-DATA_LIMIT_S = 6 * 3600
+DATA_LIMIT_S = 24 * 3600  # a server may ask for long pauses
+GIVEN = ("odvg", "annotations", "images", "weights")  # folders for prepare_data.py; images may be an archive
+FETCHED = {"ukiyo-e": {"--annotations", "--images", "--weights"}}  # data from the network, unless all this is given
+PASSED_ON = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "HF_ENDPOINT")
 TMP_SIZE = "2g"  # /tmp inside, counts against the memory limit
 SHM_SIZE = "2g"  # shared memory of data loader workers, likewise
 
@@ -105,15 +108,15 @@ def label() -> str:
 
 def sandbox(container: str, image: str, command: list[str], *, memory: str, limit_s: int, mounts: dict,
             out_size: str | None = None, gpu: bool = True, writable: Path | None = None,
-            background: bool = False) -> list[str]:
+            background: bool = False, network: str = "none", environment: dict | None = None) -> list[str]:
     """argv of a locked-down `run`: no network, read-only, no privileges; memory, processes and tmpfs are limited.
 
     mounts: path inside -> path on the host, all read-only. out_size: size of a tmpfs at /out. writable: a folder of
-    the caller's at /writable, for our own data preparation only, which then runs as the caller. background: at most
-    one core, and only what the other containers leave of it; a mark that sweep does not know.
+    the caller's at /writable, for our own data preparation only, which then runs as the caller; so is a network.
+    background: at most one core, and only what the other containers leave of it; a mark that sweep does not know.
     The run limit here is only the third line of defence: PID 1 inside keeps the time, and the caller kills.
     """
-    flags = [*client(), "run", "--rm", "-i", "--name", container, "--network", "none",
+    flags = [*client(), "run", "--rm", "-i", "--name", container, "--network", network,
              "--label", label() + ("-background" if background else ""),
              "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges",
              "--security-opt", f"seccomp={HERE / 'seccomp.json'}", "--user", caller() if writable else UID,
@@ -132,6 +135,8 @@ def sandbox(container: str, image: str, command: list[str], *, memory: str, limi
                   "--timeout", str(limit_s + 30)]
     for inside, host in mounts.items():
         flags += ["-v", f"{Path(host).resolve()}:{inside}:ro"]
+    for key, value in (environment or {}).items():
+        flags += ["--env", f"{key}={value}"]
     if writable:
         flags += ["-v", f"{writable.resolve()}:/writable:rw"]
     return [*flags, *quirks(), *(gpu_flags() if gpu else ()), image, *command]
@@ -218,26 +223,39 @@ def pip_secrets(folder: Path) -> dict[str, Path]:
         if option in keep and "file:" not in value:
             lines.append(f"{option} = {value}\n")
     (folder / "pip.conf").write_text("[global]\n" + "".join(lines))
+    return {"pip_conf": folder / "pip.conf", "ca": certificates()}
+
+
+def certificates() -> Path:
+    """This machine's certificate authorities, which may include the company's own."""
     ca = next((p for p in CA_BUNDLES if Path(p).exists()), None)
     if not ca:
         raise EngineError("no certificate bundle found under /etc/ssl; install ca-certificates")
-    return {"pip_conf": folder / "pip.conf", "ca": Path(ca)}
+    return Path(ca)
 
 
 def data(folder: str, *args: str) -> int:
     """Run prepare_data.py to make the data set data/<name>. `folder` is data/, args are its own; returns its status."""
     options = list(args)
     mounts = {"/repo/prepare_data.py": HERE.parent / "prepare_data.py", "/repo/container": HERE}
-    if "--odvg" in options and options[-1] != "--odvg":
-        at = options.index("--odvg") + 1
-        mounts["/odvg"], options[at] = Path(options[at]), "/odvg"
-        if not Path(mounts["/odvg"]).is_dir():
-            raise EngineError(f"--odvg {mounts['/odvg']}: no such folder; want one with train.jsonl, val.jsonl, "
-                              "test.jsonl and images/")
+    for what in GIVEN:
+        if f"--{what}" in options[:-1]:
+            at = options.index(f"--{what}") + 1
+            given, options[at] = Path(options[at]), f"/{what}"
+            if not (given.is_dir() or what == "images" and given.is_file()):
+                raise EngineError(f"--{what} {given}: no such folder; README says what belongs in it")
+            mounts[f"/{what}"] = given
+    online = args[0] in FETCHED and "--add" not in options and not FETCHED[args[0]] <= set(options)
+    environment = {"PROGRESS": "1"} if sys.stderr.isatty() else {}
+    if online:
+        environment.update({key: os.environ[key] for key in PASSED_ON if key in os.environ})
+        environment.update(dict.fromkeys(("REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"), "/ca.pem"))
+        mounts["/ca.pem"] = os.environ.get("SSL_CERT_FILE") or certificates()
     Path(folder).mkdir(exist_ok=True)
     command = ["python", "/repo/prepare_data.py", *options, "--out", f"/writable/{args[0]}"]
     argv = sandbox(f"ar-{os.getpid()}-data", image(), command,
-                   memory=DATA_MEMORY, limit_s=DATA_LIMIT_S, mounts=mounts, gpu=False, writable=Path(folder))
+                   memory=DATA_MEMORY, limit_s=DATA_LIMIT_S, mounts=mounts, gpu=False, writable=Path(folder),
+                   network="host" if online else "none", environment=environment)
     return subprocess.run(argv, stdin=subprocess.DEVNULL).returncode
 
 

@@ -41,7 +41,7 @@ verb_setup() {
   local name
   name=$(set -o pipefail; py .claude/hooks/program.py | sed -n 's/^ "data": "\(.*\)",$/\1/p') || exit "$REFUSED"
   if [[ ! -e $(data_folder)/$name/info.json ]]; then
-    [[ $name == prints ]] || refuse "data/$name is missing; ./run.sh data $name --odvg DIR makes it (program.md names it)"
+    [[ $name == prints ]] || refuse "data/$name is missing; ./run.sh data $name makes it, of your own data with --odvg DIR (program.md names it)"
     verb_data prints
   fi
   if result plan 0 "$IMAGE" | grep -qx 'kind=baseline'; then
@@ -96,9 +96,9 @@ verb_keep() {
 # beside the main worktree's .git, so that all worktrees share it
 data_folder() { printf '%s/data' "$(dirname -- "$(git_ rev-parse --path-format=absolute --git-common-dir)")"; }
 
-# usage: data NAME [--odvg DIR]: draw or import a data set
+# usage: data NAME [--odvg DIR]: draw, fetch or import a data set
 verb_data() {
-  [[ ${1-} =~ ^[A-Za-z0-9][A-Za-z0-9_.-]*$ ]] || refuse "usage: ./run.sh data NAME [--odvg DIR]"
+  [[ ${1-} =~ ^[A-Za-z0-9][A-Za-z0-9_.-]*$ ]] || refuse "usage: ./run.sh data prints | ukiyo-e [--annotations DIR] [--images DIR_OR_ZIP] [--weights DIR] | NAME --odvg DIR"
   [[ ! -e $(data_folder)/$1 ]] || refuse "data/$1 exists already; move it away first"
   py container/engine.py data "$(data_folder)" "$@"
 }
@@ -156,7 +156,7 @@ usage() {
 ./run.sh                one experiment: train, judge, commit or revert (this is what Claude Code runs)
 ./run.sh setup          engine, image, built-in data, baseline; only what is missing
 ./run.sh test           all tests, with what they need
-./run.sh data NAME [--odvg DIR]   draw the built-in prints, or import your own ODVG lines and images
+./run.sh data NAME [--odvg DIR]   draw prints, fetch ukiyo-e, or import your own ODVG lines and images
 ./run.sh status|log [N]|report   where things stand; the last N experiments; report.html for a browser
 ./run.sh keep N         overrule a verdict: make experiment N the incumbent
 ./run.sh audit [K] [--ablate]     baseline against best on fresh pairs, K seeds each: the numbers to publish

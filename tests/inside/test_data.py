@@ -199,7 +199,7 @@ def die(*_: object) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["ukiyoe"], "unknown data set ukiyoe; take prints, or give your own with --odvg FOLDER"),
+        (["ukiyoe"], "unknown data set ukiyoe; take prints or ukiyo-e, or give your own with --odvg FOLDER"),
         (["prints", "--odvg", "x"], "give your own another name"),
         (["mine", "--odvg", "x", "--train", "5"], "--train: the number of images can be chosen for prints only"),
         (["prints", "--val", "0"], "counts must be 1 or more"),
