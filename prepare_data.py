@@ -246,6 +246,16 @@ def write_data_set(options: argparse.Namespace, folder: Path) -> list[str]:
     return []
 
 
+def look(pixels: np.ndarray) -> np.ndarray:
+    """Perceptual hash (4,) uint64 of an image (3, S, S) uint8."""
+    return np.packbits(imagehash.phash(Image.fromarray(pixels.transpose(1, 2, 0)), HASH_SIDE).hash).view(np.uint64)
+
+
+def is_like_one_of(others: np.ndarray, mine: np.ndarray) -> bool:
+    """Whether one of the hashes (n, 4) is near this one (4,)."""
+    return bool(np.any(np.bitwise_count(others ^ mine).sum(axis=1) <= HASH_BITS))
+
+
 def watch_doubles(rows: Iterator[tuple[str, Row | str]], split: str, hashes: list[np.ndarray],
                   report: dict) -> Iterator[tuple[str, Row | str]]:
     """Leaves out training images that look like one of validation or test, which come first, test before validation.
@@ -257,9 +267,8 @@ def watch_doubles(rows: Iterator[tuple[str, Row | str]], split: str, hashes: lis
     doubles = 0
     for where, row in rows:
         if not isinstance(row, str):
-            found = imagehash.phash(Image.fromarray(row[0].transpose(1, 2, 0)), HASH_SIDE).hash
-            hashes.append(np.packbits(found).view(np.uint64))
-            double = bool(np.any(np.bitwise_count(others ^ hashes[-1]).sum(axis=1) <= HASH_BITS))
+            hashes.append(look(row[0]))
+            double = is_like_one_of(others, hashes[-1])
             doubles += double
             if double and split == "train":
                 continue
@@ -313,12 +322,19 @@ def store_pairs_apart(table: datasets.Dataset, digest: str, folder: Path, split:
 
 
 def add_trainval(folder: Path, staging: Path) -> None:
-    """One table of the training and the validation pairs, for ./run.sh final."""
+    """One table of the training and the validation pairs, for ./run.sh final; without those that look like test."""
     images, captions = (datasets.load_from_disk(folder / "val" / side) for side in ("images", "captions"))
     pairs = images.add_column("caption", list(captions.select(np.load(folder / "val.key.npy"))["caption"]))
     train = datasets.load_from_disk(folder / "train")
     regions = json.loads((folder / "val.regions.json").read_text())
     pairs = pairs.add_column("regions", regions, feature=train.features["regions"]).cast(train.features)
+    info = json.loads((folder / "info.json").read_text())
+    if "validation_like_test" in info:
+        shape = (3, info["image_size"], info["image_size"])
+        test = datasets.load_from_disk(folder / "test" / "images").with_format("numpy", dtype=np.uint8)
+        others = np.stack([look(row["image"].reshape(shape)) for row in test])
+        looks = (look(row["image"].reshape(shape)) for row in images.with_format("numpy", dtype=np.uint8))
+        pairs = pairs.select([i for i, mine in enumerate(looks) if not is_like_one_of(others, mine)])
     datasets.concatenate_datasets([train, pairs]).save_to_disk(staging / "trainval", num_shards=1)
 
 

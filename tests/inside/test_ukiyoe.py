@@ -494,6 +494,8 @@ def test_doubles_between_validation_and_test_are_told_and_stay(world: World, out
             archive.writestr(name, content)
     info = read(world.make(out, "annotations", "weights", "images"))
     assert info.items() >= {"val": 6, "test": 6, "train": 24, "validation_like_test": 1}.items()
+    assert prepare_data.main(["ukiyo-e", "--add", "trainval", "--out", str(out)]) == 0  # but no final is trained on it
+    assert len(datasets.load_from_disk(out / "trainval")) == 24 + 5
 
 
 # Weights
