@@ -7,12 +7,17 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from conftest import ROOT, copy_of_the_repository
+from conftest import ROOT, block, copy_of_the_repository
+
+sys.path.insert(0, str(ROOT / "container"))
+import engine
 
 FIXTURE = ROOT / "tests" / "fixtures" / "odvg"
 NAMES = {
@@ -95,3 +100,39 @@ def test_ukiyo_e_from_local_copies(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert json.loads((data / "ukiyo-e" / "info.json").read_text())["hash"] == info["hash"]
     assert (data / "weights" / "ViT-B-32.safetensors").read_bytes() == tensors(7)
+
+
+# Weights in the layout of the published ones, with random numbers; of CLIP only what the text tower takes
+WEIGHTS = """
+import open_clip, timm
+from safetensors.torch import save_file
+clip = open_clip.create_model("ViT-B-32", pretrained=None).state_dict()
+text = {k: v.clone() for k, v in clip.items() if not k.startswith("visual.")}
+save_file(text, "/writable/ViT-B-32.safetensors")
+vit = timm.create_model("vit_small_patch16_224", pretrained=False).state_dict()
+save_file(vit, "/writable/vit_small_patch16_224.safetensors")
+"""
+
+
+def test_large_images_start_from_published_weights(tmp_path: Path):
+    project = copy_of_the_repository(tmp_path / "repo")
+    project.edit("memory: 3 GB", "memory: 8 GB", "program.md")
+    project.set("TUNING_STEPS, TUNING_LR", "2, 1e-4")
+    project.set("BATCH", "8")
+    project.git("commit", "-qam", "two steps")
+    done = project.run("data", "prints", "--size", "224", "--train", "40", "--val", "24", "--test", "8")
+    assert done.returncode == 0, done.stderr
+    weights = project.path / "data" / "weights"
+    weights.mkdir()
+    limits = {"memory": "4g", "limit_s": 120, "mounts": {}, "gpu": False, "writable": weights}
+    argv = engine.sandbox("ar-test-weights", engine.find_image(), ["python", "-c", WEIGHTS], **limits)
+    subprocess.run(argv, stdin=subprocess.DEVNULL, check=True, timeout=120)
+
+    done = project.run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    shown = block(done.stdout)
+    assert shown["verdict"] == "baseline" and "gallery 24" in shown["mean_rank"] and "2 steps" in shown["train"]
+    (weights / "vit_small_patch16_224.safetensors").unlink()
+    done = project.run()
+    assert done.returncode == 1
+    assert "vit_small_patch16_224.safetensors is missing: a person gets it with ./run.sh data ukiyo-e" in done.stdout

@@ -494,6 +494,7 @@ runs/٠٠٠١.log
 runs/work.x/run-1/train.py
 report.html
 progress.png
+final/0004/result.json
 TRAIN.py
 sub/train.py
 .
