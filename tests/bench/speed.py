@@ -66,8 +66,8 @@ NOTES = f"""Both sides do the same work; all they read is in memory before the c
   Ours: rows of the tensor that `load_data` returns, through `ECLIP.image` without its tower. Theirs: JPEG files of
   quality {JPEG_QUALITY}, Pillow, open_clip's transform, a DataLoader with {WORKERS} workers, already running.
 - evaluation: one direction. Ours: `judge.ranks`. Theirs: numpy's argsort of each row of the same float32 scores,
-  computed in the same chunks; equal ranks but for rare ties (checked). Width 64 is train.py's; 512 is CLIP's, where the scores, which are
-  the same work on both sides, take most of the time.
+  computed in the same chunks; equal ranks but for rare ties (checked). Width 64 is train.py's; 512 is CLIP's, where the
+  scores, which are the same work on both sides, take most of the time.
 - step: ours is `train.main` as it is, with every step an ordinary one; row indexing and normalising are included.
   Theirs is `open_clip_train.train.train_one_epoch` as it is, on batches normalised and on the device beforehand, with
   its `ClipLoss`, its clamp, AdamW as `open_clip_train.main` sets it up, and our clipping of gradients. The same model
