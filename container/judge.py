@@ -47,9 +47,10 @@ def ranks(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
 
     The true score is taken from the same matrix: a separate dot product rounds differently and loses ties.
     """
-    out = np.empty(len(queries))
+    out, block = np.empty(len(queries)), np.empty((min(CHUNK, len(queries)), len(gallery)), np.float32)
     for start in range(0, len(queries), CHUNK):
-        scores = queries[start : start + CHUNK] @ gallery.T
+        part = queries[start : start + CHUNK]
+        scores = np.matmul(part, gallery.T, out=block[: len(part)])  # fresh memory for each would cost a fifth more
         rows = np.arange(len(scores))
         true = scores[rows, start + rows][:, None]
         better = np.count_nonzero(scores > true, axis=1)
