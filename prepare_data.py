@@ -76,6 +76,7 @@ HASH_SIDE = 16  # of a perceptual hash: 256 bits
 # different prints five come below 46. The usual 64 bits tell them apart worse: at 10, which also finds 9 in 10 copies,
 # 1 in 2,000 pairs of different prints is one, so a training print would on average have a double among 2,199 others.
 HASH_BITS = 40
+PREVIEW_COLOURS = 128  # of preview.png, which an agent that looks at it carries along in every request
 BOX_SLACK = 1.0  # pixels a box may stick out by and is cut back: annotation tools round outwards
 
 # A row is one image (3, S, S) uint8, its caption, and its regions [{phrase, bbox}] with boxes in [0, 1].
@@ -233,7 +234,8 @@ def write_data_set(options: argparse.Namespace, folder: Path) -> list[str]:
     for split in ("val", "test"):
         key = store_pairs_apart(tables[split], digests[split], folder, split)
         content.update(digests[split].encode() + key.astype("<i8").tobytes())
-    prints.draw_sheet([make(prints.TILE) for _, make in jobs["train"][: prints.TILES]]).save(folder / "preview.png")
+    sheet = prints.draw_sheet([make(prints.TILE) for _, make in jobs["train"][: prints.TILES]])
+    sheet.quantize(PREVIEW_COLOURS).save(folder / "preview.png", optimize=True)
     for split in SPLITS:
         (folder / f"{split}.arrow").unlink()
     info = {"format": FORMAT, "name": options.name, "image_size": size}

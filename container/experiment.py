@@ -44,7 +44,11 @@ LOG_HEAD, LOG_TAIL = 256 << 10, 256 << 10  # bytes of the log kept from either e
 
 
 class Failed(Exception):
-    """The attempt failed; the message is its reason, one line."""
+    """The attempt failed; the message is its reason, one line. `end` is what PID 1 said of the training, if it did."""
+
+    def __init__(self, reason: str, end: dict | None = None):
+        super().__init__(reason)
+        self.end = end or {}
 
 
 class Sandbox:
@@ -188,7 +192,7 @@ def train(sandbox: Sandbox, work: Path, budget: int, memory: str, log: Path, on_
     end = sandbox.line(budget + GRACE_S)
     if end.get("status") != "ok":
         sandbox.wait()
-        raise Failed(why_training_ended(end, sandbox, budget, memory, log))
+        raise Failed(why_training_ended(end, sandbox, budget, memory, log), end)
     with (work / "out.tar").open("wb") as f:
         sandbox.copy_to(f, OUT_MAX, EMBED_LIMIT_S)
     sandbox.wait()
@@ -245,7 +249,7 @@ def one_run(work: Path, data: Path, budget: int, memory: str, seed: int, log_pat
     if not engine.limits_hold():
         engine.say("run.sh: warning: this engine enforces no memory and process limits; see ./run.sh doctor")
     image, log, started = engine.find_image(), Log(log_path), time.monotonic()
-    stamps, sides, result = {}, {}, {"seed": seed}
+    stamps, sides, result, end = {}, {}, {"seed": seed}, {}
     common, stage = {"image": image, "memory": memory}, ["python", "-Iu", "/harness/stage.py"]
     # one script of ours, not its folder: prints.py there could draw the validation pairs again
     code = {"/code/train.py": work / "train.py", "/harness/stage.py": HERE / "stage.py"}
@@ -279,7 +283,7 @@ def one_run(work: Path, data: Path, budget: int, memory: str, seed: int, log_pat
         stamps["embedded"] = time.monotonic()
         result |= {"outcome": "ok", "metrics": judge(work, data, image, split), "train": end}
     except Failed as e:
-        result |= {"outcome": "failed", "reason": str(e), "train": {}}
+        result |= {"outcome": "failed", "reason": str(e), "train": e.end or end}
     finally:
         for s in (trainer, *sides.values()):
             if s.process.poll() is None:

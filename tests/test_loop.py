@@ -179,6 +179,15 @@ def test_stop_setting_ends_it_and_start_goes_on(quick, home):
     assert len(notices(talk)) == 2 and all("2 experiments since start" in n for n in notices(talk))
 
 
+def test_stop_setting_holds_within_a_turn_that_never_ends(quick, home):
+    quick.edit("stop: 100 experiments", "stop: 2 experiments", "program.md")
+    talk = Conversation(quick.path, home, [RUN, RUN, RUN, RUN, say("summed up")]).run("start")
+    assert len(quick.experiments()) == 1 + 2
+    assert [r.is_error for r in talk.model.results] == [False, False, True, True]
+    assert "2 experiments since start, as program.md's `stop` says" in talk.model.results[2].content
+    assert "end your turn" in talk.model.results[2].content and "2 experiments since start" in notices(talk)[0]
+
+
 def test_the_last_phase_ends_it(quick, home):
     quick.edit("until: 40 experiments", "until: 3 experiments", "program.md")
     quick.edit("## Phase 2 — second\n", "", "program.md")
@@ -223,7 +232,7 @@ def test_stop_typed_in_the_middle(quick, home):
     talk.run("start", "what now?", "start")
     runs = [r for r in talk.model.results if r.tool == "Bash"]
     assert [r.is_error for r in runs] == [False, False, True, False, False], [r.content for r in runs]
-    assert "The person said stop" in runs[2].content and "end your turn" in runs[2].content
+    assert "the person said stop" in runs[2].content and "end your turn" in runs[2].content
     assert texts(talk, "The loop is off: do not run another experiment")
     assert len(quick.experiments()) == 1 + 4
     assert len(texts(talk, "^Stop hook feedback")) == 1 + 3 and len(notices(talk)) == 1

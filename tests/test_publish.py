@@ -53,7 +53,7 @@ def test_audit_and_final(improved: Project):
     assert not any("Comparable" in improved.trailers(f"refs/experiments/{n}") for n in (3, 4, 5))
     improved.set("STEPS", "2")
     done, shown = improved.experiment("far too few steps")
-    assert shown["experiment"] == "6" and shown["verdict"] == "discarded" and "1 runs" in shown["before"]
+    assert shown["experiment"] == "6" and shown["verdict"] == "discarded" and "(1 run)" in shown["before"]
     assert improved.read(history).startswith(before.rstrip("\n")) and "audit" not in improved.read(history)
     assert "final" not in improved.read(history)
     assert improved.git("diff", "--name-only").split() == ["program.md", "scratchpad.md"]

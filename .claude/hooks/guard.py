@@ -59,7 +59,7 @@ def refusal(tool: str) -> str:
     return {
         "Bash": "Only the exact command ./run.sh, with no arguments, may be run. Past results: Read"
                 " runs/experiments.tsv; a whole log: runs/NNNN.log. To change code: Edit train.py.",
-        "Edit": "Only train.py and scratchpad.md can be edited, named plainly. Put ideas that need other files into"
+        "Edit": "Only train.py and scratchpad.md can be edited, spelled so. Put ideas that need other files into"
                 " scratchpad.md for the person.",
         "Read": "Only train.py, scratchpad.md, program.md, CLAUDE.md, runs/experiments.tsv, runs/NNNN.log,"
                 " runs/NNNN.diff and data/*/preview.png can be read.",
@@ -96,16 +96,29 @@ def run(call: dict, given: dict) -> dict:
     os.makedirs(folder, exist_ok=True)
     try:
         with open(os.path.join(folder, f"{session}.json"), encoding="utf-8") as f:
-            stopped = json.load(f).get("stopped")
-    except (OSError, ValueError, AttributeError):
-        stopped = False
-    if stopped:
-        raise Denied("The person said stop. Do not run another experiment: sum up in a few lines and end your turn.")
+            known = dict(json.load(f))
+    except (OSError, ValueError, TypeError):
+        known = {}
+    why = "the person said stop" if known.get("stopped") else why_ended(known) if known.get("on") else ""
+    if why:
+        raise Denied(f"The loop has ended: {why}. Do not run another experiment: sum up in a few lines in scratchpad.md"
+                     " what was learned and what you would try next, then end your turn.")
     if not ident:
         raise Denied("this call has no id; run ./run.sh again.")
     with open(os.path.join(folder, f"proof.{ident}"), "w", encoding="utf-8"):
         pass
     return {"updatedInput": {**given, "command": f"AR_PROOF={ident} {COMMAND}"}}
+
+
+def why_ended(session: dict) -> str:
+    """program.md's `stop` or the end of its phases, for an agent whose turn never ends; '' while the loop goes on."""
+    sys.dont_write_bytecode = True
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    import loop
+    try:
+        return loop.reason_to_end({**session, "idle": 0}, loop.record.State())
+    except Exception:
+        return ""  # a mistake in program.md, most often: run.sh says which
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.dont_write_bytecode = True
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import program  # noqa: E402
-from record import COUNTED, ROOT, Refused, State, clean, gain, geometric, git, rule, running, show  # noqa: E402
+from record import COUNTED, MARGIN, ROOT, Refused, State, clean, gain, geometric, git, rule, running, show  # noqa: E402
 
 PLACEHOLDER = "write one line here"
 MOST_HYPOTHESIS = 100  # characters
@@ -83,7 +83,7 @@ def new_idea(state: State, blob: str) -> str:
                           f"{show(geometric(state.values(r)))} ({r.hypothesis}); change something else")
     if judged and judged[-1].hypothesis == idea:
         raise Refused(f"the hypothesis is still that of experiment {judged[-1].n} ({judged[-1].verdict}); write the "
-                      "new one under '## Next experiment' in scratchpad.md")
+                      "new one under '## Next experiment' in scratchpad.md, then run ./run.sh")
     if state.phase is None:
         raise Refused("all phases of program.md are done; a person can raise an `until` or add a phase")
     return idea
@@ -178,7 +178,10 @@ def metric_rows(r: dict) -> list:
     if "percent" in r:
         side = "better" if r["sigmas"] > 0 else "worse"
         noise = f"({abs(r['sigmas'])} sigma {side}, sigma {r['sigma'] * 100:.1f} %)"
-        rows += [("before", f"{show(geometric(r['before']))}   ({len(r['before'])} runs)"),
+        if r["verdict"] == "discarded" and r["sigmas"] > 0:
+            noise += f"; below {MARGIN} sigma nothing is kept"
+        runs = "1 run" if len(r["before"]) == 1 else f"{len(r['before'])} runs"
+        rows += [("before", f"{show(geometric(r['before']))}   ({runs})"),
                  ("change", f"{r['percent']:+.1f} %   {noise}")]
     at = {s: " / ".join(f"{sum(m[s][k] for m in good) / len(good):.1f}" for k in range(3)) for s in ("i2t", "t2i")}
     return [*rows, (other, show(geometric([m[other] for m in good]))),
