@@ -150,7 +150,7 @@ def test_the_same_input_gives_the_same_hash_and_another_size_or_count_another(ti
 
 def test_the_preview_is_a_sheet_of_prints(tiny: Path, tmp_path: Path) -> None:
     with Image.open(tiny / "preview.png") as sheet:
-        assert sheet.width > 4 * prints.TILE and len(sheet.getcolors(1 << 24)) > 10_000
+        assert sheet.width > 4 * prints.TILE and len(sheet.getcolors()) > 100
     with Image.open(make(tmp_path / "one", *TINY, "--train", 1) / "preview.png") as sheet:
         assert sheet.width < 2 * prints.TILE
 
