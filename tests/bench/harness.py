@@ -79,8 +79,10 @@ def main(runs: int) -> None:
         assert project.run("setup").returncode == 0
         print(f"setup again: {time.monotonic() - started:.1f} s")
         print(f"guard: {guard(project)} ms a call")
-        for key, value in experiments(project, runs).items():
+        found = experiments(project, runs)
+        for key, value in found.items():
             print(f"{key}: {value}")
+        print(f"around a training, as a share of a budget of 300 s: {found['around'] / 300:.1%}")
     code, load = sum(tracked_code().values()), os.getloadavg()[0]
     print(f"lines of product code: {code}; load {load:.1f}, {os.cpu_count()} cores")
 

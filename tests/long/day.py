@@ -5,8 +5,8 @@
 
 Makes FOLDER/repo, a copy of this repository with the plan and the data that ship, and lets Claude Code work there from
 `start` until the plan's `stop`, with a model that takes one idea after another from the list below (they are those of
-program.md). Then come `audit --ablate`, `final` and `report`. Writes day.md and day.png beside this file. Half the
-shipped number of steps halves the day: 40 minutes on two quiet cores instead of 80.
+program.md). Then come `audit --ablate`, `final` and `report`; where FOLDER/repo exists, only these. Writes day.md and
+day.png beside this file. Half the shipped number of steps makes it a short day.
 """
 
 from __future__ import annotations
@@ -188,14 +188,16 @@ def person(project: Project, *words: str) -> str:
     return done.stdout
 
 
-def write_table(project: Project, said: dict[str, str], options: argparse.Namespace, minutes: float) -> None:
+def write_table(project: Project, said: dict[str, str], options: argparse.Namespace) -> None:
     commit = Project(ROOT).git("rev-parse", "--short", "HEAD")
     table = [line.split("\t") for line in project.read("runs/experiments.tsv").splitlines()]
+    last = table[-1][0]
+    stamps = [int(project.git("show", "-s", "--format=%ct", f"refs/experiments/{n}")) for n in ("1", last)]
     lines = [
         "# A scripted day",
         "",
         f"`tests/long/day.py` at {commit}, {time.strftime('%Y-%m-%d')}, {engine()}, {os.cpu_count()} cores, "
-        f"{options.steps} steps a training instead of the shipped number, {minutes:.0f} minutes for the experiments.",
+        f"{options.steps} steps a training instead of the shipped number, {(stamps[1] - stamps[0]) / 60:.0f} minutes from the baseline to the last.",
         "",
         "![progress](day.png)",
         "",
@@ -215,15 +217,17 @@ def main() -> None:
     parser.add_argument("--ideas", type=int, default=len(IDEAS), help="only the first ones (%(default)s)")
     options = parser.parse_args()
     del IDEAS[options.ideas :]
-    project = copy(options.folder.resolve(), options.steps, len(IDEAS))
-    person(project, "setup")
-    started, day = time.monotonic(), Day()
-    talk = Conversation(project.path, options.folder.resolve() / "home", day).run("start", timeout=HOURS)
-    minutes = (time.monotonic() - started) / 60
-    print(f"{len(day.rows)} experiments in {minutes:.0f} minutes; {len(talk.model.requests)} requests", flush=True)
+    folder = options.folder.resolve()
+    if (folder / "repo").exists():
+        project = Project(folder / "repo")
+    else:
+        project, day = copy(folder, options.steps, len(IDEAS)), Day()
+        person(project, "setup")
+        talk = Conversation(project.path, folder / "home", day).run("start", timeout=HOURS)
+        print(f"{len(day.rows)} experiments, {len(talk.model.requests)} requests to the model", flush=True)
     words = (f"audit {options.seeds} --ablate", "final", "report")
     said = {w: person(project, *w.split()) for w in words}
-    write_table(project, {w: said[w] for w in words[:2]}, options, minutes)
+    write_table(project, {w: said[w] for w in words[:2]}, options)
 
 
 if __name__ == "__main__":
