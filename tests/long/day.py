@@ -197,7 +197,8 @@ def write_table(project: Project, said: dict[str, str], options: argparse.Namesp
         "# A scripted day",
         "",
         f"`tests/long/day.py` at {commit}, {time.strftime('%Y-%m-%d')}, {engine()}, {os.cpu_count()} cores, "
-        f"{options.steps} steps a training instead of the shipped number, {(stamps[1] - stamps[0]) / 60:.0f} minutes from the baseline to the last.",
+        f"{options.steps} steps a training instead of the shipped number, {(stamps[1] - stamps[0]) / 60:.0f} minutes "
+        "from the baseline to the last experiment.",
         "",
         "![progress](day.png)",
         "",
