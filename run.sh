@@ -60,8 +60,9 @@ measure() {
     mkdir "$WORK/run-$run"
     git_ cat-file blob "$blob" >"$WORK/run-$run/train.py"
     progress "$N" "$kind, run $run"
-    py container/experiment.py "$WORK/run-$run" "$DATA" "$BUDGET" "$MEMORY" "$((RANDOM << 15 | RANDOM))" \
-      "$(file "$N" log)" 9>&- & # in the background, so that a signal ends us at once and not after the training
+    # in the background, so that a signal ends us at once; our own child, so that it goes when we are killed
+    python3 -I container/experiment.py "$WORK/run-$run" "$DATA" "$BUDGET" "$MEMORY" "$((RANDOM << 15 | RANDOM))" \
+      "$(file "$N" log)" 9>&- &
     wait "$!" || refuse "experiment $N could not run (see above)"
     rm -f "$WORK/run-$run"/{out.tar,images.npy,captions.npy}
     VERDICT=$(result decide "$WORK" "$kind" "$IMAGE")

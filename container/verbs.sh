@@ -130,7 +130,7 @@ publish() {
   clean_up_at_the_end
   rm -rf final/work.* && mkdir -p final
   WORK=$(mktemp -d final/work.XXXXXX)
-  py container/audit.py "$WORK" "$IMAGE" "$@" 9>&- &
+  python3 -I container/audit.py "$WORK" "$IMAGE" "$@" 9>&- & # our own child, as in run.sh
   wait "$!" || exit "$REFUSED"
   local head tree
   head=$(git_ rev-parse HEAD)

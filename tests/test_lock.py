@@ -933,7 +933,15 @@ def test_a_damaged_guard_lets_nothing_through(ground):
 
 
 def test_without_python_nothing_passes(ground, tmp_path):
-    ground.settings(open_wide)
+    """As on a machine without one: the hook looks where the system's is first, so that is taken from it here."""
+
+    def change(settings: dict) -> None:
+        open_wide(settings)
+        hook = settings["hooks"]["PreToolUse"][0]["hooks"][0]
+        assert hook["command"].count("PATH=/usr/bin:/bin:$PATH ") == 1
+        hook["command"] = hook["command"].replace("PATH=/usr/bin:/bin:$PATH ", "")
+
+    ground.settings(change)
     (tmp_path / "bin").mkdir()
     for name in ("bash", "sh", "timeout", "touch", "cat"):
         (tmp_path / "bin" / name).symlink_to(shutil.which(name))
@@ -1010,9 +1018,9 @@ def test_without_hooks_run_sh_refuses_claude_code(project, tmp_path, how):
         **{**options, "args": [*options["args"], "--allowedTools", "Bash"]},
     ).run("hello")
     results = sorted(talk.model.results, key=lambda r: r.id)
-    assert [r.is_error for r in results] == [True] * 8 + [False], results
+    assert [r.is_error for r in results] == [True] * 9 + [False], results
     assert all(PROOFLESS in r.content and "terminal" in r.content for r in results[:5]), results
-    assert all("is for a person, in a terminal" in r.content for r in results[5:8]), results
+    assert all("is for a person, in a terminal" in r.content for r in results[5:9]), results
     assert not changes(before, tree(project.path), re.compile(r"\.claude/settings\.local\.json"))
 
 

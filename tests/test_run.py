@@ -289,6 +289,26 @@ def test_two_runs_at_once_and_a_killed_one(project: Project):
     assert project.containers() == "" and "fatal" not in project.git("fsck")
 
 
+@pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGKILL])
+def test_when_run_sh_alone_is_ended_its_containers_go_too(project: Project, signal_: int):
+    inject(project, "    time.sleep(90)")
+    project.hypothesis("sleep")
+    first = subprocess.Popen(["./run.sh"], cwd=project.path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: len(project.containers().split()) == 3)  # training, and both sides wait to embed
+    first.send_signal(signal_)
+    first.wait(timeout=30)
+    wait_for(lambda: project.containers() == "")
+    project.git("checkout", "train.py")
+    assert "nothing" in project.run("status").stdout and project.experiments() == [1]
+
+
+def wait_for(condition, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "too slow"
+        time.sleep(0.2)
+
+
 def test_bytes_are_the_same_in_file_run_hash_and_record(project: Project):
     """With autocrlf and a clean filter configured, which git would apply to what it is given."""
     project.git("config", "core.autocrlf", "true")
