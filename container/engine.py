@@ -154,6 +154,11 @@ def sweep() -> None:
         run([*client(), "rm", "-f", *left])
 
 
+def in_background() -> bool:
+    """Whether a background container of this repository runs."""
+    return bool(run([*client(), "ps", "-q", "--filter", f"label={label()}-background"]).stdout.strip())
+
+
 def image_tag(base: str) -> str:
     """The tag is a hash of everything the image is made of, so an unchanged one is found at once."""
     h = hashlib.sha256(base.encode())

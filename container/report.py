@@ -179,10 +179,12 @@ def main() -> None:
 
 
 def refresh() -> None:
-    """Silent: a report that could not be drawn must not show in an agent's run."""
+    """Silent: a report that could not be drawn must not show in an agent's run. One at a time: on a machine that is
+    fully busy they would wait for a processor side by side."""
     os.nice(19)
     with contextlib.suppress(Exception):
-        publish(draw(*gather()))
+        if not engine.in_background():
+            publish(draw(*gather()))
 
 
 if __name__ == "__main__":
