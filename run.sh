@@ -89,14 +89,20 @@ record_attempt() {
     result write "$WORK" "$N" "$kind" "$VERDICT" "$blob" "$IMAGE" "${BY_HAND-}"
     tree=$(tree_with "$head" "$blob" "$pad" "$WORK/result.json" "$WORK"/run-*/{ranks,examples}.npy "$(file "$N" log)")
     COMMIT=$(commit_tree "$tree" "$head" "$WORK/message")
-    git_write update-ref "refs/experiments/$N" "$COMMIT" 0000000000000000000000000000000000000000 2>/dev/null && break
-    git_ rev-parse -q --verify "refs/experiments/$N" >/dev/null || refuse "cannot write refs/experiments/$N (disk full or read-only?)"
+    claim "$N" "$COMMIT" && break
     mv -n "$(file "$N" log)" "$(file $((N + 1)) log)" # another worktree was faster
     N=$((N + 1))
   done
   git_ diff --no-ext-diff --no-textconv "$head:train.py" "$blob" >"$(file "$N" diff)" || :
   finish "$COMMIT"
   result tsv >"$RUNS/experiments.tsv.new" && mv "$RUNS/experiments.tsv.new" "$RUNS/experiments.tsv"
+}
+
+# usage: claim N COMMIT: the record's number N is this commit's; 1 when another worktree was faster
+claim() {
+  git_write update-ref "refs/experiments/$1" "$2" 0000000000000000000000000000000000000000 2>/dev/null && return
+  git_ rev-parse -q --verify "refs/experiments/$1" >/dev/null || refuse "cannot write refs/experiments/$1 (disk full or read-only?)"
+  return 1
 }
 
 # usage: tree_with HEAD BLOB SCRATCHPAD [FILE...]: HEAD's tree, the two files replaced, FILEs under experiment/

@@ -178,7 +178,7 @@ def metric_rows(r: dict) -> list:
     if "percent" in r:
         side = "better" if r["sigmas"] > 0 else "worse"
         noise = f"({abs(r['sigmas'])} sigma {side}, sigma {r['sigma'] * 100:.1f} %)"
-        if r["verdict"] == "discarded" and r["sigmas"] > 0:
+        if r["verdict"] == "discarded" and 0 < r["sigmas"] < MARGIN:
             noise += f"; below {MARGIN} sigma nothing is kept"
         runs = "1 run" if len(r["before"]) == 1 else f"{len(r['before'])} runs"
         rows += [("before", f"{show(geometric(r['before']))}   ({runs})"),

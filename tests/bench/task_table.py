@@ -26,44 +26,14 @@ import torch
 from datasets import load_from_disk
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from changes import PROJECTORS, SOFT_TARGETS  # noqa: E402
+
 Edits = list[tuple[str, str]]  # old text, new text; the old one has to occur exactly once
 
 CLAMP: Edits = [("LOGIT_SCALE_MAX = 2.0", "LOGIT_SCALE_MAX = 100.0")]
 DROPOUT: Edits = [
     ("    with torch.autocast(a.", "    a, b = F.dropout(a, 0.1), F.dropout(b, 0.1)\n    with torch.autocast(a.")
-]
-PROJECTORS: Edits = [
-    (
-        "        self.heatmap = HeatmapProcessor(",
-        "        self.image_head = nn.Sequential(nn.GELU(), nn.Linear(EMBED_DIM, EMBED_DIM))\n"
-        "        self.text_head = nn.Sequential(nn.GELU(), nn.Linear(EMBED_DIM, EMBED_DIM))\n"
-        "        self.heatmap = HeatmapProcessor(",
-    ),
-    (
-        "            return tower(x)\n",
-        "            image, patches = tower(x)\n            return self.image_head(image), patches\n",
-    ),
-    (
-        "        return x[torch.arange(len(x), device=x.device), tokens.argmax(1)] @ clip.text_projection",
-        "        x = x[torch.arange(len(x), device=x.device), tokens.argmax(1)] @ clip.text_projection\n"
-        "        return self.text_head(x)",
-    ),
-]
-SOFT_TARGETS: Edits = [  # regions of the batch that carry the same phrase are no negatives of each other
-    (
-        "def contrastive(a: Tensor, b: Tensor, scale: Tensor)",
-        "def contrastive(a: Tensor, b: Tensor, scale: Tensor, same: Tensor | None = None)",
-    ),
-    (
-        "    target = torch.arange(len(a), device=a.device)",
-        "    same = torch.eye(len(a), device=a.device) if same is None else same.float()\n"
-        "    target = same / same.sum(1, keepdim=True)",
-    ),
-    (
-        "    phrase = model.text(data.phrases[region])",
-        "    ids = data.phrases[region]\n    phrase, same = model.text(ids), (ids[:, None] == ids[None]).all(2)",
-    ),
-    ("contrastive(view, phrase, model.logit_scale())", "contrastive(view, phrase, model.logit_scale(), same)"),
 ]
 BEST: Edits = [
     ("EXPERT_PROB = 0.3", "EXPERT_PROB = 1.0"),

@@ -22,43 +22,11 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+from changes import PROJECTORS, SOFT_TARGETS  # noqa: E402
 from client import Conversation, Shown, call, say  # noqa: E402
 from conftest import ROOT, Project, block, engine, tracked  # noqa: E402
 
 HOURS = 6 * 3600  # s until the day is given up
-SOFT_TARGETS = [
-    (
-        "def contrastive(a: Tensor, b: Tensor, scale: Tensor)",
-        "def contrastive(a: Tensor, b: Tensor, scale: Tensor, same: Tensor | None = None)",
-    ),
-    (
-        "    target = torch.arange(len(a), device=a.device)",
-        "    same = torch.eye(len(a), device=a.device) if same is None else same.float()\n"
-        "    target = same / same.sum(1, keepdim=True)",
-    ),
-    (
-        "    phrase = model.text(data.phrases[region])",
-        "    ids = data.phrases[region]\n    phrase, same = model.text(ids), (ids[:, None] == ids[None]).all(2)",
-    ),
-    ("contrastive(view, phrase, model.logit_scale())", "contrastive(view, phrase, model.logit_scale(), same)"),
-]
-PROJECTORS = [
-    (
-        "        self.heatmap = HeatmapProcessor(",
-        "        self.image_head = nn.Sequential(nn.GELU(), nn.Linear(embed_dim, embed_dim))\n"
-        "        self.text_head = nn.Sequential(nn.GELU(), nn.Linear(embed_dim, embed_dim))\n"
-        "        self.heatmap = HeatmapProcessor(",
-    ),
-    (
-        "            return tower(x)\n",
-        "            image, patches = tower(x)\n            return self.image_head(image), patches\n",
-    ),
-    (
-        "        return x[torch.arange(len(x), device=x.device), tokens.argmax(1)] @ clip.text_projection",
-        "        x = x[torch.arange(len(x), device=x.device), tokens.argmax(1)] @ clip.text_projection\n"
-        "        return self.text_head(x)",
-    ),
-]
 CAST = "    with torch.autocast(a."
 DROPOUT = [(CAST, "    a, b = F.dropout(a, 0.1), F.dropout(b, 0.1)\n" + CAST)]
 FLOOR = [("0.5 * (1 + math.cos(math.pi * step / steps))", "(0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))")]
