@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -13,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 collect_ignore = ["inside", "bench", "long"]  # run inside the image (test_inside.py), or by hand
 TINY = ("--train", "600", "--val", "200", "--test", "100")
+SAMPLE_SEED = 4  # of what a sweep tries where it does not try everything
 STEPS = 30  # of a test's training: about 3 s on two quiet cores
 PROGRAM = """# Program
 
@@ -27,6 +30,36 @@ until: 40 experiments
 
 ## Phase 2 — second
 """
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="every point of every sweep instead of a seeded sample")
+    parser.addoption("--figures", type=Path, help="append what the sweeps counted to this file, a JSON line a row")
+
+
+@pytest.fixture
+def sample(request):
+    """sample(points, count): the same `count` of them every time, in their order; all with --full."""
+
+    def pick(points: list, count: int) -> list:
+        if request.config.getoption("full") or count >= len(points):
+            return list(points)
+        return [points[i] for i in sorted(random.Random(SAMPLE_SEED).sample(range(len(points)), count))]
+
+    return pick
+
+
+@pytest.fixture
+def figure(request):
+    """figure(sweep, tried, wrong, **more): a row of the table that tests/long/trust.py makes."""
+
+    def add(sweep: str, tried: int, wrong: int, **more) -> None:
+        print(row := json.dumps({"sweep": sweep, "tried": tried, "wrong": wrong, **more}))
+        if file := request.config.getoption("figures"):
+            with file.open("a") as f:
+                f.write(row + "\n")
+
+    return add
 
 
 class Project:
