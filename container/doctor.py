@@ -2,6 +2,7 @@
 """./run.sh doctor: what this machine can hold, and what it cannot. One line a finding; exit 1 when one is bad."""
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -69,10 +70,17 @@ def check_client() -> None:
 
 
 def check_lock() -> None:
-    """What could switch the hooks off before a conversation starts; ConfigChange blocks it afterwards."""
+    """What was planted before a conversation starts could run code or take the guard off; ConfigChange blocks it later.
+
+    Permissions alone are harmless: the guard stands above them.
+    """
     local = ROOT / ".claude" / "settings.local.json"
-    off = local.exists() and "disableAllHooks" in local.read_text(errors="replace")
-    finding("lock", not off, "settings.local.json switches the guard OFF, remove it" if off else "guard in place")
+    try:
+        keys = sorted(set(json.loads(local.read_text())) - {"permissions"}) if local.exists() else []
+    except (ValueError, OSError):
+        keys = ["what cannot be read"]
+    finding("lock", not keys, "guard in place" if not keys else
+            f".claude/settings.local.json holds {', '.join(keys)}: that can run code or switch the guard OFF, remove it")
 
 
 def check_disk_and_git() -> None:

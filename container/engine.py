@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+ENGINES = ("podman", "docker")  # the order in which they are asked
 REGISTRY_BASE = "docker.io/library/python:3.12-slim"
 DEBIAN_BASE = "localhost/autoresearch-base:" + hashlib.sha256((HERE / "base_image.sh").read_bytes()).hexdigest()[:12]
 PULL_TIMEOUT_S = 600
@@ -47,8 +48,9 @@ class MissingTool(EngineError):
 def name() -> str:
     """podman or docker, whichever answers first. Raises EngineError when neither does."""
     asked = os.environ.get("AR_ENGINE")
-    for engine in [asked] if asked else ["podman", "docker"]:
-        if shutil.which(engine) and (engine == "podman" or run([engine, "version"]).returncode == 0):
+    for engine in ENGINES:
+        if asked in (None, engine) and shutil.which(engine) and (
+                engine == "podman" or run([engine, "version"]).returncode == 0):
             return engine
     raise EngineError(f"no container engine: {asked or 'neither podman nor docker'} answers; run ./run.sh setup")
 

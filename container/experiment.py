@@ -10,6 +10,7 @@ result.json: {"outcome": "ok" | "failed", "reason": "...", "metrics": {...}, "tr
 """
 from __future__ import annotations
 
+import codecs
 import contextlib
 import ctypes
 import io
@@ -123,16 +124,21 @@ class Sandbox:
 
 
 class Log:
-    """A file that keeps the beginning and the end of what it gets, without control characters: the agent reads it."""
+    """A file that keeps the beginning and the end of what it gets, without invisible characters: the agent reads it."""
 
-    DROP = bytes(b for b in range(256) if (b < 32 and b not in b"\t\n\r") or b == 127)
+    DROP = dict.fromkeys((*range(9), *range(11, 32), 127))
 
     def __init__(self, path: Path):
         self.file = path.open("ab", buffering=0)
+        self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self.room, self.tail, self.dropped = LOG_HEAD, b"", 0
 
     def write(self, data: bytes) -> None:
-        data = data.replace(b"\r", b"\n").translate(None, self.DROP)
+        text = self.decode(data).replace("\r", "\n")
+        if text.isascii():  # a flood is
+            data = text.translate(self.DROP).encode()
+        else:
+            data = "".join(c for c in text if c in "\n\t" or c.isprintable()).encode()
         head, rest = data[: self.room], data[self.room :]
         self.file.write(head)
         self.room -= len(head)

@@ -16,14 +16,15 @@ import shutil
 import stat
 import subprocess
 import sys
-import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
+import fuzz
 import pytest
 from client import Conversation, call, say
 from conftest import ROOT
 
+FUZZ_SEED, GUARD_CALLS, CLIENT_CALLS, CLIENT_SAMPLE = 20264, 20_000, 480, 120
 ABILITIES = re.compile(r"\./run\.sh|train\.py|scratchpad\.md")  # every refusal of the guard names what can be done
 CLIENTS_OWN_REFUSAL = "<tool_use_error>"  # input it rejects before it asks any hook
 CLIENTS_OWN_FILES = re.compile(  # what the client keeps in HOME for itself, whatever the model asks
@@ -1047,84 +1048,6 @@ def test_a_proof_serves_once(project):
 
 # --- the guard alone -------------------------------------------------------------------------------------------------
 
-NASTY = [
-    "/",
-    "//",
-    ".",
-    "..",
-    "../",
-    "./",
-    "~",
-    "~/",
-    " ",
-    "\t",
-    "\n",
-    "\r",
-    "\0",
-    ";",
-    "&",
-    "|",
-    ">",
-    "<",
-    "`",
-    "$",
-    "(",
-    ")",
-    "{",
-    "}",
-    "*",
-    "?",
-    "[",
-    "]",
-    "!",
-    "#",
-    "\\",
-    "'",
-    '"',
-    "=",
-    "%",
-    ":",
-    "id",
-    "cd /",
-    "&&",
-    "||",
-    "$(id)",
-    "\u200b",
-    "\u00a0",
-    "\ufeff",
-    "\u2028",
-    "\u0661",
-    "\ud800",
-    "é",
-    "run.sh",
-    "train.py",
-    "scratchpad.md",
-    "val.key.npy",
-    "preview.png",
-    "data",
-    "runs",
-    "0001.log",
-]
-SEEDS = [
-    "./run.sh",
-    "train.py",
-    "./train.py",
-    "scratchpad.md",
-    "program.md",
-    "runs/0001.log",
-    "runs/0001.diff",
-    "runs/experiments.tsv",
-    "data/prints/preview.png",
-    "data/prints/val.key.npy",
-    "CLAUDE.md",
-    "run.sh",
-    ".claude/settings.json",
-    "/etc/passwd",
-    "sub/train.py",
-    "Train.py",
-    "Scratchpad.md",
-]
-
 
 @pytest.fixture
 def guard(ground):
@@ -1134,77 +1057,58 @@ def guard(ground):
     return module
 
 
-def mutated(rng: random.Random, text: str) -> str:
-    for _ in range(rng.choice((0, 1, 1, 1, 2, 3))):
-        i = rng.randint(0, len(text))
-        kind = rng.randrange(7)
-        if kind < 3:
-            text = text[:i] + rng.choice(NASTY) + text[i:]
-        elif kind == 3:
-            text = text[:i] + text[i + 1 :]
-        elif kind == 4:
-            text = text[:i] + text[i:].swapcase()
-        elif kind == 5:
-            text = unicodedata.normalize(
-                rng.choice(("NFKC", "NFD")), text[:i] + chr(rng.randrange(0xFF01, 0xFF5E)) + text[i:]
-            )
-        else:
-            text = rng.choice(NASTY) + rng.choice(SEEDS) + rng.choice(NASTY) + text
-    return text
-
-
-def test_guard_fuzz(guard, ground):
-    """What passes is exactly one of the three abilities or a readable file, by a rule of its own."""
-    rng, root = random.Random(20260), str(ground.path)
-    editable = {f"{root}/train.py", f"{root}/scratchpad.md"}
-    readable = editable | {
-        f"{root}/{p}"
-        for p in (
-            "program.md",
-            "CLAUDE.md",
-            "runs/0001.log",
-            "runs/0001.diff",
-            "runs/experiments.tsv",
-            "data/prints/preview.png",
-        )
-    }
-    passed, tried = set(), 0
-    for n in range(8000):
-        text = mutated(rng, rng.choice(SEEDS))
-        text = f"{root}/{text}" if rng.random() < 0.2 else text
-        tool = rng.choice(("Bash", "Bash", "Edit", "Write", "Read", "Read", mutated(rng, "Bash"), "NotebookEdit"))
-        given = {
-            "Bash": {"command": text},
-            "Read": {"file_path": text},
-            "Write": {"file_path": text, "content": "x"},
-            "Edit": {"file_path": text, "old_string": "a", "new_string": "b"},
-        }.get(tool, {"command": text, "file_path": text})
-        if rng.random() < 0.1:
-            given[
-                mutated(
-                    rng, rng.choice(["timeout", "run_in_background", "description", "pages", "limit", "replace_all"])
-                )
-            ] = True
-        cwd = root if rng.random() < 0.9 else rng.choice(["/", root + "/sub", root + "/..", "", root + "/link.py"])
+def test_guard_fuzz(guard, ground, figure):
+    """Generated calls straight into the guard: what passes is spelled plainly and is one of the three abilities."""
+    root, rng = str(ground.path), random.Random(FUZZ_SEED)
+    passed, wrong = set(), []
+    for n, (tool, given) in enumerate(fuzz.calls(FUZZ_SEED, root, GUARD_CALLS)):
+        cwd = root if rng.random() < 0.9 else rng.choice(["/", f"{root}/sub", f"{root}/..", "", f"{root}/link.py"])
         asked = {"tool_name": tool, "tool_input": given, "cwd": cwd, "session_id": "s", "tool_use_id": f"toolu_{n}"}
-        tried += 1
         try:
             answer = guard.check(asked)
         except guard.Denied as e:
-            assert ABILITIES.search(str(e)) or "tell the person" in str(e), f"{asked}: {e}"
+            if not (ABILITIES.search(str(e)) or "tell the person" in str(e)):
+                wrong.append(f"refused without saying what to do instead: {asked}: {e}")
             continue
         except (UnicodeError, ValueError):
             continue  # a crash, which the hook's command line turns into a refusal
-        passed.add((tool, text))
-        assert set(given) <= guard.KEYS[tool], asked
-        assert os.path.realpath(cwd) == root, asked
-        if tool == "Bash":
-            assert text == "./run.sh" and answer["updatedInput"]["command"] == f"AR_PROOF=toolu_{n} ./run.sh", asked
-        else:
-            meant = os.path.join(root, text)
-            assert meant.replace("/./", "/") in (readable if tool == "Read" else editable), asked
-            assert os.path.realpath(meant) in readable and not answer, asked
-    assert len(passed) >= 15 and tried >= 2000, f"{len(passed)} different calls passed"
+        passed.add((tool, json.dumps(given)))
+        plain = given.get("file_path", "").replace(f"{root}/", "", 1).replace("./", "", 1)
+        proof = {"updatedInput": {**given, "command": f"AR_PROOF=toolu_{n} ./run.sh"}} if tool == "Bash" else {}
+        if not fuzz.allowed(tool, given, root) or plain != os.path.normpath(plain) and plain or cwd != root:
+            wrong.append(f"allowed: {asked}")
+        elif answer != proof:
+            wrong.append(f"{asked}: {answer}")
+    figure("lock: calls straight into the guard", GUARD_CALLS, len(wrong), passed=len(passed))
+    assert not wrong, "\n".join(wrong[:20])
+    assert len(passed) >= 15
+
+
+def test_client_fuzz(ground, figure, sample):
+    """The same through the real client, where nothing but the guard says no."""
+    ground.settings(open_wide)
+    generated = [c for c in fuzz.calls(FUZZ_SEED + 1, str(ground.path), CLIENT_CALLS) if not sendable(c)]
+    cases = [Case(tool, given) for tool, given in sample(generated, CLIENT_SAMPLE)]
+    before = tree(ground.path), tree(ground.out)
+    talk, results = ground.talk(
+        cases, timeout=1800, trusted=True, args=["--dangerously-skip-permissions"], env={"IS_SANDBOX": "1"}
+    )
+    passed = [(c, r) for c, r in zip(cases, results) if not r.is_error]
+    wrong = [str(c) for c, _ in passed if not fuzz.allowed(c.tool, c.given, str(ground.path))]
+    by_guard = sum(r.is_error and CLIENTS_OWN_REFUSAL not in r.content for r in results)
+    own = re.compile(r"train\.py|scratchpad\.md|runs/session/(proof\.toolu_\d+|[0-9a-f-]{36}\.json)")
+    changed = changes(before[0], tree(ground.path), own) + changes(before[1], tree(ground.out), re.compile("(?!)"))
+    seen = f"{len(cases)} calls, {len(passed)} passed, {by_guard} refused by the guard"
+    figure("lock: generated calls through the client", len(cases), len(wrong), passed=len(passed), guard=by_guard)
+    assert not wrong and not changed, f"{seen}; allowed: {wrong[:20]}; changed: {changed}"
+    runs = [line.split("|") for line in ground.log.read_text().splitlines()]
+    assert all(pwd == str(ground.path) and not args for _, pwd, args in runs), runs
+    assert len(passed) >= 3 and by_guard >= len(cases) // 2, seen
+
+
+def sendable(case: tuple[str, dict]) -> bool:
+    """Not: lone surrogates, which no JSON on the wire can carry."""
+    return "\\ud8" in json.dumps(case)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-#!/usr/bin/env -S python3 -I
+#!/usr/bin/env -S PATH=/usr/bin:/bin:${PATH} python3 -I
 """Keeps the research loop going: SessionStart, UserPromptSubmit, Stop, and the status line. Standard library only.
 
 usage: loop.py            a hook call on standard input, the answer on standard output

@@ -29,7 +29,10 @@ COUNTED = ("kept", "discarded", "failed")  # what a phase and `stop` count
 MADE_OF = ("container/judge.py", "container/stage.py", "container/seccomp.json")  # the judge, for comparability
 TRAILER = re.compile(r"([A-Z][A-Za-z-]*): (.*)")
 SERIES = {"mean_rank": "Mean-Rank-Runs", "median_rank": "Median-Rank-Runs"}
-GIT = ("git", "-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "--no-pager")
+# as in run.sh: nothing that planted settings or variables could make git run
+GIT = ("git", "-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "-c", "log.showSignature=false",
+       "-c", "protocol.allow=never", "--no-pager")
+ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
 
 
 class Refused(Exception):
@@ -61,8 +64,8 @@ class Record:
 
 def git(*args: str, check: bool = True) -> str:
     """git without hooks and monitors; returns stdout. Raises Refused when it fails."""
-    done = subprocess.run([*GIT, *args], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                          errors="replace")
+    done = subprocess.run([*GIT, *args], cwd=ROOT, env=ENVIRONMENT, stdin=subprocess.DEVNULL, capture_output=True,
+                          text=True, errors="replace")
     if done.returncode and check:
         raise Refused(f"git {args[0]} failed: {done.stderr.strip()[:200]}")
     return done.stdout
