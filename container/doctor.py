@@ -80,7 +80,7 @@ def check_lock() -> None:
     except (ValueError, OSError):
         keys = ["what cannot be read"]
     finding("lock", not keys, "guard in place" if not keys else
-            f".claude/settings.local.json holds {', '.join(keys)}: that can run code or switch the guard OFF, remove it")
+            f".claude/settings.local.json holds {', '.join(keys)}: it can run code or switch the guard OFF, remove it")
 
 
 def check_disk_and_git() -> None:

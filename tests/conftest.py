@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -52,14 +53,36 @@ def sample(request):
 @pytest.fixture
 def figure(request):
     """figure(sweep, tried, wrong, **more): a row of the table that tests/long/trust.py makes."""
+    started = time.monotonic()
+    where = {"commit": git_at(ROOT, "describe", "--always", "--dirty"), "when": time.strftime("%Y-%m-%d %H:%M")}
 
     def add(sweep: str, tried: int, wrong: int, **more) -> None:
-        print(row := json.dumps({"sweep": sweep, "tried": tried, "wrong": wrong, **more}))
+        seconds = round(time.monotonic() - started)
+        row = {
+            "sweep": sweep,
+            "tried": tried,
+            "wrong": wrong,
+            "engine": engine_name(),
+            "seconds": seconds,
+            **where,
+            **more,
+        }
+        print(json.dumps(row))
         if file := request.config.getoption("figures"):
             with file.open("a") as f:
-                f.write(row + "\n")
+                f.write(json.dumps(row) + "\n")
 
     return add
+
+
+def git_at(folder: Path, *args: str) -> str:
+    return subprocess.run(["git", "-C", folder, *args], capture_output=True, text=True).stdout.strip()
+
+
+def engine_name() -> str:
+    """As people write it: podman 4.3.1."""
+    said = subprocess.run([engine(), "--version"], capture_output=True, text=True).stdout
+    return f"{engine()} {re.search(r'[0-9][0-9.]*[0-9]', said)[0]}"
 
 
 class Project:

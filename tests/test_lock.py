@@ -761,7 +761,7 @@ CONFIGURATIONS = {
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_only_the_three_abilities(ground, name):
+def test_only_the_three_abilities(ground, name, figure):
     options = {**CONFIGURATIONS[name]}
     if name == "bypass":
         ground.settings(open_wide)
@@ -781,6 +781,12 @@ def test_only_the_three_abilities(ground, name):
     wrong = [
         f"{case}: {result.content[:200]}" for case, result in zip(cases, results) if case.ability == result.is_error
     ]
+    figure(
+        f"lock: written calls through the client, {name}",
+        len(cases),
+        len(wrong),
+        abilities=sum(c.ability for c in cases),
+    )
     assert not wrong, "\n".join(wrong)
     by_guard = [(c, r.content) for c, r in zip(cases, results) if r.is_error and CLIENTS_OWN_REFUSAL not in r.content]
     mute = [f"{case}: {reason[:200]}" for case, reason in by_guard if not ABILITIES.search(reason)]
@@ -806,9 +812,6 @@ def test_only_the_three_abilities(ground, name):
         p for p, (mode, _) in tree(ground.home).items() if mode.startswith("0o1") and not CLIENTS_OWN_FILES.fullmatch(p)
     ]
     assert at_home == ([".claude/settings.json"] if "user" in options else [])
-    print(
-        f"{name}: {len(cases)} calls, {sum(c.ability for c in cases)} abilities, {len(by_guard)} refused by the guard"
-    )
 
 
 def test_without_the_lock_the_same_calls_do_something(ground):

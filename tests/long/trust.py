@@ -1,0 +1,67 @@
+"""The full sweeps: everything that is tried of the sandbox, the lock, the cheats and the kill points, and its table.
+
+usage: tests/.venv/bin/python tests/long/trust.py FIGURES [PYTEST ARGUMENTS]   run them, then write tests/long/trust.md
+       tests/.venv/bin/python tests/long/trust.py FIGURES --table              only write the table again
+
+FIGURES is a file of JSON lines to which the tests themselves append what they counted. To have more engines in the
+table, run tests/test_sandbox.py with `--full --figures FIGURES` as another user (rootless podman) or with
+AR_ENGINE=docker, then write the table again. Takes about an hour and a half on two cores.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = ["sandbox", "lock", "planted", "cheats", "lost"]
+OWN = (
+    "sweep",
+    "tried",
+    "wrong",
+    "engine",
+    "seconds",
+    "commit",
+    "when",
+)  # columns; what else a row says stands in its note
+HEAD = """# The three promises, tried
+
+Made by `tests/long/trust.py` from what the tests counted: nothing gets out (sandbox, lock, planted), nothing gets faked
+(cheats), nothing gets lost (kill points, accidents, data). *Wrong* is a probe that got through, a call wrongly allowed,
+a cheat rewarded, an inconsistency after a kill. `./run.sh test` tries a seeded sample of each.
+
+| what | engine | tried | wrong | seconds | commit | date | note |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def table(figures: Path) -> str:
+    """The newest row of each sweep and engine, in the order in which they first came."""
+    rows: dict = {}
+    for line in figures.read_text().splitlines():
+        row = json.loads(line)
+        rows[row["sweep"], row["engine"]] = row
+    text = HEAD
+    for row in rows.values():
+        note = ", ".join(f"{k} {v}" for k, v in row.items() if k not in OWN)
+        cells = [row[k] for k in ("sweep", "engine", "tried", "wrong", "seconds", "commit", "when")]
+        text += "| " + " | ".join(map(str, [*cells, note])) + " |\n"
+    return text
+
+
+def main(figures: str, *arguments: str) -> int:
+    status = 0
+    if arguments != ("--table",):
+        tests = [f"tests/test_{name}.py" for name in TESTS]
+        command = [sys.executable, "-m", "pytest", "--full", "--figures", figures, *(arguments or tests)]
+        status = subprocess.run(command, cwd=ROOT).returncode
+    (ROOT / "tests/long/trust.md").write_text(table(Path(figures)))
+    return status
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    sys.exit(main(*sys.argv[1:]))
