@@ -46,7 +46,7 @@ CONFIG = {  # every setting that names a command which git could run in passing;
 }
 ATTRIBUTES = "*.py filter=evil diff=evil merge=evil\n"
 SIGNATURE = "-----BEGIN PGP SIGNATURE-----\\n\\nx\\n-----END PGP SIGNATURE-----\\n"
-SIGNS = f'printf "[GNUPG:] SIG_CREATED x\\n" >&2; printf -- "{SIGNATURE}"'
+SIGNS = f'cat >/dev/null; printf "[GNUPG:] SIG_CREATED x\\n" >&2; printf -- "{SIGNATURE}"'
 MISSING = "0123456789" * 4  # an object that no repository has
 SECRETS = {
     "ANTHROPIC_API_KEY": "sk-ant-secret-1",
@@ -132,6 +132,9 @@ def traps(project: Project, tmp_path: Path) -> Traps:
     traps.module(user / "usercustomize.py")
     for name in ("git", "python3"):
         shutil.copy2(traps.folder / "bin" / name, project.path / name)
+    project.git("commit", "-q", "--amend", "--no-edit", "-S")
+    assert {"gpg.program", "filter.evil.clean"} <= traps.sprung and "gpgsig" in project.git("cat-file", "-p", "HEAD")
+    traps.log.unlink()
     return traps
 
 
