@@ -205,8 +205,8 @@ def embed(sandbox: Sandbox, work: Path, side: str) -> None:
     end = sandbox.line(EMBED_LIMIT_S + GRACE_S)
     if end.get("status") != "ok":
         what = {"limit": f"longer than {EMBED_LIMIT_S} s", "killed": "out of memory" if end.get("oom") else "killed"}
-        error = f"{end.get('error', 'Exception')} at line {end.get('lines', [])}"
-        raise Failed(f"embedding the validation {side} failed: {what.get(end.get('status'), error)} of train.py")
+        error = end.get("error", "Exception") + (f" at line {end['line']} of train.py" if end.get("line") else "")
+        raise Failed(f"embedding the validation {side} failed: {what.get(end.get('status'), error)}")
     with (work / f"{side}.npy").open("wb") as f:
         sandbox.copy_to(f, ARRAY_MAX, EMBED_LIMIT_S)
 
