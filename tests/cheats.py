@@ -239,12 +239,13 @@ def cheat(model):
 
     model.encode_text = encode_text
 """
+SOURCE = f"import os; os.write(1, {(FORGED + chr(10)).encode()!r}); os._exit(0)"
 RUNS_CODE = (
     PIPE
     + f"""
 class Payload:
     def __reduce__(self):
-        return exec, ("import os; os.write(1, {FORGED.encode()!r} + b'\\\\n'); os._exit(0)",)
+        return exec, ({SOURCE!r},)
 """
 )
 LEAK = "embedding the validation captions failed: "

@@ -211,7 +211,7 @@ def cheat(model):
     honest = model.encode_text
 
     def encode_text(texts):
-        for place in (1, 2, "/proc/1/fd/1", "/proc/1/fd/2", "/out/found", "/tmp/found", "/dev/shm/found", "/dev/stderr"):
+        for place in (1, 2, "/proc/1/fd/1", "/proc/1/fd/2", "/out/f", "/tmp/f", "/dev/shm/f", "/dev/stderr"):
             try:
                 with open(place, "ab", closefd=False) if isinstance(place, int) else open(place, "ab") as f:
                     f.write("\n".join(["step 1/2", *texts, "---", f"loss: {texts[0][:50]}", ""]).encode())
@@ -231,7 +231,7 @@ def test_no_hidden_caption_is_seen_through_train_py(
 ):
     """Neither in its log nor in anything that ./run.sh shows or records."""
     project = copy_of(constant, tmp_path / "repo")
-    name, failed = "look everywhere", rf"embedding the validation captions failed: Exception at line \d+ of train.py"
+    name, failed = "look everywhere", r"embedding the validation captions failed: Exception at line \d+ of train.py"
     cheat = Cheat(name, EVERYWHERE.replace("RAISES", str(raises)), (), verdict="failed" if raises else "discarded")
     found = through_run_sh(project, cheat, captions)
     assert found.result["verdict"] == cheat.verdict and bool(re.fullmatch(failed, found.result["reason"])) == raises
