@@ -33,7 +33,8 @@ import engine  # noqa: E402
 GRACE_S = 5  # between the budget, at which PID 1 inside kills, and the kill from outside
 IMPORT_LIMIT_S = 120  # until a sandbox has imported torch
 PROBE_LIMIT_S = 60  # load and encode a few training rows, where embedding failed
-EMBED_LIMIT_S = 120  # load and encode one side
+EMBED_LIMIT_S = 120  # load and encode one side; no longer than training left of its budget, since `load` could train on
+EMBED_LEAST_S = 30  # but so long at least
 JUDGE_LIMIT_S = 120
 JUDGE_MEMORY = "4g"
 OUT_SIZE = "2g"  # tmpfs for what training leaves, within the memory limit
@@ -205,14 +206,15 @@ def train(sandbox: Sandbox, work: Path, budget: int, memory: str, log: Path, on_
     return {**end, "device": ready.get("device", "cpu")}
 
 
-def embed(sandbox: Sandbox, work: Path, side: str) -> None:
+def embed(sandbox: Sandbox, work: Path, side: str, limit_s: float) -> None:
     """Send what training left, store this side's array. Raises Failed, with no text that train.py could choose."""
     sandbox.send(work / "out.tar")
-    end = sandbox.line(EMBED_LIMIT_S + GRACE_S)
+    end = sandbox.line(limit_s + GRACE_S)
     if end.get("status") != "ok":
-        what = {"limit": f"longer than {EMBED_LIMIT_S} s", "killed": "out of memory" if end.get("oom") else "killed"}
-        error = f"{end.get('error', 'Exception')} at line {end.get('lines', [])}"
-        raise Failed(f"embedding the validation {side} failed: {what.get(end.get('status'), error)} of train.py")
+        end |= {"status": "limit"} if sandbox.killed else {}
+        what = {"limit": f"longer than {limit_s:.0f} s", "killed": "out of memory" if end.get("oom") else "killed"}
+        error = end.get("error", "Exception") + (f" at line {end['line']} of train.py" if end.get("line") else "")
+        raise Failed(f"embedding the validation {side} failed: {what.get(end.get('status'), error)}")
     with (work / f"{side}.npy").open("wb") as f:
         sandbox.copy_to(f, ARRAY_MAX, EMBED_LIMIT_S)
 
@@ -278,9 +280,10 @@ def one_run(work: Path, data: Path, budget: int, memory: str, seed: int, log_pat
         trainer.send(None)
         end = train(trainer, work, budget, memory, log_path, on_ready)
         stamps["trained"] = time.monotonic()
+        left = min(EMBED_LIMIT_S, max(EMBED_LEAST_S, budget - end["seconds"]))
         try:
             with ThreadPoolExecutor() as pool:
-                list(pool.map(lambda side: embed(sides[side], work, side), sides))
+                list(pool.map(lambda side: embed(sides[side], work, side, left), sides))
         except Failed:
             sides["probe"] = Sandbox("probe", command=[*stage, "probe", str(PROBE_LIMIT_S)], log=Log(log_path),
                                      out_size=OUT_SIZE, limit_s=IMPORT_LIMIT_S + PROBE_LIMIT_S, mounts=mounts, **common)

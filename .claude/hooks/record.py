@@ -72,7 +72,8 @@ def git(*args: str, check: bool = True) -> str:
 
 
 def parse(n: str, when: str, message: str) -> Record:
-    return Record(int(n), int(when), {m[1]: m[2].strip() for m in map(TRAILER.fullmatch, message.splitlines()) if m})
+    body = message.partition("\n\n")[2]  # the subject is a hypothesis, which may look like a trailer
+    return Record(int(n), int(when), {m[1]: m[2].strip() for m in map(TRAILER.fullmatch, body.splitlines()) if m})
 
 
 def records() -> list:

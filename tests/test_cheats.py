@@ -1,0 +1,245 @@
+"""Nothing gets faked: every cheat of cheats.py through ./run.sh, and again where the defence it runs into is gone."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cheats import BUDGET, CHEATS, EMBED_LIMIT_S, HOOK, MEMORY, OWN_DATA, SEED, STEPS, Cheat, Edit, Found
+from conftest import ROOT, Project
+
+sys.path.insert(0, str(ROOT / "container"))
+import engine
+
+MAIN = '\n\nif __name__ == "__main__":\n'
+SAMPLE = 6
+CAPTIONS = """
+import datasets, json, pathlib
+read = lambda name: set(datasets.load_from_disk(f"/prints/{name}")["caption"])
+print(json.dumps(sorted((read("val/captions") | read("test/captions")) - read("train"))))
+"""
+
+
+def in_image(script: str, writable: Path, **mounts: Path) -> str:
+    """What a script of ours prints that runs in the image."""
+    name = f"ar-{os.getpid()}-cheats"
+    places = {f"/{inside}": path for inside, path in mounts.items()}
+    argv = engine.sandbox(name, engine.find_image(), ["python", "-c", script], memory=MEMORY, limit_s=300,
+                          mounts=places, gpu=False, writable=writable)  # fmt: skip
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def copy_of(project: Project, to: Path) -> Project:
+    """With the data as hard links, which are only read."""
+    shutil.copytree(project.path, to, symlinks=True, ignore=shutil.ignore_patterns("data"))
+    shutil.copytree(project.path / "data", to / "data", copy_function=os.link)
+    return Project(to)
+
+
+@pytest.fixture(scope="session")
+def constant(measured: Project, tmp_path_factory) -> Project:
+    """A measured project where every run gets the same seed: what changes nothing gives the very same metric."""
+    made = copy_of(measured, tmp_path_factory.mktemp("constant") / "repo")
+    made.edit('"$((RANDOM << 15 | RANDOM))"', str(SEED), "run.sh")
+    made.edit("EMBED_LIMIT_S = 120 ", f"EMBED_LIMIT_S = {EMBED_LIMIT_S} ", "container/experiment.py")
+    made.set("STEPS", str(STEPS))
+    made.git("commit", "-qam", "a constant seed")
+    done = made.run()
+    assert done.returncode == 0, done.stderr
+    made.metrics = recorded(made, made.experiments()[-1])["runs"][0]["metrics"]
+    return made
+
+
+@pytest.fixture(scope="session")
+def captions(measured: Project, tmp_path_factory) -> list[str]:
+    """Of validation and test, without those that training has too."""
+    found = in_image(CAPTIONS, tmp_path_factory.mktemp("captions"), prints=measured.path / "data" / "prints")
+    return json.loads(found)
+
+
+def recorded(project: Project, n: int) -> dict:
+    return json.loads(project.git("show", f"refs/experiments/{n}:experiment/result.json"))
+
+
+def put_into(train: str, cheat: Cheat) -> str:
+    """The honest train.py plus the cheat."""
+    assert train.count(MAIN) == 1
+    return train.replace(MAIN, "\n" + cheat.code + HOOK * ("def cheat(" in cheat.code) + MAIN)
+
+
+def change(folder: Path, edits: tuple[Edit, ...]) -> None:
+    for file, old, new in edits:
+        Project(folder).edit(old, new, file)
+
+
+def through_run_sh(project: Project, cheat: Cheat, captions: list[str]) -> Found:
+    project.write("train.py", put_into(project.read("train.py"), cheat))
+    done, shown = project.experiment(cheat.name)
+    n = shown.get("experiment", "")
+    assert n, f"{cheat.name}: {done.stderr}"
+    result = recorded(project, int(n))
+    logs = [project.read(f"runs/{int(n):04d}.{kind}") for kind in ("log", "diff")]
+    everything = [done.stdout, done.stderr, *logs, project.git("show", f"refs/experiments/{n}"), json.dumps(result)]
+    status = project.run("status").stdout
+    return Found(result, result["before"][0], captions, "\n".join(everything), status=status)
+
+
+def in_a_loop(constant: Project, cheat: Cheat, captions: list[str], folder: Path, edits: tuple[Edit, ...]) -> Found:
+    """A project of its own, since the cheat is about what ./run.sh makes of it, or about other data."""
+    project = copy_of(constant, folder / "repo")
+    change(project.path, (*cheat.loop, *edits))
+    if cheat.data:
+        in_image(cheat.data, folder, prints=ROOT / "container")
+        done = project.run("data", OWN_DATA, "--odvg", str(folder / "odvg"))
+        assert done.returncode == 0, done.stderr
+        project.edit("data: prints", f"data: {OWN_DATA}", "program.md")
+    return through_run_sh(project, cheat, captions)
+
+
+def undefended(constant: Project, cheat: Cheat, captions: list[str], folder: Path) -> Found:
+    """The same file in a harness without the defence: only its training, embedding and judging."""
+    if cheat.loop is not None:
+        return in_a_loop(constant, cheat, captions, folder, cheat.switch)
+    shutil.copytree(constant.path / "container", folder / "container")
+    change(folder, cheat.switch)
+    data = constant.path / "data"
+    if cheat.data:
+        data = shutil.copytree(data, folder / "data")
+        in_image(cheat.data, data)
+    (work := folder / "work").mkdir()
+    (work / "train.py").write_text(put_into(constant.read("train.py"), cheat))
+    command = [work, data / "prints", BUDGET, MEMORY, SEED, folder / "log"]
+    command = [sys.executable, "-I", folder / "container" / "experiment.py", *command]
+    done = subprocess.run([*map(str, command)], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{cheat.name}: {done.stderr}"
+    result, log = json.loads((work / "result.json").read_text()), (folder / "log").read_text(errors="replace")
+    return Found(result, constant.metrics["mean_rank"], captions, log, work)
+
+
+def wrong_with(cheat: Cheat, found: Found, honest: dict) -> str:
+    """Why a defended cheat did not get what it should, '' when it did."""
+    r = found.result
+    if r["verdict"] != cheat.verdict or not re.fullmatch(cheat.reason, r["reason"]):
+        return f"{r['verdict']} {r['reason']}"
+    if cheat.pays(found) or found.leaks(found.log):
+        return "it pays"
+    if cheat.verdict == "discarded" and not cheat.worse and found.metrics != [honest]:
+        return f"it changed the metrics: {found.metrics}"
+    return f"it helps: {found.rank} after {found.honest}" if cheat.worse and found.rank < found.honest else ""
+
+
+def prints_of(folder: Path) -> dict:
+    return {str(f): hashlib.sha256(f.read_bytes()).digest() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def test_no_cheat_is_rewarded(constant: Project, captions: list[str], tmp_path: Path, sample, figure):
+    arena, started, wrong = copy_of(constant, tmp_path / "arena"), time.monotonic(), {}
+    files = [prints_of(arena.path / part) for part in ("container", "data")]
+    for cheat, number in zip(tried := sample(CHEATS, SAMPLE), itertools.count()):
+        (own := tmp_path / str(number)).mkdir()
+        loop = cheat.loop is not None
+        found = in_a_loop(constant, cheat, captions, own, ()) if loop else through_run_sh(arena, cheat, captions)
+        print(f"{cheat.name}: {found.result['verdict']} {found.result['reason']} {found.rank:.1f}", flush=True)
+        if why := wrong_with(cheat, found, constant.metrics):
+            wrong[cheat.name] = why
+    figure("cheats", len(tried), len(wrong), seconds=round(time.monotonic() - started))
+    assert not wrong
+    assert files == [prints_of(arena.path / part) for part in ("container", "data")]
+    assert arena.read("train.py") == constant.read("train.py")
+
+
+def test_every_cheat_pays_without_its_defence(constant: Project, captions: list[str], tmp_path: Path, sample, figure):
+    started, not_paying = time.monotonic(), {}
+    for cheat, number in zip(tried := sample(CHEATS, SAMPLE), itertools.count()):
+        (own := tmp_path / str(number)).mkdir()
+        found = undefended(constant, cheat, captions, own)
+        what = found.result.get("reason") or f"{found.rank:.1f} instead of {found.honest:.1f}"
+        print(f"{cheat.name}: {what}", flush=True)
+        if not cheat.pays(found):
+            not_paying[cheat.name] = what
+        shutil.rmtree(own)
+    seconds = round(time.monotonic() - started)
+    figure("cheats without their defence", len(tried), len(not_paying), seconds=seconds)
+    assert not not_paying
+
+
+EVERYWHERE = r"""
+import glob, sys
+
+
+def found():  # all that can be read and may hold a caption
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        yield line
+    yield repr(dict(os.environ))
+    for folder, _, names in os.walk("/"):
+        if not folder.startswith(("/proc", "/sys", "/opt/venv", "/usr")):
+            for name in names:
+                try:
+                    yield f"{folder}/{name} {Path(folder, name).read_bytes()[-20000:]}"
+                except OSError as e:
+                    yield f"{folder}/{name} {e}"
+    for path in glob.glob("/proc/[0-9]*/*") + glob.glob("/proc/[0-9]*/root/data/*"):
+        try:
+            yield f"{path} {Path(path).read_bytes()[-5000:]}"
+        except OSError:
+            pass
+
+
+_honest_main = main
+
+
+def main():
+    everything = list(found())
+    print(*everything, sep="\n", flush=True)
+    torch.save(everything, f"{os.environ['OUT']}/found.pt")
+    _honest_main()
+    print("---\nloss:", everything[-1][:50])
+
+
+def cheat(model):
+    honest = model.encode_text
+
+    def encode_text(texts):
+        for place in (1, 2, "/proc/1/fd/1", "/proc/1/fd/2", "/out/f", "/tmp/f", "/dev/shm/f", "/dev/stderr"):
+            try:
+                with open(place, "ab", closefd=False) if isinstance(place, int) else open(place, "ab") as f:
+                    f.write("\n".join(["step 1/2", *texts, "---", f"loss: {texts[0][:50]}", ""]).encode())
+            except OSError:
+                pass
+        if len(texts) > 4 and RAISES:
+            raise type(texts[0][:60], (KeyError,), {})(*texts)
+        return honest(texts)
+
+    model.encode_text = encode_text
+"""
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_no_hidden_caption_is_seen_through_train_py(
+    constant: Project, captions: list[str], tmp_path: Path, raises: bool
+):
+    """Neither in its log nor in anything that ./run.sh shows or records."""
+    project = copy_of(constant, tmp_path / "repo")
+    name, failed = "look everywhere", r"embedding the validation captions failed: Exception at line \d+ of train.py"
+    cheat = Cheat(name, EVERYWHERE.replace("RAISES", str(raises)), (), verdict="failed" if raises else "discarded")
+    found = through_run_sh(project, cheat, captions)
+    assert found.result["verdict"] == cheat.verdict and bool(re.fullmatch(failed, found.result["reason"])) == raises
+    assert "/data/dataset_info.json" in found.log and len(captions) > 250  # it did look, and there was something to see
+    files = [f for f in project.path.rglob("*") if f.is_file() and "data" not in f.relative_to(project.path).parts[:1]]
+    objects = project.git("cat-file", "--batch-all-objects", "--batch-check=%(objectname)").split()
+    blobs = [
+        subprocess.run(["git", "cat-file", "-p", o], cwd=project.path, capture_output=True).stdout for o in objects
+    ]
+    seen = b"\n".join([found.log.encode(), *blobs, *(f.read_bytes() for f in files)])
+    assert not [caption for caption in captions if caption[:30].encode() in seen]
