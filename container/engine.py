@@ -3,7 +3,7 @@
 
 usage: engine.py name | image | sweep | data FOLDER NAME ...
 
-`name` prints podman or docker, `image` builds what is missing and prints the tag, `sweep` removes what a killed
+`name` prints podman or docker, `image` builds what is missing and prints its id, `sweep` removes what a killed
 run left behind, `data` makes data/NAME. When something is missing: one line, exit 2 (3 where ./run.sh setup helps).
 """
 from __future__ import annotations
@@ -168,20 +168,21 @@ def image_tag(base: str) -> str:
     return f"localhost/autoresearch:{h.hexdigest()[:12]}"
 
 
-def exists(tag: str) -> bool:
-    return run([*client(), "image", "inspect", tag]).returncode == 0
+def exists(tag: str) -> str:
+    """The image's own id, '' when there is none."""
+    return run([*client(), "image", "inspect", "--format", "{{.Id}}", tag]).stdout.strip()
 
 
 def find_image() -> str:
-    """The tag of the image that is built. Raises EngineError when there is none."""
+    """The id of the image that is built: a tag may name another one tomorrow. Raises EngineError when there is none."""
     for base in (REGISTRY_BASE, DEBIAN_BASE):
-        if exists(image_tag(base)):
-            return image_tag(base)
+        if found := exists(image_tag(base)):
+            return found
     raise EngineError("the image is not built, or container/ has changed since; run ./run.sh setup")
 
 
 def image() -> str:
-    """Find or build the image, return its tag."""
+    """Find or build the image, return its id."""
     try:
         return find_image()
     except EngineError:
@@ -199,7 +200,7 @@ def image() -> str:
         shutil.rmtree(secrets)
     if done.returncode:
         raise EngineError(f"{name()} build failed (see above); mend it and run ./run.sh setup again")
-    return image_tag(base)
+    return find_image()
 
 
 def make_base() -> str:
