@@ -18,7 +18,8 @@ is written.
 
 What DIR holds afterwards:
 
-    info.json                      sizes, source, licence, and a hash of the whole content
+    info.json                      sizes, source, licence, a hash of the whole content, and bytes and SHA-256 of each
+                                   file that is read later
     train/                         a `datasets` table: image (3*S*S uint8, channels first), caption,
                                    regions [{phrase, bbox}] with boxes in [0, 1], possibly none
     val/images/, val/captions/     two tables of one column each, either in a random order of its own
@@ -62,7 +63,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "container"))
 import prints
 import ukiyoe
 
-FORMAT = 1
+FORMAT = 2  # of info.json; record.py wants the same
 SPLITS = ("train", "val", "test")
 SIZES = range(16, 1025)  # pixels per side
 PRINTS_COUNTS = {"train": 8000, "val": 2000, "test": 1000}
@@ -244,8 +245,16 @@ def write_data_set(options: argparse.Namespace, folder: Path) -> list[str]:
         print(f"{what.replace('_', ' ')}: {count}", file=sys.stderr, flush=True)
     info |= {"source": source, "licence": licence, "hash": content.hexdigest(), "made_by": {
         "python": platform.python_version(), **{name: version(name) for name in ("numpy", "pillow", "datasets")}}}
+    info["files"] = dict(describe(file, folder) for file in sorted(folder.rglob("*"))
+                         if file.is_file() and file.suffix != ".png")
     (folder / "info.json").write_text(json.dumps(info, indent=2) + "\n")
     return []
+
+
+def describe(file: Path, folder: Path) -> tuple[str, tuple[int, str]]:
+    """Its name in the folder, its size, and its digest."""
+    with file.open("rb") as f:
+        return str(file.relative_to(folder)), (file.stat().st_size, hashlib.file_digest(f, "sha256").hexdigest())
 
 
 def look(pixels: np.ndarray) -> np.ndarray:

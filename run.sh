@@ -62,10 +62,10 @@ measure() {
     progress "$N" "$kind, run $run"
     # in the background, so that a signal ends us at once; our own child, so that it goes when we are killed
     python3 -I container/experiment.py "$WORK/run-$run" "$DATA" "$BUDGET" "$MEMORY" "$((RANDOM << 15 | RANDOM))" \
-      "$(file "$N" log)" 9>&- &
+      "$(file "$N" log)" "$IMAGE" 9>&- &
     wait "$!" || refuse "experiment $N could not run (see above)"
     rm -f "$WORK/run-$run"/{out.tar,images.npy,captions.npy}
-    VERDICT=$(result decide "$WORK" "$kind" "$IMAGE")
+    VERDICT=$(result decide "$WORK" "$kind" "$IMAGE" "$COMPARABLE")
   done
   record_attempt "$kind" "$blob" "$pad"
 }
@@ -95,7 +95,6 @@ record_attempt() {
   done
   git_ diff --no-ext-diff --no-textconv "$head:train.py" "$blob" >"$(file "$N" diff)" || :
   finish "$COMMIT"
-  result tsv >"$RUNS/experiments.tsv.new" && mv "$RUNS/experiments.tsv.new" "$RUNS/experiments.tsv"
 }
 
 # usage: claim N COMMIT: the record's number N is this commit's; 1 when another worktree was faster
@@ -135,13 +134,17 @@ finish() {
   verdict=$(git_ show -s --format='%(trailers:key=Verdict,valueonly,separator=)' "$1")
   blob=$(git_ rev-parse "$1:train.py") pad=$(git_ rev-parse "$1:scratchpad.md")
   head=$(git_ rev-parse HEAD) before=$(git_ rev-parse "$1^:train.py")
-  [[ $verdict == kept ]] || { restore_file "$blob"; return; }
-  if [[ $(git_ rev-parse HEAD:train.py) == "$before" ]]; then
-    git_ show -s --format=%B "$1" >"$WORK/message"
-    next=$(commit_tree "$(tree_with "$head" "$blob" "$pad")" "$head" "$WORK/message")
-    git_write update-ref -m "experiment: $(head -n 1 "$WORK/message")" HEAD "$next" "$head"
+  if [[ $verdict == kept ]]; then
+    if [[ $(git_ rev-parse HEAD:train.py) == "$before" ]]; then
+      git_ show -s --format=%B "$1" >"$WORK/message"
+      next=$(commit_tree "$(tree_with "$head" "$blob" "$pad")" "$head" "$WORK/message")
+      git_write update-ref -m "experiment: $(head -n 1 "$WORK/message")" HEAD "$next" "$head"
+    fi
+    update_user_index "$1^" "$1"
+    blob=$before # train.py as it was: kept by hand, or put back meanwhile
   fi
-  update_user_index "$1^" "$1"
+  restore_file "$blob"
+  result tsv >"$RUNS/experiments.tsv.new" && mv "$RUNS/experiments.tsv.new" "$RUNS/experiments.tsv"
 }
 
 # usage: update_user_index PARENT COMMIT: our two entries, unless the user has staged something else there
@@ -160,28 +163,29 @@ restore_file() {
   git_ cat-file blob HEAD:train.py >"$RUNS/train.py.new" && mv -f "$RUNS/train.py.new" train.py
 }
 
-clean_up_at_the_end() {
-  trap 'rm -f -- "$RUNS/running.json"; rm -rf -- "$RUNS"/work.*; py container/engine.py sweep' EXIT
-  trap 'exit 143' INT TERM HUP
-}
+clean_up() { rm -rf -- "$RUNS"/{work.*,*.new,running.json}; py container/engine.py sweep; }
 newest() { git_ for-each-ref --format='%(refname:lstrip=2)' refs/experiments/ | sort -n | tail -n 1; }
 
 # What a killed run left: containers, temporary files, stale locks on our refs, a verdict not carried out.
 recover() {
-  py container/engine.py sweep
-  rm -rf -- "$RUNS"/work.* "$RUNS"/*.new
+  local last lock state
+  state=$(cd "$(git_ rev-parse --git-dir)" && printf '%s\n' * | grep -Exm1 'rebase-(merge|apply)|(MERGE|CHERRY_PICK|REVERT)_HEAD') || :
+  [[ -z $state ]] || refuse "git is in the middle of a ${state%[-_]*}; finish or abort it first"
+  clean_up
+  trap clean_up EXIT
+  trap 'exit 143' INT TERM HUP
   # our lock is held, and git children keep it open while they live: these locks have no owner
   find "$COMMON/refs/experiments" -name '*.lock' -delete 2>/dev/null || :
-  local last lock
   for lock in "$(git_ rev-parse --git-path index.lock)" "$(git_ rev-parse --git-path HEAD.lock)" \
     "$COMMON/$(git_ symbolic-ref -q HEAD || printf HEAD).lock" "$COMMON/packed-refs.lock"; do
     [[ -e $lock ]] || continue
     pgrep -x git >/dev/null && refuse "$lock exists and git is running; wait for it to finish, then try again"
     rm -f -- "$lock" && say "run.sh: removed $lock, left by a git that was killed"
   done
-  # a record of this worktree that never reached its history file was not carried out to the end
-  last=$(newest)
-  if [[ -n $last && -f $(file "$last" log) ]] && ! grep -qs "^$last"$'\t' "$RUNS/experiments.tsv"; then
+  # this worktree's last run, recorded (the number may have gone to another's), but never in its history file
+  last=$(printf '%s\n' "$RUNS"/[0-9]*.log | sort -V | sed -n '$s|^.*/0*\([1-9][0-9]*\)\.log$|\1|p')
+  if [[ -n $last ]] && ! grep -qs "^$last"$'\t' "$RUNS/experiments.tsv" && [[ $(git_ rev-parse -q --verify \
+    "refs/experiments/$last:experiment/train.log") == $(git_ hash-object --no-filters "$(file "$last" log)") ]]; then
     WORK=$(mktemp -d "$RUNS/work.XXXXXX")
     finish "refs/experiments/$last"
     say "run.sh: completed experiment $last, which had been interrupted"
@@ -191,12 +195,14 @@ recover() {
 # Read what record.py plan prints into variables. Exits with its status when it refuses.
 read_plan() {
   local key value plan
+  cp -- program.md "$RUNS/program.new" || refuse "program.md cannot be read; put it back: git checkout program.md"
+  export AR_PLAN=$ROOT/$RUNS/program.new # what is edited while this runs is for the next run
   plan=$(result plan "${AGENT:-0}" "$IMAGE") || exit "$REFUSED"
   while IFS='=' read -r key value; do
     case $key in
       kind) KIND=$value ;; n) N=$value ;; blob) BLOB=$value ;; scratchpad) PAD=$value ;; incumbent) INCUMBENT=$value ;;
       data) DATA=$value ;; budget) BUDGET=$value ;; memory) MEMORY=$value ;; cooldown) COOLDOWN=$value ;;
-      remeasure) REMEASURE=$value ;; hypothesis) IDEA=$value ;;
+      remeasure) REMEASURE=$value ;; comparable) COMPARABLE=$value ;; hypothesis) IDEA=$value ;;
     esac
   done <<<"$plan"
 }
@@ -206,12 +212,8 @@ experiment() {
   require_person_or_proof
   take_lock
   IMAGE=$(py container/engine.py image) || exit "$REFUSED"
-  for state in rebase-{merge,apply} {MERGE,CHERRY_PICK}_HEAD; do
-    [[ ! -e $(git_ rev-parse --git-path "$state") ]] || refuse "git is in the middle of a ${state%%[-_]*}; finish or abort it first"
-  done
   recover
   read_plan
-  clean_up_at_the_end
   sleep "$COOLDOWN"
   if [[ $KIND != candidate || $REMEASURE == 1 ]]; then
     measure_incumbent

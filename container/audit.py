@@ -51,7 +51,7 @@ class Trainings:
         (work / "train.py").write_text(source)
         seed = random.SystemRandom().randrange(1 << 30)
         result = experiment.one_run(work, self.state.data, self.budget, self.state.plan.memory, seed,
-                                    work / "train.log", **self.how)
+                                    work / "train.log", self.state.image, **self.how)
         self.took.append(result["timing"]["total"])
         return {"side": name, **result}
 

@@ -37,7 +37,7 @@ def check_engine() -> None:
             "rootless podman on cgroup v1 IGNORES memory, process and CPU limits: a training can take the machine; "
             "boot with cgroup v2 (systemd.unified_cgroup_hierarchy=1) or run as root")
     try:
-        finding("image", True, engine.find_image())
+        finding("image", True, engine.find_image().removeprefix("sha256:")[:12])
     except engine.EngineError as e:
         finding("image", False, str(e))
 

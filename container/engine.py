@@ -3,7 +3,7 @@
 
 usage: engine.py name | image | sweep | data FOLDER NAME ...
 
-`name` prints podman or docker, `image` builds what is missing and prints the tag, `sweep` removes what a killed
+`name` prints podman or docker, `image` builds what is missing and prints its id, `sweep` removes what a killed
 run left behind, `data` makes data/NAME. When something is missing: one line, exit 2 (3 where ./run.sh setup helps).
 """
 from __future__ import annotations
@@ -127,6 +127,7 @@ def sandbox(container: str, image: str, command: list[str], *, memory: str, limi
              "--ipc", "private", "--shm-size", SHM_SIZE, "--ulimit", "core=0:0", "--hostname", "sandbox",
              # threads that wait sleep: spinning, a busy machine trained 6 and 9 times slower (two pairs)
              "--env", "OMP_WAIT_POLICY=PASSIVE", "--workdir", "/tmp", "--log-driver", "none", "--pull", "never",
+             "--stop-timeout", "0",  # PID 1 hears no SIGTERM: podman's rm -f would wait 10 s before it kills
              "--tmpfs", f"/tmp:rw,nosuid,nodev,size={TMP_SIZE},mode=1777,exec"]  # exec: what torch.compile builds
     if background:
         flags += ["--cpu-shares", "2"]
@@ -169,20 +170,21 @@ def image_tag(base: str) -> str:
     return f"localhost/autoresearch:{h.hexdigest()[:12]}"
 
 
-def exists(tag: str) -> bool:
-    return run([*client(), "image", "inspect", tag]).returncode == 0
+def exists(tag: str) -> str:
+    """The image's own id, '' when there is none."""
+    return run([*client(), "image", "inspect", "--format", "{{.Id}}", tag]).stdout.strip()
 
 
 def find_image() -> str:
-    """The tag of the image that is built. Raises EngineError when there is none."""
+    """The id of the image that is built: a tag may name another one tomorrow. Raises EngineError when there is none."""
     for base in (REGISTRY_BASE, DEBIAN_BASE):
-        if exists(image_tag(base)):
-            return image_tag(base)
+        if found := exists(image_tag(base)):
+            return found
     raise EngineError("the image is not built, or container/ has changed since; run ./run.sh setup")
 
 
 def image() -> str:
-    """Find or build the image, return its tag."""
+    """Find or build the image, return its id."""
     try:
         return find_image()
     except EngineError:
@@ -200,7 +202,7 @@ def image() -> str:
         shutil.rmtree(secrets)
     if done.returncode:
         raise EngineError(f"{name()} build failed (see above); mend it and run ./run.sh setup again")
-    return image_tag(base)
+    return find_image()
 
 
 def make_base() -> str:

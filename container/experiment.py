@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One run of one train.py: train, embed both sides, judge. Host side, standard library only.
 
-usage: experiment.py WORK DATA BUDGET_S MEMORY SEED LOG
+usage: experiment.py WORK DATA BUDGET_S MEMORY SEED LOG IMAGE
 
 WORK holds the snapshot train.py (world-readable) and receives result.json, ranks.npy and examples.npy. What the
 sandboxes send is untrusted: it is capped, never opened here, and passed on to the next sandbox; only the judge's
@@ -80,7 +80,7 @@ class Sandbox:
                 return {}
 
     def copy_to(self, target, most: int, limit_s: float) -> None:
-        """Copy the rest of its output to a file object. Raises Failed beyond `most` bytes or limit_s."""
+        """Copy the rest of its output to a file object. Raises Failed beyond `most` bytes or limit_s, or cut short."""
         size = 0
         with self.killed_after(limit_s):
             while chunk := self.process.stdout.read1(1 << 20):
@@ -89,8 +89,12 @@ class Sandbox:
                     self.kill()
                     raise Failed(f"invalid output: more than {most >> 20} MiB")
                 target.write(chunk)
+            status = self.process.wait()
+        stage = self.name.rpartition("-")[2]
         if self.killed:
-            raise Failed(f"invalid output: {self.name.rpartition('-')[2]} did not hand it over in {limit_s} s")
+            raise Failed(f"invalid output: {stage} did not hand it over in {limit_s} s")
+        if status:
+            raise Failed(f"the sandbox of {stage} was killed from outside before it had handed everything over")
 
     def send(self, source: Path | None) -> None:
         """Feed a file to its standard input and close that. A container that has ended is noticed later."""
@@ -248,15 +252,15 @@ def judge(work: Path, data: Path, image: str, split: str) -> dict:
     return found["metrics"]
 
 
-def one_run(work: Path, data: Path, budget: int, memory: str, seed: int, log_path: Path, *, split: str = "val",
-            table: str = "train", scale: float = 1.0) -> dict:
+def one_run(work: Path, data: Path, budget: int, memory: str, seed: int, log_path: Path, image: str, *,
+            split: str = "val", table: str = "train", scale: float = 1.0) -> dict:
     """Train on a table, embed and judge a split. Returns what result.json holds; containers are gone afterwards.
 
     scale: how much longer than usual train.py should train. WORK keeps the archive of what training left.
     """
     if not engine.limits_hold():
         engine.say("run.sh: warning: this engine enforces no memory and process limits; see ./run.sh doctor")
-    image, log, started = engine.find_image(), Log(log_path), time.monotonic()
+    log, started = Log(log_path), time.monotonic()
     stamps, sides, result, end = {}, {}, {"seed": seed}, {}
     common, stage = {"image": image, "memory": memory}, ["python", "-Iu", "/harness/stage.py"]
     # one script of ours, not its folder: prints.py there could draw the validation pairs again
@@ -319,14 +323,14 @@ def end_with_the_caller() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def main(work: str, data: str, budget: str, memory: str, seed: str, log: str) -> None:
+def main(work: str, data: str, budget: str, memory: str, seed: str, log: str, image: str) -> None:
     end_with_the_caller()
-    result = one_run(Path(work), Path(data), int(budget), memory, int(seed), Path(log))
+    result = one_run(Path(work), Path(data), int(budget), memory, int(seed), Path(log), image)
     Path(work, "result.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 7:
+    if len(sys.argv) != 8:
         sys.exit(__doc__)
     try:
         main(*sys.argv[1:])

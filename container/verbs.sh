@@ -76,6 +76,7 @@ verb_test() {
 verb_keep() {
   [[ ${1-} =~ ^[0-9]+$ ]] || refuse "usage: ./run.sh keep N"
   take_lock
+  recover
   local from
   from=$(git_ rev-parse -q --verify "refs/experiments/$1") || refuse "there is no experiment $1"
   BLOB=$(git_ rev-parse "$from:train.py") PAD=$(git_ hash-object -w --no-filters -- scratchpad.md)
@@ -83,13 +84,11 @@ verb_keep() {
   [[ $BLOB != "$INCUMBENT" ]] || refuse "experiment $1 is the incumbent already"
   [[ $(git_ hash-object --no-filters -- train.py) == "$INCUMBENT" ]] || refuse "train.py has uncommitted changes; commit or undo them first"
   IMAGE=$(py container/engine.py image)
-  recover
   N=$(result plan 0 "$IMAGE" | sed -n 's/^n=//p') VERDICT=kept
   WORK=$(mktemp -d "$RUNS/work.XXXXXX")
   BY_HAND="experiment $1, kept by hand: $(git_ show -s --format='%(trailers:key=Hypothesis,valueonly,separator=)' "$from")"
   : >"$(file "$N" log)"
   record_attempt candidate "$BLOB" "$PAD"
-  git_ cat-file blob "$BLOB" >"$RUNS/train.py.new" && mv -f "$RUNS/train.py.new" train.py
   git_ log -1 --format='%h %s'
 }
 
@@ -127,7 +126,6 @@ publish() {
   take_lock
   IMAGE=$(py container/engine.py image) || exit "$REFUSED"
   recover
-  clean_up_at_the_end
   rm -rf final/work.* && mkdir -p final
   WORK=$(mktemp -d final/work.XXXXXX)
   python3 -I container/audit.py "$WORK" "$IMAGE" "$@" >"$WORK/shown" 9>&- & # our own child, as in run.sh

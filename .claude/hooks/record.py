@@ -5,6 +5,7 @@ need, so one git call reads the whole history. Nothing else is stored: phase, in
 """
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -26,6 +27,8 @@ MARGIN = 0.25  # sigmas by which a candidate must win, seen once or twice
 REMEASURE_AFTER = 10  # discards in a row
 MAX_INCUMBENT_RUNS = 4
 COUNTED = ("kept", "discarded", "failed")  # what a phase and `stop` count
+DATA_FORMAT = 2  # of info.json, as prepare_data.py writes it
+SEEN = ROOT / "runs" / "data.json"  # the data files whose content was found to be right
 MADE_OF = ("container/judge.py", "container/stage.py", "container/seccomp.json")  # the judge, for comparability
 TRAILER = re.compile(r"([A-Z][A-Za-z-]*): (.*)")
 SERIES = {"mean_rank": "Mean-Rank-Runs", "median_rank": "Median-Rank-Runs"}
@@ -125,8 +128,8 @@ class State:
     """Everything that follows from program.md, git, the data and the image."""
 
     def __init__(self, image: str = ""):
-        """image: the tag that would run; without it (hooks) what the newest record was compared with is today's."""
-        self.plan = program.read(ROOT / "program.md")
+        """image: what would run; without it (hooks) what the newest record was compared with is today's."""
+        self.image, self.plan = image, program.read(Path(os.environ.get("AR_PLAN", ROOT / "program.md")))
         self.all = records()
         self.newest = self.all[-1].n if self.all else 0
         self.data = data_folder(self.plan.data)
@@ -190,14 +193,54 @@ def data_folder(name: str) -> Path:
     return Path(git("rev-parse", "--path-format=absolute", "--git-common-dir").strip()).parent / "data" / name
 
 
+def intact(name: str, data: Path) -> str:
+    """The hash of a data set, every file of which is what info.json says. Raises Refused; 12 ms for the prints.
+
+    Sizes are looked at every time; content only where the file is not the very one that was read before.
+    """
+    remedy = f"move it away and run ./run.sh data {name} in a terminal"
+    try:
+        info = json.loads((data / "info.json").read_text())
+        if info["format"] != DATA_FORMAT:
+            raise Refused(f"data/{name} was made by another version of prepare_data.py: {remedy}")
+        content, files = info["hash"], [(f, int(size), digest) for f, (size, digest) in info["files"].items()]
+    except FileNotFoundError:
+        raise Refused(f"data/{name}/info.json is missing: run ./run.sh data {name} in a terminal") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise Refused(f"data/{name}/info.json is damaged: {remedy}") from None
+    try:
+        seen = json.loads(SEEN.read_text())
+    except (OSError, ValueError):
+        seen = {}
+    now = {}
+    for f, size, digest in files:
+        try:
+            s = (data / f).stat()
+            now[f] = [digest, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino]
+            if s.st_size != size:
+                raise Refused(f"data/{name}/{f} has {s.st_size} bytes instead of {size}: {remedy}")
+            if seen.get(f) != now[f] and sha256(data / f) != digest:
+                raise Refused(f"data/{name}/{f} is not what prepare_data.py wrote: {remedy}")
+        except OSError as e:
+            raise Refused(f"data/{name}/{f} cannot be read ({e.strerror}): {remedy}") from None
+    if now != seen:
+        with contextlib.suppress(OSError):  # a full disk: then they are read again the next time
+            SEEN.with_suffix(".new").write_text(json.dumps(now))
+            SEEN.with_suffix(".new").replace(SEEN)
+    return content
+
+
+def sha256(file: Path) -> str:
+    h = hashlib.sha256()
+    with file.open("rb") as f:
+        while chunk := f.read(1 << 20):
+            h.update(chunk)
+    return h.hexdigest()
+
+
 def comparable(plan: program.Program, data: Path, image: str) -> str:
     """A short hash of what makes two results comparable: data, judge, image, budget. Raises Refused without data."""
-    try:
-        content = json.loads((data / "info.json").read_text())["hash"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        how = "is missing" if isinstance(e, FileNotFoundError) else "is damaged; move it away and"
-        raise Refused(f"data/{plan.data}/info.json {how}: run ./run.sh data {plan.data} in a terminal") from None
-    h = hashlib.sha256(f"{content} {image} {plan.budget}".encode())
+    h = hashlib.sha256(f"{intact(plan.data, data)} {image} {plan.budget}".encode())
     for f in MADE_OF:
         h.update((ROOT / f).read_bytes())
     return h.hexdigest()[:12]

@@ -2,7 +2,7 @@
 """What run.sh asks between its steps: may this run, what is the verdict, what is written and shown. Standard library.
 
 usage: result.py plan AGENT IMAGE                     refuse (exit 2, one line), or print key=value lines
-       result.py decide WORK KIND IMAGE               again, kept, discarded, failed, baseline, remeasured, unmeasured
+       result.py decide WORK KIND IMAGE COMPARABLE    again, kept, discarded, failed, baseline, remeasured, unmeasured
        result.py write WORK N KIND VERDICT BLOB IMAGE [BY_HAND]     WORK/result.json and the commit's message
        result.py block WORK COMMIT LOG IMAGE          the result block for the agent
        result.py tsv | log [N] | status               the history, for the agent and for a person
@@ -70,8 +70,8 @@ def plan(agent: str, image: str) -> None:
     kind = "baseline" if not state.incumbent else "candidate" if changed else "remeasure"
     fields = {"kind": kind, "n": state.newest + 1, "blob": blob, "scratchpad": pad, "incumbent": state.head_blob,
               "data": state.data, "budget": state.plan.budget, "memory": state.plan.memory,
-              "cooldown": state.plan.cooldown, "remeasure": int(kind == "candidate" and state.incumbent_is_due()),
-              "hypothesis": idea}
+              "cooldown": state.plan.cooldown, "comparable": state.comparable, "hypothesis": idea,
+              "remeasure": int(kind == "candidate" and state.incumbent_is_due())}
     print("\n".join(f"{k}={v}" for k, v in fields.items()))
 
 
@@ -105,9 +105,11 @@ def metrics(runs: list, name: str) -> list:
     return [r["metrics"][name] for r in runs if r["outcome"] == "ok"]
 
 
-def decide(work: str, kind: str, image: str) -> None:
-    """Print the verdict after the runs so far, or 'again' when one more is wanted."""
+def decide(work: str, kind: str, image: str, comparable: str) -> None:
+    """Print the verdict after the runs so far, or 'again' when one more is wanted. Raises Refused."""
     state, runs = State(image), runs_in(work)
+    if state.comparable != comparable:
+        raise Refused("data or judge were changed while this ran, so it is not recorded; run ./run.sh again")
     values = metrics(runs, state.plan.metric)
     if len(values) < len(runs):
         print("failed" if kind == "candidate" else "unmeasured")

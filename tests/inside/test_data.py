@@ -100,7 +100,7 @@ def test_a_box_is_where_the_motif_is(kind: str) -> None:
 
 def test_files_and_info(tiny: Path) -> None:
     info = read(tiny)
-    assert info.items() >= {"format": 1, "name": "prints", "image_size": SIZE, **COUNTS}.items()
+    assert info.items() >= {"format": 2, "name": "prints", "image_size": SIZE, **COUNTS}.items()
     assert len(bytes.fromhex(info["hash"])) == 32 and set(info) >= {"source", "licence", "made_by"}
     hidden = {f"{split}{suffix}" for split in PRINTS_OF for suffix in ("", ".key.npy", ".regions.json")}
     assert {path.name for path in tiny.iterdir()} == {"info.json", "preview.png", "train"} | hidden

@@ -1,0 +1,78 @@
+"""Stand-ins for git and the engine that count what run.sh calls and, at one call, end it: before, after or inside.
+
+They stand first in the PATH of a copy's run.sh, so its Python children call them too. A call that is not armed is
+replaced by the real program (exec), so that what runs has the process tree it has without us.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from conftest import Project
+
+STAND_IN = r"""#!/bin/bash
+shopt -s extglob
+real=@REAL@ dir=@DIR@
+[[ -n ${AR_CLEAN-} ]] || exec "$real" "$@" # AR_CLEAN is the process id of run.sh, which leads its own group here
+exec 8>>"$dir/calls"
+flock 8
+words="@NAME@ $*"
+printf '%s\n' "${words//$'\n'/ }" >&8
+n=$(wc -l <"$dir/calls")
+exec 8>&-
+read -r at side whom delay <"$dir/armed"
+[[ $n == "$at" || $words == *" --name ar-"+([0-9])"-$at "* ]] || exec "$real" "$@"
+end() { if [[ $whom == group ]]; then kill -9 -- "-$AR_CLEAN"; else kill -9 "$AR_CLEAN"; fi; }
+case $side in
+  before) end; exit 1 ;;
+  after) "$real" "$@"; status=$?; end; exit "$status" ;;
+  # the first byte it writes to a file is a deadly signal that git does not catch: its locks and halves stay behind
+  inside) (ulimit -c 0 -f 0; exec "$real" "$@"); end; exit 1 ;;
+esac
+# the client or its container alone, some time after it has started
+exec 3<&0 </dev/null
+"$real" "$@" <&3 3<&- &
+exec 3<&-
+sleep "$delay"
+name=${words#* --name }
+if [[ $side == client ]]; then kill -9 "$!"; else "$real" kill "${name%% *}" >/dev/null 2>&1; fi
+wait "$!"
+"""
+WRITES = ("hash-object -w", "update-ref", "update-index", "read-tree", "write-tree", "commit-tree")
+
+
+class Shims:
+    """Stand-ins in a folder; `armed` and `calls` there are what they read and write."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir()
+        for name in ("git", "podman", "docker"):
+            if real := shutil.which(name):
+                text = STAND_IN.replace("@REAL@", real).replace("@DIR@", str(folder)).replace("@NAME@", name)
+                (folder / name).write_text(text)
+                (folder / name).chmod(0o755)
+        self.arm()
+
+    def install(self, project: Project) -> None:
+        """Into a copy's run.sh; the pictures in the background make calls at any time, so they are not drawn."""
+        project.edit("PATH=/usr/local/sbin:", f"PATH={self.folder}:/usr/local/sbin:", "run.sh")
+        drawing = next(line for line in project.read("run.sh").splitlines() if "report.py refresh" in line)
+        project.edit(drawing, "  :", "run.sh")
+
+    def arm(self, call: int | str = 0, side: str = "", whom: str = "", delay: float = 0) -> None:
+        """At this call, or never: its number from 1, or the stage of a container. whom: self or group."""
+        (self.folder / "calls").write_text("")
+        (self.folder / "armed").write_text(f"{call} {side or '-'} {whom or '-'} {delay}\n")
+
+    def calls(self) -> list[str]:
+        """What was called since arm(), without what differs from run to run."""
+        lines = (self.folder / "calls").read_text().splitlines()
+        lines = [re.sub(r"[0-9a-f]{12,64}|work\.\w{6}|(?<=ar-)\d+(?=-)", "*", line) for line in lines]
+        return [re.sub(r"(-c \S+ )+(--no-pager )?|--runtime runc ", "", line) for line in lines]
+
+
+def writes(call: str) -> bool:
+    return call.startswith("git ") and any(word in call for word in WRITES)
