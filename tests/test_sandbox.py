@@ -25,6 +25,9 @@ import engine
 PROBES_LIMIT_S = 120  # of one container full of probes
 MEMORY, SMALL_MEMORY, MORE_MEMORY = "3g", "64m", "1g"
 CGROUP_LIFTS = ("pids", "memory")  # limits that an engine without control groups cannot hold
+# not ALL: a machine may lack one of them, and then docker starts nothing
+CAPABILITIES = ("CHOWN DAC_OVERRIDE DAC_READ_SEARCH MKNOD NET_ADMIN NET_BIND_SERVICE NET_RAW SETFCAP SETGID SETUID SYS_ADMIN "
+                "SYS_BOOT SYS_CHROOT SYS_MODULE SYS_NICE SYS_PACCT SYS_RAWIO SYS_TIME SYSLOG").split()  # fmt: skip
 ONLY = [os.environ["AR_ENGINE"]] if "AR_ENGINE" in os.environ else ["podman", "docker"]
 FOUND = [e for e in ONLY if shutil.which(e) and engine.run([e, "version"]).returncode == 0]
 
@@ -68,12 +71,13 @@ def lifts(outside: Outside) -> dict[str, list[tuple]]:
     return {
         "seccomp": [(f"seccomp={ROOT / 'container/seccomp.json'}", "seccomp=unconfined")],
         "root": [(f"--user {engine.UID}", "--user 0:0")],
-        "caps": [("--cap-drop ALL", "--cap-add ALL")],
+        "caps": [("--cap-drop ALL", " ".join(f"--cap-add {c}" for c in CAPABILITIES))],
         "writable": [("--read-only ", "")],
         "new_privileges": [("--security-opt no-new-privileges", "")],
         "masks": [("--rm", f"--rm --security-opt {unmask}")],
-        "privileged": [("--rm", "--rm --privileged")],
+        "sys": [("--rm", "--rm -v /sys:/sys:rw -v /sys/fs/cgroup:/sys/fs/cgroup:rw")],  # opened there, not written
         "neighbour": [("--network none", f"--network container:{outside.neighbour}"), ("--hostname sandbox", "")],
+        "ipv6": [("--rm", "--rm --sysctl net.ipv6.conf.lo.disable_ipv6=0")],
         "host_network": [("--network none", "--network host")],  # reads one file there
         "folder": [("--rm", f"--rm -v {folder}:{folder}:ro -v {folder}/socket:/run/docker.sock")],
         "device": [("--rm", "--rm --device /dev/null:/dev/extra")],
@@ -140,7 +144,7 @@ class Outside:
 
     @contextlib.contextmanager
     def with_neighbour(self):
-        argv = self.argv(self.neighbour, "root caps seccomp", ["--listen"])
+        argv = self.argv(self.neighbour, "root caps seccomp ipv6", ["--listen"])
         with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as started:
             try:
                 assert started.stdout.readline() == b"listening\n"
