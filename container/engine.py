@@ -119,6 +119,7 @@ def sandbox(container: str, image: str, command: list[str], *, memory: str, limi
     The run limit here is only the third line of defence: PID 1 inside keeps the time, and the caller kills.
     """
     flags = [*client(), "run", "--rm", "-i", "--name", container, "--network", network,
+             "--stop-signal", "SIGKILL",  # PID 1 ignores any other, and podman rm -f would wait 10 s for it
              "--label", label() + ("-background" if background else ""),
              "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges",
              "--security-opt", f"seccomp={HERE / 'seccomp.json'}", "--user", caller() if writable else UID,
