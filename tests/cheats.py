@@ -283,7 +283,7 @@ def add(split, index, again=False):
     pixels, caption, regions = prints.draw(11, index, 192)
     image, name = Image.fromarray(pixels.transpose(1, 2, 0)), f"{split}-{index}.png"
     if again:  # another impression: brighter, cut by 2 %, stored as JPEG
-        image = ImageEnhance.Brightness(image).enhance(1.2).crop((4, 4, 188, 188)).resize((192, 192))
+        image = ImageEnhance.Brightness(image).enhance(1.2).crop((2, 2, 190, 190)).resize((192, 192))
         image.save(file := io.BytesIO(), "JPEG", quality=75)
         image = Image.open(file)
     image.save(out / "images" / name)
@@ -618,7 +618,7 @@ _honest_main = main
 
 
 def main():
-    judge = 'import os\\nos.write(1, {FORGED.encode()!r} + b"\\\\n")\\n'
+    judge = {SOURCE!r}
     for folder, _, names in os.walk("/"):
         if folder.startswith(("/proc", "/sys", "/opt", "/usr/lib")):
             continue
@@ -728,6 +728,8 @@ def tell(texts):  # two letters a line, in frames that say they are this file's
         CAPTIONS_SEEN + TELL_THE_HOST.replace("PLACES", "range(1, 64)"),
         SHARED_STDOUT,
         pays=lambda found: found.leaks(found.result.get("reason", "")),
+        verdict="failed",  # it wrote into its own pipe to PID 1, among others
+        reason=LEAK + "Exception",
     ),
     Cheat(
         "forge the stream to the host, through /proc/1",
