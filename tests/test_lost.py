@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import made_up
 import pytest
 from conftest import Project, block
 from shims import Shims, writes
@@ -19,6 +22,7 @@ from shims import Shims, writes
 KILLS, MOMENTS, DEATHS = 5, 24, 2  # kill points of an ordinary test run; MOMENTS of the full sweep
 STAGES = {"train": 4.0, "images": 4.0, "captions": 4.0, "judge": 1.2}  # about how many seconds each container lives
 DEATHS_AT = (0.1, 0.4, 0.6, 0.9)  # shares of that at which its client, or it alone, is killed
+RECORDED, TIMES, SLOWER_S = 1000, 5, 0.3  # experiments; runs whose median counts; what they may cost
 LIMIT_S = 120  # of any run in here: they take about 5 s
 SEED = 4
 # A train.py that takes no time and gives the same number every time: captions' words are fitted to rough pixels.
@@ -211,12 +215,16 @@ class Sweep:
 
     def points(self) -> list[tuple]:
         """(verdict, call, side, whom): every call of a kept one; of a discarded one those from its record on."""
-        first = next(i for i, call in enumerate(self.calls["discarded"], 1) if "update-ref" in call)
+        first = self.call("discarded", "update-ref")
         calls = [("kept", n, call) for n, call in enumerate(self.calls["kept"], 1)]
         calls += [("discarded", n, call) for n, call in enumerate(self.calls["discarded"], 1) if n >= first]
         points = [(verdict, n, side) for verdict, n, call in calls for side in ("before", "after", "inside")
                   if side != "inside" or writes(call)]  # fmt: skip
         return [(*point, ("self", "group")[i % 2]) for i, point in enumerate(points)]
+
+    def call(self, verdict: str, words: str) -> int:
+        """The number of the first call with these words."""
+        return next(i for i, call in enumerate(self.calls[verdict], 1) if words in call)
 
     def moments(self) -> list[tuple]:
         """The same, at random moments of a run, with the delay."""
@@ -271,3 +279,182 @@ def test_killed_at_every_call_and_at_any_moment(sweep: Sweep, sample, figure):
     figure("kill points", len(points), len(complaints), seconds=round(time.monotonic() - started),
            calls={verdict: len(calls) for verdict, calls in sweep.calls.items()})  # fmt: skip
     assert not complaints
+
+
+MINE = "git commit -q --only LICENSE -m mine"
+EDIT = "sed -i 's/takes no time/is edited/' train.py"
+
+
+@pytest.mark.parametrize(
+    ("verdict", "at", "script", "ends", "head", "file"),
+    [
+        # meanwhile: a commit of another file, or HEAD amended; the experiment goes on top
+        ("kept", "judge", MINE, "kept", "candidate", "candidate"),
+        ("kept", "train", "git commit -q --amend --only -m amended", "kept", "candidate", "candidate"),
+        ("kept", "train", "git switch -qc other", "kept", "candidate", "candidate"),
+        # train.py edited, put back or staged: what was judged is in HEAD, what the user wrote stays in the file
+        ("kept", "judge", EDIT, "kept", "candidate", "edited"),
+        ("discarded", "judge", EDIT, "discarded", "incumbent", "edited"),
+        ("kept", "judge", "git checkout -q train.py", "kept", "candidate", "candidate"),
+        ("discarded", "train", "git add train.py", "discarded", "incumbent", "incumbent"),
+        # HEAD's train.py changed: nothing to compare with any more
+        ("kept", "judge", f"{EDIT}; git commit -qm mine train.py", "discarded", "edited", "edited"),
+        ("kept", "train", "git stash -q; git reset -q --hard HEAD~2; git stash pop -q", "discarded", "other", "other"),
+        # at the worst moment, when the record is written and the branch is not: the next run completes it
+        ("kept", "update-ref -m", MINE, "", "candidate", "candidate"),
+        # what the settings are by then is for the next run
+        ("kept", "judge", "sed -i 's/budget: 120/budget: 119/' program.md", "kept", "candidate", "candidate"),
+        ("kept", "judge", "sed -i 's/budget: 120/budget: soon/' program.md", "kept", "candidate", "candidate"),
+        ("kept", "judge", "printf x >>data/prints/val.key.npy", "", "incumbent", "candidate"),
+    ],
+)
+def test_what_the_user_does_meanwhile(sweep: Sweep, tmp_path, verdict, at, script, ends, head, file):
+    """Never lost and never overwritten, whatever a run under way then decides."""
+    project, before = copy(sweep.bases[verdict], tmp_path / "repo"), sweep.before[verdict]
+    if "val.key" in script:  # its own copy: the data of all projects here are hard links
+        key = project.path / "data/prints/val.key.npy"
+        key.write_bytes((key.read_bytes(), key.unlink())[0])
+    (sweep.shims.folder / "meanwhile").write_text(script + "\n")
+    sweep.shims.arm(at if at in STAGES else sweep.call(verdict, at), "meanwhile")
+    done = project.run(timeout=LIMIT_S)
+    sweep.shims.arm()
+    n, was = before.last + 1, project.git("reflog", "--format=%H")
+    assert block(done.stdout).get("verdict", "") == ends, done.stdout + done.stderr
+    assert done.returncode == (0 if ends else 2) and "Traceback" not in done.stderr
+    project.git("checkout", "-q", "program.md")
+    if "val.key" in script:
+        assert "data/prints/val.key.npy has 1729 bytes instead of 1728" in done.stderr
+        assert project.experiments() == [*range(1, n)] and project.read("train.py") == before.candidate
+        return
+    if not ends:
+        project.edit("data: prints", "data: nowhere", "program.md")
+        assert f"completed experiment {n}" in again(project).stderr
+    texts = {"candidate": before.candidate, "incumbent": before.incumbent, "edited": None}
+    for want, text in ((head, project.git("show", "HEAD:train.py") + "\n"), (file, project.read("train.py"))):
+        if want == "edited":
+            assert "is edited" in text
+        elif want in texts:
+            assert text == texts[want]
+    assert project.trailers(f"refs/experiments/{n}")["Verdict"] == (ends or "kept")
+    assert project.experiments() == [*range(1, n + 1)]
+    if "-m mine" in script or "-qm mine" in script:
+        assert "mine" in project.git("log", "-3", "--format=%s").splitlines() and was
+    staged = project.git("diff", "--cached", "--name-only").split()
+    assert set(staged) <= {"LICENSE", "train.py"} and ("LICENSE" in staged or "commit" in script or "reset" in script)
+    assert "fatal" not in project.git("fsck") and project.containers() == ""
+    assert len({project.trailers(f"refs/experiments/{i}")["Comparable"] for i in (2, n)}) == 1
+
+
+@pytest.mark.parametrize("state", ["MERGE", "rebase", "CHERRY_PICK", "REVERT"])
+def test_in_the_middle_of_something_nothing_runs(project: Project, state: str):
+    for branch in ("other", "main"):
+        project.git("switch", "-qC", branch)
+        project.write("LICENSE", branch)
+        project.git("commit", "-qam", branch)
+        project.git("branch", "-f", "old", "HEAD^")
+    project.git("branch", "-f", "other", "old")
+    project.git("switch", "-q", "other")
+    project.write("LICENSE", "something else")
+    project.git("commit", "-qam", "something else")
+    command = {"MERGE": "merge", "rebase": "rebase", "CHERRY_PICK": "cherry-pick", "REVERT": "revert"}[state]
+    project.git(command, *(["--no-edit", "main^"] if state == "REVERT" else ["main"]), check=False)
+    project.set("STEPS", "7")
+    for verb in ([], ["keep", "1"], ["final"]):
+        done = project.run(*verb)
+        assert (done.returncode, done.stderr) == (2, f"run.sh: git is in the middle of a {state}; finish or abort it "
+                                                     "first\n")  # fmt: skip
+    project.git(command, "--abort")
+    assert project.experiments() == [1] and project.git("rev-parse", "HEAD") == project.git("rev-parse", "other")
+
+
+def test_two_worktrees_at_once_and_each_completes_its_own(sweep: Sweep, tmp_path):
+    """The second is refused. Killed between record and branch, the first's verdict waits for the first's next run."""
+    project, before = copy(sweep.bases["kept"], tmp_path / "repo"), sweep.before["kept"]
+    project.git("worktree", "add", "-q", "-b", "second", str(tmp_path / "second"))
+    other, n = Project(tmp_path / "second"), before.last + 1
+    (sweep.shims.folder / "meanwhile").write_text(f"cd {other.path}; ./run.sh >{tmp_path}/refused 2>&1 || :\n")
+    sweep.shims.arm("judge", "meanwhile")
+    assert block(project.run(timeout=LIMIT_S).stdout)["verdict"] == "kept"
+    said = (tmp_path / "refused").read_text()
+    assert said == "run.sh: another experiment is running: in another worktree; wait for it\n"
+
+    project.git("reset", "-q", "--hard", before.head)
+    project.git("update-ref", "-d", f"refs/experiments/{n}")
+    project.write("train.py", before.candidate)
+    (project.path / "runs/experiments.tsv").unlink()
+    project.hypothesis("once more")
+    sweep.shims.arm(sweep.call("kept", "update-ref -m"), "before", "self")
+    subprocess.run(["./run.sh"], cwd=project.path, capture_output=True, start_new_session=True)
+    sweep.shims.arm()
+    other.write("train.py", CRASH)
+    for name in (f"runs/{n:04d}.log", f"runs/{n + 1:04d}.log"):  # left by a run here that was killed while it trained
+        (other.path / "runs").mkdir(exist_ok=True)
+        other.write(name, "step 1\n")
+    other.hypothesis("crash")
+    done = again(other)
+    assert "completed" not in done.stderr and block(done.stdout)["experiment"] == str(n + 1), done.stdout + done.stderr
+    assert other.git("rev-parse", "HEAD") == before.head == project.git("rev-parse", "HEAD")
+    project.edit("data: prints", "data: nowhere", "program.md")
+    assert f"completed experiment {n}," in again(project).stderr
+    assert project.git("show", "HEAD:train.py") + "\n" == before.candidate and "completed" not in again(project).stderr
+
+
+def test_clones_shallow_and_without_the_record(sweep: Sweep, tmp_path):
+    project = copy(sweep.bases["kept"], tmp_path / "repo")
+    assert block(project.run(timeout=LIMIT_S).stdout)["verdict"] == "kept"
+    for name, *options in (("plain",), ("shallow", "--depth=1")):
+        subprocess.run(["git", "clone", "-q", *options, f"file://{project.path}", tmp_path / name], check=True)
+        clone = Project(tmp_path / name)
+        shutil.copytree(project.path / "data", clone.path / "data", copy_function=os.link)
+        clone.write("train.py", CRASH)
+        done, shown = clone.experiment("crash", timeout=LIMIT_S)
+        assert (done.returncode, shown["verdict"], shown["experiment"]) == (1, "failed", "4"), done.stdout + done.stderr
+        assert "best:     mean_rank 51.9" in clone.run("status").stdout
+        assert clone.git("status", "--porcelain") == "M scratchpad.md" and clone.experiments() == [4]
+
+
+def test_a_clock_that_was_set_back(sweep: Sweep, tmp_path):
+    """Records, and what is left of a killed run, from next year: numbers count, not times."""
+    project, before = copy(sweep.bases["kept"], tmp_path / "repo"), sweep.before["kept"]
+    later = f"{time.time() + 366 * 86400:.0f}"
+    for n in project.experiments():
+        text = project.git("cat-file", "commit", f"refs/experiments/{n}")
+        text = re.sub(r"^(author|committer)(.*> )\d+", rf"\1\g<2>{later}", text, flags=re.M) + "\n"
+        done = subprocess.run(["git", "hash-object", "-t", "commit", "-w", "--stdin"], cwd=project.path, input=text,
+                              capture_output=True, text=True, check=True)  # fmt: skip
+        project.git("update-ref", f"refs/experiments/{n}", done.stdout.strip())
+    for file in (project.path / "runs").glob("*.*"):
+        os.utime(file, (int(later), int(later)))
+    left = {"pid": os.getpid(), "n": 9, "what": "x", "started": int(later), "budget": 5}
+    project.write("runs/running.json", json.dumps(left))
+    assert re.search(r"running: +experiment 9 \(x\), at most [0-5] s left", project.run("status").stdout)
+    done = project.run(timeout=LIMIT_S)
+    assert block(done.stdout)["verdict"] == "kept", done.stdout + done.stderr
+    assert consistent(project, before, recovered=True) == [] and "nothing" in project.run("status").stdout
+
+
+def test_a_thousand_experiments_cost_no_time(sweep: Sweep, tmp_path, monkeypatch, figure):
+    """All that run.sh itself does for an experiment, with an engine that refuses to train, against two records."""
+    seconds: dict = {2: [], RECORDED: []}
+    for count in seconds:
+        project = copy(sweep.bases["kept"], tmp_path / str(count))
+        if count > 2:
+            mark, real = project.trailers("refs/experiments/2")["Comparable"], made_up.Day.add
+            monkeypatch.setattr(made_up.Day, "add", lambda day, *a, **k: real(day, *a, **{"comparable": mark, **k}))
+            made_up.day(project.path, count).done()
+        project.edit("until: 40", f"until: {2 * RECORDED}", "program.md")
+        project.git("commit", "-qm", "a longer plan", "program.md")
+        assert len(project.experiments()) >= count
+    for i in range(TIMES):
+        for count, took in seconds.items():
+            project = Project(tmp_path / str(count))
+            project.write("train.py", f"IDEA = {i}\n")
+            sweep.shims.arm("train", "refused")
+            started = time.monotonic()
+            done, shown = project.experiment(f"idea {i}", timeout=LIMIT_S)
+            took.append(time.monotonic() - started)
+            assert shown.get("verdict") == "failed" and "did not start" in shown["reason"], done.stdout + done.stderr
+    sweep.shims.arm()
+    few, many = (statistics.median(took) for took in seconds.values())
+    figure("1,000 experiments", 2 * TIMES, int(many > few + SLOWER_S), seconds=round(many, 2), few=round(few, 2))
+    assert many <= few + SLOWER_S, seconds
