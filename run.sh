@@ -1,7 +1,7 @@
 #!/bin/bash -p
 # run.sh: one experiment. Sandbox, metric, commit or revert. See ./run.sh help.
 # -p: bash reads neither BASH_ENV nor functions from the caller's environment.
-set -euo pipefail
+set -euo pipefail; shopt -s inherit_errexit # in $(...) too: a tree that could not be written is never recorded
 umask 022
 
 ROOT=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
@@ -42,7 +42,7 @@ require_person_or_proof() {
 take_lock() {
   COMMON=$(git_ rev-parse --path-format=absolute --git-common-dir) || refuse "not a git repository"
   mkdir -p "$RUNS/session" || refuse "cannot write $ROOT/$RUNS"
-  exec 9>>"$COMMON/autoresearch.lock" || refuse "cannot write $COMMON/autoresearch.lock; is .git read-only?"
+  { exec 9>>"$COMMON/autoresearch.lock"; } 2>/dev/null || refuse "cannot write $COMMON/autoresearch.lock; is .git read-only?"
   flock -n 9 || refuse "another experiment is running: $(result status | sed -n 's/^running: *//p' | sed 's/^nothing$/in another worktree/'); wait for it"
 }
 

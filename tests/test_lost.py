@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import statistics
@@ -16,13 +18,14 @@ from pathlib import Path
 
 import made_up
 import pytest
-from conftest import Project, block
+from conftest import Project, block, engine
 from shims import Shims, writes
 
 KILLS, MOMENTS, DEATHS = 5, 24, 2  # kill points of an ordinary test run; MOMENTS of the full sweep
 STAGES = {"train": 4.0, "images": 4.0, "captions": 4.0, "judge": 1.2}  # about how many seconds each container lives
 DEATHS_AT = (0.1, 0.4, 0.6, 0.9)  # shares of that at which its client, or it alone, is killed
 RECORDED, TIMES, SLOWER_S = 1000, 5, 0.3  # experiments; runs whose median counts; what they may cost
+DISK_KIB, ROOMS = range(0, 513, 16), 2  # room left on a full disk; how many of them in an ordinary test run
 LIMIT_S = 120  # of any run in here: they take about 5 s
 SEED = 4
 # A train.py that takes no time and gives the same number every time: captions' words are fitted to rough pixels.
@@ -218,8 +221,8 @@ class Sweep:
         first = self.call("discarded", "update-ref")
         calls = [("kept", n, call) for n, call in enumerate(self.calls["kept"], 1)]
         calls += [("discarded", n, call) for n, call in enumerate(self.calls["discarded"], 1) if n >= first]
-        points = [(verdict, n, side) for verdict, n, call in calls for side in ("before", "after", "inside")
-                  if side != "inside" or writes(call)]  # fmt: skip
+        points = [(verdict, n, side) for verdict, n, call in calls for side in ("before", "after", "inside", "full")
+                  if side in ("before", "after") or writes(call)]  # fmt: skip
         return [(*point, ("self", "group")[i % 2]) for i, point in enumerate(points)]
 
     def call(self, verdict: str, words: str) -> int:
@@ -257,6 +260,8 @@ class Sweep:
         wrong = [] if ended in ((0, verdict), (1, "failed")) or not alone else [f"ended as {ended}: {output}"]
         if side in ("before", "after", "inside") and run.returncode != -signal.SIGKILL:
             wrong.append(f"was not killed: {output}")
+        if side == "full" and (run.returncode != 2 or "Traceback" in output):
+            wrong.append(f"ended with {run.returncode}: {output}")
         wrong += consistent(project, before, recovered=alone) + next_run(project, before)
         shutil.rmtree(project.path)
         return wrong
@@ -458,3 +463,170 @@ def test_a_thousand_experiments_cost_no_time(sweep: Sweep, tmp_path, monkeypatch
     few, many = (statistics.median(took) for took in seconds.values())
     figure("1,000 experiments", 2 * TIMES, int(many > few + SLOWER_S), seconds=round(many, 2), few=round(few, 2))
     assert many <= few + SLOWER_S, seconds
+
+
+@contextlib.contextmanager
+def mounted(kind: str, at: Path, *options: str):
+    """A mount for the time of the test. Yields False where the caller may not mount."""
+    done = subprocess.run(["mount", *options, kind, at], capture_output=True)
+    try:
+        yield done.returncode == 0
+    finally:
+        if not done.returncode:
+            subprocess.run(["umount", "-l", at], check=True)
+
+
+def test_a_full_disk(sweep: Sweep, tmp_path, sample, figure):
+    """With more and more room left, from none: an error in one line, or a verdict; nothing lost, and it goes on later.
+
+    Who may not mount gets a limit on the size of files instead, which ends whoever writes beyond it.
+    """
+    sizes, complaints, before, ends = sample(list(DISK_KIB), ROOMS), {}, sweep.before["kept"], {}
+    (tmp_path / "disk").mkdir()
+    started = time.monotonic()
+    for room in sizes:
+        with mounted("tmpfs", tmp_path / "disk", "-t", "tmpfs", "-o", "size=64m") as small:
+            base = sweep.bases["kept"]
+            shutil.copytree(base.path, tmp_path / "disk/repo", symlinks=True, ignore=shutil.ignore_patterns("data"))
+            project = Project(tmp_path / "disk/repo")
+            (project.path / "data").symlink_to(base.path / "data")
+            limit = {}
+            if small:
+                free = os.statvfs(project.path)
+                (tmp_path / "disk/filler").write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - (room << 10))))
+            else:
+                limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room << 10, room << 10))}
+            done = project.run(timeout=LIMIT_S, **limit)
+            (tmp_path / "disk/filler").unlink(missing_ok=True)
+            ends[room] = f"{done.returncode} {block(done.stdout).get('verdict', '')}"
+            wrong = [] if ends[room] in ("0 kept", "1 failed", "2 ") or not small else [ends[room]]
+            if "Traceback" in done.stderr or not (done.stderr or done.stdout).splitlines()[-1].startswith(
+                ("run.sh: ", "next: ") if small else ""
+            ):
+                wrong.append(done.stderr)
+            wrong += consistent(project, before, recovered=False) + next_run(project, before)
+            if wrong:
+                complaints[room] = [done.stderr, *wrong]
+                print(f"{room} KiB free", *complaints[room], sep="\n    ", flush=True)
+            shutil.rmtree(project.path)
+    figure("full disk", len(sizes), len(complaints), seconds=round(time.monotonic() - started), ends=ends)
+    assert not complaints
+
+
+def test_read_only_git(project: Project):
+    """One line, and nothing runs; for root, whom permissions do not stop, it is a mount."""
+    git = project.path / ".git"
+    project.set("STEPS", "7")
+    with mounted(git, git, "--bind") as root:
+        if root:
+            subprocess.run(["mount", "-o", "remount,ro,bind", git], check=True)
+        else:
+            (git / "autoresearch.lock").chmod(0o400)
+        done = project.run()
+        told = f"run.sh: cannot write {git}/autoresearch.lock; is .git read-only?\n"
+        assert (done.returncode, done.stderr) == (2, told)
+        assert "baseline" in project.run("log").stdout and project.run("status").returncode == 0
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def flip_in_the_dark(file: Path) -> None:
+    was = file.stat()
+    flip(file)
+    os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns))
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def in_info(key: str, value: object = None):
+    def change(file: Path) -> None:
+        info = {**json.loads(file.read_text()), key: value}
+        file.write_text(json.dumps({k: v for k, v in info.items() if v is not None}))
+
+    return change
+
+
+ARROW = "train/data-00000-of-00001.arrow"
+DAMAGE = [
+    ("info.json", cut, "is damaged: move it away and run ./run.sh data prints in a terminal"),
+    ("info.json", in_info("hash"), "is damaged: move it away"),
+    ("info.json", in_info("files"), "is damaged: move it away"),
+    ("info.json", in_info("files", {"train": 7}), "is damaged: move it away"),
+    ("info.json", in_info("format", 1), "data/prints was made by another version of prepare_data.py: move it away"),
+    ("info.json", Path.unlink, "data/prints/info.json is missing: run ./run.sh data prints in a terminal"),
+    (ARROW, flip, "is not what prepare_data.py wrote: move it away and run ./run.sh data prints in a terminal"),
+    (ARROW, flip_in_the_dark, "is not what prepare_data.py wrote"),
+    (ARROW, cut, "bytes instead of"),
+    ("val/captions", shutil.rmtree, "cannot be read (No such file or directory): move it away"),
+    ("val.key.npy", flip, "is not what prepare_data.py wrote"),
+    ("val.key.npy", lambda file: shutil.copy(file.with_name("test.key.npy"), file), "bytes instead of"),
+]
+
+
+def test_damaged_data_are_named_and_never_give_a_number(project: Project):
+    data, kept = project.path / "data/prints", project.path / "data/kept"
+    shutil.copytree(data, kept)  # not a link: every damage is to a copy of these
+
+    def refusal() -> str:
+        done = project.run()
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == "", done.stderr
+        return done.stderr
+
+    project.set("STEPS", "7")
+    project.hypothesis("")
+    for name, damage, message in DAMAGE:
+        shutil.rmtree(data)
+        shutil.copytree(kept, data)
+        assert "no hypothesis" in refusal()  # a copy is as good, and is remembered
+        damage(data / name)
+        said = refusal()
+        assert message in said and f"data/prints/{name}" in said or "version" in said, (name, damage, said)
+        assert said == refusal()  # what is bad is not remembered as good
+    assert project.experiments() == [1]
+
+
+def test_other_data_or_another_image_of_the_same_tag_are_not_compared(sweep: Sweep, tmp_path):
+    project = copy(sweep.bases["discarded"], tmp_path / "repo")
+
+    def python(*words: str) -> str:
+        done = subprocess.run(["python3", *words], cwd=project.path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def kind() -> str:
+        return python(".claude/hooks/result.py", "plan", "0", python("container/engine.py", "image")).split()[0]
+
+    assert kind() == "kind=candidate"
+    info = project.path / "data/prints/info.json"
+    text = info.read_text()
+    info.unlink()
+    info.write_text(text.replace(json.loads(text)["hash"], "0" * 64))
+    assert kind() == "kind=baseline"
+    info.write_text(text)
+    assert kind() == "kind=candidate"
+
+    base = python("container/engine.py", "image")
+    project.write("container/requirements.txt", project.read("container/requirements.txt") + f"# {tmp_path}\n")
+    name = "import sys; sys.path.insert(0, 'container'); import engine; print(engine.image_tag(engine.DEBIAN_BASE))"
+    tag, found = python("-c", name), {base}
+    try:
+        for version in ("1", "2"):
+            (tmp_path / "Containerfile").write_text(f"FROM {base}\nLABEL version={version}\n")
+            build = [*python("-c", name.split(";")[0] + "; sys.path.insert(0, 'container'); import engine; "
+                             "print(*engine.client())").split(), "build", "-q", "-t", tag, str(tmp_path)]  # fmt: skip
+            subprocess.run(build, check=True, capture_output=True)
+            found.add(python("container/engine.py", "image"))
+            assert kind() == "kind=baseline"
+            if version == "1":
+                project.git("checkout", "-q", "train.py")
+                assert block(project.run(timeout=LIMIT_S).stdout)["verdict"] == "baseline"
+                assert kind() == "kind=remeasure"
+    finally:
+        subprocess.run([engine(), "rmi", "-f", tag], capture_output=True)
+    assert len(found) == 3
