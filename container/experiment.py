@@ -67,7 +67,7 @@ class Sandbox:
     def _read_log(self, log: Log | None) -> None:
         while chunk := self.process.stderr.read1(1 << 16):
             if log:
-                with contextlib.suppress(ValueError):  # closed: what comes after the end is nobody's
+                with contextlib.suppress(ValueError, OSError):  # closed: nobody's; disk full: train.py need not wait
                     log.write(chunk)
 
     def line(self, limit_s: float) -> dict:
@@ -334,6 +334,6 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     try:
         main(*sys.argv[1:])
-    except engine.EngineError as e:
+    except (engine.EngineError, OSError) as e:
         engine.say(f"run.sh: {e}")
         sys.exit(2)

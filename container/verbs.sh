@@ -133,7 +133,7 @@ publish() {
   local head tree
   head=$(git_ rev-parse HEAD)
   tree=$(tree_with "$head" "$(git_ rev-parse HEAD:train.py)" "$(git_ rev-parse HEAD:scratchpad.md)" "$WORK/result.json")
-  N=$(newest)
+  N=$(git_ for-each-ref --format='%(refname:lstrip=2)' refs/experiments/ | sort -n | tail -n 1)
   while :; do
     N=$((N + 1))
     sed -i "s/^Experiment: .*/Experiment: $N/" "$WORK/message"

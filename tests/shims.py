@@ -1,5 +1,7 @@
 """Stand-ins for git and the engine that count what run.sh calls and, at one call, end it: before, after or inside.
 
+At one call they can also do what a user does meanwhile (a script), or refuse, as an engine may.
+
 They stand first in the PATH of a copy's run.sh, so its Python children call them too. A call that is not armed is
 replaced by the real program (exec), so that what runs has the process tree it has without us.
 """
@@ -30,6 +32,9 @@ case $side in
   after) "$real" "$@"; status=$?; end; exit "$status" ;;
   # the first byte it writes to a file is a deadly signal that git does not catch: its locks and halves stay behind
   inside) (ulimit -c 0 -f 0; exec "$real" "$@"); end; exit 1 ;;
+  full) (ulimit -c 0 -f 0; exec "$real" "$@"); exit 1 ;; # that alone: a disk that is full just then
+  meanwhile) env -i HOME="${HOME-}" PATH="${PATH#*:}" bash -e "$dir/meanwhile" >&2; exec "$real" "$@" ;;
+  refused) exit 125 ;;
 esac
 # the client or its container alone, some time after it has started
 exec 3<&0 </dev/null

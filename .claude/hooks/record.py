@@ -262,7 +262,7 @@ def running() -> str:
         os.kill(now["pid"], 0)
     except (OSError, ValueError, KeyError, TypeError):
         return ""
-    left = now["started"] + now["budget"] - time.time()
+    left = min(now["budget"], now["started"] + now["budget"] - time.time())  # the clock may have been set back
     return f"experiment {now['n']} ({now['what']}), " + (f"at most {left:.0f} s left" if left > 0 else "finishing")
 
 

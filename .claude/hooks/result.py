@@ -68,9 +68,9 @@ def plan(agent: str, image: str) -> None:
                       "run ./run.sh again")
     idea = new_idea(state, blob) if changed else ""
     kind = "baseline" if not state.incumbent else "candidate" if changed else "remeasure"
-    fields = {"kind": kind, "n": state.newest + 1, "blob": blob, "scratchpad": pad, "incumbent": state.head_blob,
+    fields = {"kind": kind, "n": state.newest + 1, "blob": blob, "pad": pad, "incumbent": state.head_blob,
               "data": state.data, "budget": state.plan.budget, "memory": state.plan.memory,
-              "cooldown": state.plan.cooldown, "comparable": state.comparable, "hypothesis": idea,
+              "cooldown": state.plan.cooldown, "comparable": state.comparable, "idea": idea,
               "remeasure": int(kind == "candidate" and state.incumbent_is_due())}
     print("\n".join(f"{k}={v}" for k, v in fields.items()))
 
@@ -251,6 +251,6 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     try:
         COMMANDS[sys.argv[1]](*sys.argv[2:])
-    except (Refused, program.ProgramError) as e:
+    except (Refused, program.ProgramError, OSError) as e:
         print(f"run.sh: {e}", file=sys.stderr)
         sys.exit(2)
