@@ -33,6 +33,7 @@ GIVEN = ("odvg", "annotations", "images", "weights")  # folders for prepare_data
 FETCHED = {"ukiyo-e": {"--annotations", "--images", "--weights"}}  # data from the network, unless all this is given
 PASSED_ON = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "HF_ENDPOINT")
 TMP_SIZE = "2g"  # /tmp inside, counts against the memory limit
+KILL_TRIES = 5  # the engines wait some 10 s each time
 SHM_SIZE = "2g"  # shared memory of data loader workers, likewise
 
 
@@ -128,7 +129,6 @@ def sandbox(container: str, image: str, command: list[str], *, memory: str, limi
              "--ipc", "private", "--shm-size", SHM_SIZE, "--ulimit", "core=0:0", "--hostname", "sandbox",
              # threads that wait sleep: spinning, a busy machine trained 6 and 9 times slower (two pairs)
              "--env", "OMP_WAIT_POLICY=PASSIVE", "--workdir", "/tmp", "--log-driver", "none", "--pull", "never",
-             "--stop-timeout", "0",  # PID 1 hears no SIGTERM: podman's rm -f would wait 10 s before it kills
              "--tmpfs", f"/tmp:rw,nosuid,nodev,size={TMP_SIZE},mode=1777,exec"]  # exec: what torch.compile builds
     if background:
         flags += ["--cpu-shares", "2"]
@@ -147,8 +147,12 @@ def sandbox(container: str, image: str, command: list[str], *, memory: str, limi
 
 
 def kill(container: str) -> None:
-    """End a container and wait until it is gone. Quiet when it already is."""
-    run([*client(), "rm", "-f", container])
+    """End a container and wait until it is gone: 500 processes take their time to die. Quiet when it already is."""
+    for _ in range(KILL_TRIES):
+        if run([*client(), "rm", "-f", container]).returncode == 0:
+            return
+        if run([*client(), "container", "inspect", container]).returncode:
+            return
 
 
 def sweep() -> None:

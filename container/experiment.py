@@ -56,10 +56,12 @@ class Failed(Exception):
 class Sandbox:
     """A started container: JSON lines and raw bytes on its standard output, its log on standard error."""
 
-    def __init__(self, stage: str, image: str, command: list[str], log: Log | None = None, **limits):
+    def __init__(self, stage: str, image: str, command: list[str], work: Path, log: Log | None = None, **limits):
         self.name = f"ar-{os.getpid()}-{stage}"
         argv = engine.sandbox(self.name, image, command, **limits)
-        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        # in work: when memory runs out, podman leaves a file "oom" in the folder that it was started in
+        self.process = subprocess.Popen(argv, cwd=work, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE)
         self.killed, self.log = False, log
         self.drain = threading.Thread(target=self._read_log, args=(log,), daemon=True)
         self.drain.start()
@@ -238,8 +240,8 @@ def judge(work: Path, data: Path, image: str, split: str) -> dict:
         (work / f).chmod(0o644)
     mounts = {"/harness/judge.py": HERE / "judge.py", "/key.npy": data / f"{split}.key.npy",
               "/images.npy": work / "images.npy", "/captions.npy": work / "captions.npy"}
-    sandbox = Sandbox("judge", image, ["python", "-I", *mounts], memory=JUDGE_MEMORY, limit_s=JUDGE_LIMIT_S, gpu=False,
-                      mounts=mounts)
+    sandbox = Sandbox("judge", image, ["python", "-I", *mounts], work, memory=JUDGE_MEMORY, limit_s=JUDGE_LIMIT_S,
+                      gpu=False, mounts=mounts)
     sandbox.send(None)
     found = sandbox.line(JUDGE_LIMIT_S)
     arrays = io.BytesIO()
@@ -262,7 +264,7 @@ def one_run(work: Path, data: Path, budget: int, memory: str, seed: int, log_pat
         engine.say("run.sh: warning: this engine enforces no memory and process limits; see ./run.sh doctor")
     log, started = Log(log_path), time.monotonic()
     stamps, sides, result, end = {}, {}, {"seed": seed}, {}
-    common, stage = {"image": image, "memory": memory}, ["python", "-Iu", "/harness/stage.py"]
+    common, stage = {"image": image, "memory": memory, "work": work}, ["python", "-Iu", "/harness/stage.py"]
     # one script of ours, not its folder: prints.py there could draw the validation pairs again
     code = {"/code/train.py": work / "train.py", "/harness/stage.py": HERE / "stage.py"}
 

@@ -67,13 +67,12 @@ def in_child(work, limit_s: float) -> tuple[dict, bytes]:
         os.dup2(2, 1)
         os._exit(quietly(work, write))
     os.close(write)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one signal that the child could end this process with
     done, collected = drain_until_exit(os.pidfd_open(pid), read, start + limit_s)
     if not done:
         os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
-    if os.getpid() == 1:  # what it left behind would go on training, and change /out, while that is handed over
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(-1, signal.SIGKILL)
+    end_leftovers()
     end = {"seconds": round(time.monotonic() - start, 2)}
     if not done:
         end |= {"status": "limit"}
@@ -82,6 +81,17 @@ def in_child(work, limit_s: float) -> tuple[dict, bytes]:
     else:
         end |= {"status": "crashed" if os.WEXITSTATUS(status) else "ok"}
     return end, collected
+
+
+def end_leftovers() -> None:
+    """Daemons that the child started: they would go on training, and change /out while it is handed over."""
+    while os.getpid() == 1:  # in here -1 is everybody else in this sandbox
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(-1, signal.SIGKILL)
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
 
 
 def drain_until_exit(process: int, pipe: int, deadline: float) -> tuple[bool, bytes]:

@@ -53,7 +53,8 @@ SYSCALLS = {  # name: x86_64, aarch64; another machine is refused, not guessed
 }  # fmt: skip
 STANDARD_DEVICES = set("null zero full random urandom tty console pts ptmx shm mqueue fd stdin stdout stderr core".split())
 MOUNTS = ("/proc", "/sys", "/dev", "/tmp", "/out", "/etc/hosts", "/etc/resolv.conf", "/etc/hostname", "/etc/group",
-          "/etc/passwd", "/run/secrets", "/run/.containerenv", "/.dockerenv", "/probes.py", "/input")  # fmt: skip
+          "/etc/passwd", "/run/secrets", "/run/.containerenv", "/.dockerenv", "/probes.py", "/input", "/code",
+          "/harness", "/data", "/weights")  # fmt: skip
 WRITABLE = ("/tmp", "/out", "/dev/shm", "/dev/mqueue")
 ENGINE_SOCKETS = ["/run/docker.sock", "/run/podman/podman.sock", "/run/containerd/containerd.sock",
                   *(f"/run/user/{uid}/{s}" for uid in (0, 1000, 10001) for s in ("podman/podman.sock", "docker.sock"))]  # fmt: skip

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
+import tarfile
+import textwrap
 import threading
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Callable
 
 import probes
 import pytest
-from conftest import ROOT
+from conftest import ROOT, Project
 
 sys.path.insert(0, str(ROOT / "container"))
+import doctor
 import engine
+import experiment
 
 PROBES_LIMIT_S = 120  # of one container full of probes
 MEMORY, SMALL_MEMORY, MORE_MEMORY = "3g", "64m", "1g"
@@ -54,6 +61,14 @@ def image(_: str) -> str:
         return engine.find_image()
     found = [base for base in (engine.REGISTRY_BASE, engine.DEBIAN_BASE) if engine.exists(base)]
     return found[0] if found else pytest.skip("no image with a python3 in this engine's store")
+
+
+def engine_name() -> str:
+    """For the figures: "podman 4.3.1 rootful, runc 1.1.5"."""
+    field = ".Client.Version" if engine.name() == "podman" else ".Server.Version"
+    version = engine.run([*engine.client(), "version", "--format", "{{%s}}" % field]).stdout.strip()
+    runtime = engine.run(["runc", "--version"]).stdout.split("\n")[0].replace(" version", "")
+    return f"{engine.name()} {version} {'rootless' if engine.rootless() else 'rootful'}, {runtime}"
 
 
 def cannot(p: probes.Probe) -> list[str]:
@@ -174,13 +189,245 @@ def test_no_probe_gets_through_and_every_control_does(chosen, tmp_path, figure):
     with outside.with_neighbour():
         for names, lifted, memory in outside.batches(controls, True):
             opened |= outside.probe(names, lifted, memory)
-    version = engine.run([*engine.client(), "--version"]).stdout.strip()
-    kind = f"{version}, {'rootless' if engine.rootless() else 'rootful'}"
     for group in sorted({p.group for p in table}):
         names = [p.name for p in table if p.group == group]
         wrong = [n for n in names if held[n].get("open") is not False]
-        figure(f"sandbox: {group}", len(names), len(wrong), engine=kind, seconds=round(seconds, 1),
+        figure(f"sandbox: {group}", len(names), len(wrong), engine=engine_name(), seconds=round(seconds, 1),
                controls=sum(opened.get(n, {}).get("open") is True for n in names))  # fmt: skip
     assert {n: a for n, a in held.items() if a.get("open") is not False} == {}
     assert {n: a for n, a in opened.items() if a.get("open") is not True} == {}
     assert len(held) == len(table) and len(opened) == len(controls)
+
+
+TRAIN = """
+import os, signal, socket, subprocess, sys, threading, time
+import torch
+
+class Model:
+    def encode_image(self, x): return torch.rand(len(x), 8)
+    def encode_text(self, x): return torch.rand(len(x), 8)
+
+def load(out_dir, device): return Model()
+
+def main():
+{code}
+
+if __name__ == "__main__":
+    main()
+"""
+BUDGET = 12  # seconds; what runs into it is killed then
+MARK = f"leftover-{os.getpid()}"  # argv[0] of what a training leaves behind
+DAEMON = "while kill -0 $1; do sleep 0.01; done; sleep 0.1; echo STILL HERE >&2; sleep 300"
+OK, LIMIT = "^$", f"^time limit: killed at the budget of {BUDGET} s"
+HOSTILE = {  # what it does: (the body of main, its reason, or OK)
+    "1 GB on standard output": ("for _ in range(1 << 10): os.write(1, b'x' * (1 << 20))", OK),
+    "a checkpoint every step": ("for n in range(999): torch.save(torch.ones(10 << 20), f'/out/{n}.pt')", "^crash after"),
+    "a fork bomb": (
+        """
+        while True:
+            try:
+                os.fork()
+            except BlockingIOError:
+                break
+        os.getppid() == 1 or signal.pause()""",
+        f"{OK}|{LIMIT}",
+    ),
+    "processes until no more start": ("subprocess.run(['sh', '-c', 'while :; do sleep 99 & done'])", OK),
+    "stops itself": ("os.kill(os.getpid(), signal.SIGSTOP)", LIMIT),
+    "every signal to PID 1": (
+        """
+        for n in signal.valid_signals():
+            os.kill(1, n)
+        time.sleep(1)""",
+        OK,
+    ),
+    "ignores every signal": (
+        """
+        for n in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+            signal.signal(n, signal.SIG_IGN)
+        while True:
+            time.sleep(1)""",
+        LIMIT,
+    ),
+    "a daemon, forked twice": (
+        f"""
+        os.posix_fallocate(os.open('/out/big', os.O_CREAT | os.O_RDWR), 0, 300 << 20)  # handing this over takes time
+        daemon, trainer = {DAEMON!r}, str(os.getpid())
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                for n in signal.valid_signals() - {{signal.SIGKILL, signal.SIGSTOP}}:
+                    signal.signal(n, signal.SIG_IGN)
+                os.execv('/bin/sh', ['sh', '-c', daemon, '{MARK}', trainer])
+            os._exit(0)
+        time.sleep(1)""",
+        OK,
+    ),
+    "a sparse file of 1 TiB": ("os.truncate(os.open('/out/big', os.O_CREAT | os.O_RDWR), 1 << 40)", "^invalid output: more than 2048 MiB"),
+    "100000 files": ("for n in range(100_000): os.mknod(f'/out/{n}')", OK),
+    "odd names": ("for n in (b'-rf', b'a\\nb', b'\\xff\\xfe', b'x' * 255, b' ', b'$(id)'): os.mkdir(b'/out/' + n)", OK),
+    "a deep tree": ("for n in range(300): os.mkdir('d'); os.chdir('d')", OK),
+    "links out": ("os.symlink('/etc/passwd', '/out/a'); os.symlink('../..', '/out/b'); os.link('/out/a', '/out/c')", f"{OK}|^load: "),
+    "a FIFO": ("os.mkfifo('/out/pipe')", f"{OK}|^load: "),
+}  # fmt: skip
+
+
+class Hostile:
+    """Runs a hostile train.py through the real experiment.one_run, and looks at what it left outside."""
+
+    def __init__(self, measured: Project, work: Path):
+        self.data, self.work, self.log = measured.path / "data" / "prints", work / "work", work / "log"
+        self.work.mkdir()
+        (work / "beside").write_text("untouched")
+
+    def run(self, code: str, budget: int = BUDGET) -> dict:
+        text = TRAIN.format(code=textwrap.indent(textwrap.dedent(code).strip(), "    "))
+        (self.work / "train.py").write_text(text)
+        found = experiment.one_run(self.work, self.data, budget, MEMORY, 1, self.log)
+        self.check()
+        return found
+
+    def check(self) -> None:
+        """One bounded log, ordinary files of ours, no container and no process."""
+        ours = {"train.py", "out.tar", "images.npy", "captions.npy", "ranks.npy", "examples.npy"}
+        assert {p.name for p in self.work.iterdir() if p.is_file() and not p.is_symlink()} <= ours
+        assert sorted(p.name for p in self.work.parent.iterdir()) == ["beside", "log", "work"]
+        assert self.log.stat().st_size < experiment.LOG_HEAD + experiment.LOG_TAIL + 100
+        assert b"STILL HERE" not in self.log.read_bytes()
+        assert left_behind() == [] and f"ar-{os.getpid()}-" not in engine.run([*engine.client(), "ps", "-a"]).stdout
+
+
+def left_behind() -> list[str]:
+    return [p.parent.name for p in Path("/proc").glob("[0-9]*/cmdline") if MARK.encode() in content(p)]
+
+
+def content(path: Path) -> bytes:
+    with contextlib.suppress(OSError):
+        return path.read_bytes()
+    return b""
+
+
+@pytest.fixture
+def hostile(measured: Project, tmp_path: Path) -> Callable[[], Hostile]:
+    """hostile(): a place of its own for one more training."""
+
+    def make() -> Hostile:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        return Hostile(measured, folder)
+
+    return make
+
+
+def tally(sweep: str, runs: dict[str, tuple[Callable, str]], figure) -> None:
+    """Run all, count those that ended in anything but the reason wanted."""
+    wrong, started = {}, time.monotonic()
+    for what, (run, want) in runs.items():
+        found = run()
+        if not re.search(want, found.get("reason", "")) or ("metrics" in found) == ("reason" in found):
+            wrong[what] = found
+    seconds = round(time.monotonic() - started, 1)
+    figure(f"sandbox: {sweep}", len(runs), len(wrong), engine=engine_name(), seconds=seconds)
+    assert wrong == {}
+
+
+def test_hostile_trainings_end_in_a_clear_verdict(hostile, sample, figure):
+    tried = {what: HOSTILE[what] for what in sample(list(HOSTILE), 3)}
+    tally("trainings", {what: (lambda code=code: hostile().run(code), want) for what, (code, want) in tried.items()}, figure)
+
+
+def member(tar: tarfile.TarFile, name: str, data: bytes = b"", **fields) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    tar.addfile(info, io.BytesIO(data))
+
+
+FORGED = {
+    "..": lambda tar: member(tar, "../../escaped", b"x"),
+    "absolute": lambda tar: member(tar, "/tmp/escaped", b"x"),
+    "through a symbolic link": lambda tar: (member(tar, "a", type=tarfile.SYMTYPE, linkname="/tmp"), member(tar, "a/escaped", b"x")),
+    "a hard link out": lambda tar: member(tar, "a", type=tarfile.LNKTYPE, linkname="../../etc/passwd"),
+    "a FIFO": lambda tar: member(tar, "checkpoint.pt", type=tarfile.FIFOTYPE),
+    "a character device": lambda tar: member(tar, "a", type=tarfile.CHRTYPE, devmajor=1, devminor=1),
+    "a block device": lambda tar: member(tar, "a", type=tarfile.BLKTYPE, devmajor=254),
+    "1 TiB that is not there": lambda tar: tar.fileobj.write(truncated(1 << 40)),
+    "a set-user-ID file": lambda tar: member(tar, "a", b"x", mode=0o6777, uid=0),
+    "odd names": lambda tar: [member(tar, n, b"x") for n in ("-rf", "a\nb", "x" * 255, "\udcff", "", ".", "a\0b")],
+    "no archive": lambda tar: tar.fileobj.write(os.urandom(1 << 16)),
+}  # fmt: skip
+
+
+def truncated(size: int) -> bytes:
+    info = tarfile.TarInfo("big")
+    info.size = size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def test_a_forged_archive_harms_nobody(hostile, sample, figure, monkeypatch):
+    """As if the training had taken over PID 1's stream: the real archive is replaced by a forged one on its way."""
+    real = experiment.train
+
+    def run(forge: Callable) -> dict:
+        def train(sandbox, work, *rest) -> dict:
+            end = real(sandbox, work, *rest)
+            with tarfile.open(work / "out.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+                forge(tar)
+            return end
+
+        monkeypatch.setattr(experiment, "train", train)
+        return hostile().run("pass")
+
+    assert "tarfile" not in (ROOT / "container/experiment.py").read_text()  # the host never opens it
+    before = sorted(os.listdir("/tmp"))
+    tried = {what: FORGED[what] for what in sample(list(FORGED), 2)}
+    want = "^$|^embedding the validation (images|captions) failed: |^load: training ended well, but"
+    tally("archives", {what: (lambda forge=forge: run(forge), want) for what, forge in tried.items()}, figure)
+    assert not {n for n in set(os.listdir("/tmp")) - set(before) if "escaped" in n}
+
+
+def test_probes_in_a_real_training(hostile, figure):
+    """Under the real PID 1, with the real mounts."""
+    names = [p.name for p in probes.PROBES if p.group != "limits"]
+    source, place, started = Path(probes.__file__).read_text(), hostile(), time.monotonic()
+    place.run(f"open('/tmp/probes.py', 'w').write({source!r})\nsys.path.insert(0, '/tmp')\n"
+              "os.environ['PROBE_HOST'] = '{\"port\": 9, \"abstract\": \"none\", \"folder\": \"/none\"}'\n"
+              f"import probes\nprobes.main({names})", budget=60)  # fmt: skip
+    answers = [json.loads(line) for line in place.log.read_text().splitlines() if line.startswith('{"probe"')]
+    wrong = [a for a in answers if a.get("open") is not False]
+    seconds = round(time.monotonic() - started, 1)
+    figure("sandbox: in a training", len(answers), len(wrong), engine=engine_name(), seconds=seconds)
+    assert wrong == [] and [a["probe"] for a in answers] == names
+
+
+def test_when_everybody_outside_is_killed_the_sandboxes_end_by_themselves(hostile):
+    place = hostile()
+    (place.work / "train.py").write_text(TRAIN.format(code="    time.sleep(300)"))
+    argv = [sys.executable, "-I", ROOT / "container/experiment.py", place.work, place.data, str(BUDGET), MEMORY, "1", place.log]
+    wrapper = subprocess.Popen(argv)
+    names = lambda: engine.run([*engine.client(), "ps", "-a", "--format", "{{.Names}}"]).stdout  # noqa: E731
+    deadline = time.monotonic() + BUDGET + 90
+    while f"ar-{wrapper.pid}-captions" not in names():
+        assert wrapper.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    wrapper.kill()
+    wrapper.wait()
+    while f"ar-{wrapper.pid}-" in names():
+        assert time.monotonic() < deadline, names()
+        time.sleep(0.5)
+    place.check()
+
+
+def test_an_engine_that_holds_no_limits_is_named_before_a_training_starts(monkeypatch, capsys, tmp_path):
+    """Rootless podman on cgroup v1."""
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda p: exists(p) and str(p) != "/sys/fs/cgroup/cgroup.controllers")
+    monkeypatch.setattr(engine, "rootless", lambda: True)
+    monkeypatch.setattr(doctor, "bad", 0)
+    doctor.check_engine()
+    said = next(line for line in capsys.readouterr().out.splitlines() if " limits " in line)
+    assert said.startswith("BAD ") and "IGNORES memory, process and CPU limits" in said and doctor.bad >= 1
+    monkeypatch.setattr(engine, "find_image", lambda: pytest.fail(capsys.readouterr().err or "no warning"))
+    with pytest.raises(pytest.fail.Exception, match="warning: this engine enforces no memory and process limits"):
+        experiment.one_run(tmp_path, tmp_path, BUDGET, MEMORY, 1, tmp_path / "log")
