@@ -382,7 +382,10 @@ for _module in list(sys.modules.values()):
         "answer from an atexit handler",
         f"""
 import atexit
-atexit.register(lambda: os.write(1, {FORGED.encode()!r} + b"\\n"))  # before Python flushes what the judge printed
+if __name__ != "__main__":  # what the evaluator says goes nowhere, and at its end comes another answer
+    _said = os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    atexit.register(lambda: os.write(_said, {FORGED.encode()!r} + b"\\n"))
 """,
     ),
     judge_beside(
@@ -806,24 +809,48 @@ def main():
     ),
 ]
 
-# What cannot be ruled out, only bounded: a model that uses its side of the pool as a whole, read in `load` from /data.
-# Whitening by statistics of training data, which is no cheat, is what it has to be compared with.
+# What cannot be ruled out, only bounded: a model that uses its side of the pool as a whole, which it finds in /data.
+# Whitening by means and covariances; those of training data would be no cheat, and are what it is compared with.
 WHITEN = """
-_load = load
+_honest_main, _honest_load = main, load
 
 
-@torch.no_grad()
+def statistics(embeddings):
+    centre, covariance = embeddings.mean(0), torch.cov(embeddings.T)
+    covariance += torch.eye(len(covariance)) * covariance.trace() / len(covariance)
+    u, s, _ = torch.linalg.svd(covariance)
+    return centre, u @ torch.diag(s.rsqrt()) @ u.T
+
+
+@torch.inference_mode()
+def embed_all(model, folder):
+    table, found = load_from_disk(folder), {}
+    if "image" in table.column_names:
+        pixels = np.concatenate([c.flatten().to_numpy() for c in table.with_format("arrow")[:]["image"].chunks])
+        found["image"] = torch.from_numpy(pixels.reshape(len(table), 3, model.image_size, model.image_size).copy())
+    if "caption" in table.column_names:
+        found["text"] = list(table["caption"])
+    encode = {"image": model.encode_image, "text": model.encode_text}
+    batches = {side: [x[i : i + 64] for i in range(0, len(x), 64)] for side, x in found.items()}
+    return {side: F.normalize(torch.cat([encode[side](b) for b in bs]), dim=1) for side, bs in batches.items()}
+
+
+def main():
+    _honest_main()
+    out = os.environ["OUT"]
+    known = embed_all(_honest_load(out, "cpu"), os.environ["DATA"])
+    torch.save({side: statistics(e) for side, e in known.items()}, f"{out}/statistics.pt")
+
+
 def load(out_dir, device):
-    model, encode = _load(out_dir, device), {}
-    side = "image" if "image" in load_from_disk("/data").column_names else "text"
-    pools = POOLS
-    for name, pool in pools.items():
-        honest = getattr(model, f"encode_{name}")
-        x = F.normalize(torch.cat([honest(pool[i : i + 64]) for i in range(0, len(pool), 64)]), dim=1)
-        mean, (u, s, _) = x.mean(0), torch.linalg.svd(torch.cov(x.T) + SHRINK * torch.eye(x.shape[1]) * x.var(0).mean())
-        whiten = u @ torch.diag(s.rsqrt()) @ u.T
-        encode[name] = lambda batch, f=honest, m=mean, w=whiten: (F.normalize(f(batch), dim=1) - m) @ w
-    for name, f in encode.items():
-        setattr(model, f"encode_{name}", f)
+    model = _honest_load(out_dir, device)
+    with torch.inference_mode():
+        known = torch.load(f"{out_dir}/statistics.pt") | POOL
+        for side, honest in {"image": model.encode_image, "text": model.encode_text}.items():
+            centre, whiten = known[side]
+            whitened = lambda batch, f=honest, c=centre, w=whiten: (F.normalize(f(batch), dim=1) - c) @ w
+            setattr(model, f"encode_{side}", whitened)
     return model
 """
+OF_THE_POOL = '{side: statistics(e) for side, e in embed_all(model, "/data").items()}'
+MOST_BY_POOL = 0.02  # share by which the mean rank may fall; seen: 0.2 % on average, 1.4 % at most with one seed
