@@ -114,6 +114,7 @@ def in_a_loop(constant: Project, cheat: Cheat, captions: list[str], folder: Path
     """A project of its own, since the cheat is about what ./run.sh makes of it, or about other data."""
     project = copy_of(constant, folder / "repo")
     change(project.path, (*cheat.loop, *edits))
+    project.git("commit", "--allow-empty", "-qam", "for this cheat")
     if cheat.data:
         in_image(cheat.data, folder, prints=ROOT / "container")
         done = project.run("data", OWN_DATA, "--odvg", str(folder / "odvg"))
