@@ -14,7 +14,22 @@ import time
 from pathlib import Path
 
 import pytest
-from cheats import BUDGET, CHEATS, EMBED_LIMIT_S, HOOK, MEMORY, OWN_DATA, SEED, STEPS, Cheat, Edit, Found
+from cheats import (
+    BUDGET,
+    CHEATS,
+    EMBED_LIMIT_S,
+    HOOK,
+    MEMORY,
+    MOST_BY_POOL,
+    OF_THE_POOL,
+    OWN_DATA,
+    SEED,
+    STEPS,
+    WHITEN,
+    Cheat,
+    Edit,
+    Found,
+)
 from conftest import ROOT, Project
 
 sys.path.insert(0, str(ROOT / "container"))
@@ -99,6 +114,7 @@ def in_a_loop(constant: Project, cheat: Cheat, captions: list[str], folder: Path
     """A project of its own, since the cheat is about what ./run.sh makes of it, or about other data."""
     project = copy_of(constant, folder / "repo")
     change(project.path, (*cheat.loop, *edits))
+    project.git("commit", "--allow-empty", "-qam", "for this cheat")
     if cheat.data:
         in_image(cheat.data, folder, prints=ROOT / "container")
         done = project.run("data", OWN_DATA, "--odvg", str(folder / "odvg"))
@@ -243,3 +259,14 @@ def test_no_hidden_caption_is_seen_through_train_py(
     ]
     seen = b"\n".join([found.log.encode(), *blobs, *(f.read_bytes() for f in files)])
     assert not [caption for caption in captions if caption[:30].encode() in seen]
+
+
+def test_the_pool_as_a_whole_pays_little(constant: Project, captions: list[str], tmp_path: Path):
+    """Whitened by its own side of the pool, against whitened by training data, which any model may do."""
+    ranks = {}
+    for name, pool in {"training": "{}", "pool": OF_THE_POOL}.items():
+        (folder := tmp_path / name).mkdir()
+        cheat = Cheat(f"whiten by {name}", "\nSTEPS = 30\n" + WHITEN.replace("POOL", pool), ())
+        ranks[name] = undefended(constant, cheat, captions, folder).rank
+    print(ranks)
+    assert ranks["pool"] > (1 - MOST_BY_POOL) * ranks["training"] and ranks["training"] < 1e9
