@@ -262,7 +262,10 @@ class Sweep:
             wrong.append(f"was not killed: {output}")
         if side == "full" and (run.returncode != 2 or "Traceback" in output):
             wrong.append(f"ended with {run.returncode}: {output}")
-        wrong += consistent(project, before, recovered=alone) + next_run(project, before)
+        try:
+            wrong += consistent(project, before, recovered=alone) + next_run(project, before)
+        except AssertionError as e:  # the user's own git failed
+            wrong.append(f"git: {e}")
         shutil.rmtree(project.path)
         return wrong
 
