@@ -245,6 +245,9 @@ def write_data_set(options: argparse.Namespace, folder: Path) -> list[str]:
         print(f"{what.replace('_', ' ')}: {count}", file=sys.stderr, flush=True)
     info |= {"source": source, "licence": licence, "hash": content.hexdigest(), "made_by": {
         "python": platform.python_version(), **{name: version(name) for name in ("numpy", "pillow", "datasets")}}}
+    for file in folder.rglob("state.json"):  # the random mark in it would make the same data differ
+        mark = hashlib.sha256(f"{content.hexdigest()} {file.relative_to(folder)}".encode()).hexdigest()[:16]
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"_fingerprint": mark}, indent=2) + "\n")
     info["files"] = dict(describe(file, folder) for file in sorted(folder.rglob("*"))
                          if file.is_file() and file.suffix != ".png")
     (folder / "info.json").write_text(json.dumps(info, indent=2) + "\n")

@@ -25,7 +25,7 @@ KILLS, MOMENTS, DEATHS = 5, 24, 2  # kill points of an ordinary test run; MOMENT
 STAGES = {"train": 4.0, "images": 4.0, "captions": 4.0, "judge": 1.2}  # about how many seconds each container lives
 DEATHS_AT = (0.1, 0.4, 0.6, 0.9)  # shares of that at which its client, or it alone, is killed
 RECORDED, TIMES, SLOWER_S = 1000, 5, 0.3  # experiments; runs whose median counts; what they may cost
-DISK_KIB, ROOMS = range(0, 513, 16), 2  # room left on a full disk; how many of them in an ordinary test run
+DISK_KIB, ROOMS = range(0, 241, 8), 2  # room left on a full disk; how many of them in an ordinary test run
 LIMIT_S = 120  # of any run in here: they take about 5 s
 SEED = 4
 # A train.py that takes no time and gives the same number every time: captions' words are fitted to rough pixels.
@@ -262,7 +262,10 @@ class Sweep:
             wrong.append(f"was not killed: {output}")
         if side == "full" and (run.returncode != 2 or "Traceback" in output):
             wrong.append(f"ended with {run.returncode}: {output}")
-        wrong += consistent(project, before, recovered=alone) + next_run(project, before)
+        try:
+            wrong += consistent(project, before, recovered=alone) + next_run(project, before)
+        except AssertionError as e:  # the user's own git failed
+            wrong.append(f"git: {e}")
         shutil.rmtree(project.path)
         return wrong
 
@@ -304,7 +307,7 @@ EDIT = "sed -i 's/takes no time/is edited/' train.py"
         ("discarded", "train", "git add train.py", "discarded", "incumbent", "incumbent"),
         # HEAD's train.py changed: nothing to compare with any more
         ("kept", "judge", f"{EDIT}; git commit -qm mine train.py", "discarded", "edited", "edited"),
-        ("kept", "train", "git stash -q; git reset -q --hard HEAD~2; git stash pop -q", "discarded", "other", "other"),
+        ("kept", "train", "git reset -q --soft HEAD~2", "discarded", "other", "other"),
         # at the worst moment, when the record is written and the branch is not: the next run completes it
         ("kept", "update-ref -m", MINE, "", "candidate", "candidate"),
         # what the settings are by then is for the next run
@@ -345,7 +348,8 @@ def test_what_the_user_does_meanwhile(sweep: Sweep, tmp_path, verdict, at, scrip
     if "-m mine" in script or "-qm mine" in script:
         assert "mine" in project.git("log", "-3", "--format=%s").splitlines() and was
     staged = project.git("diff", "--cached", "--name-only").split()
-    assert set(staged) <= {"LICENSE", "train.py"} and ("LICENSE" in staged or "commit" in script or "reset" in script)
+    assert set(staged) <= {"LICENSE", "train.py"} or "reset" in script
+    assert "LICENSE" in staged or "commit" in script
     assert "fatal" not in project.git("fsck") and project.containers() == ""
     assert len({project.trailers(f"refs/experiments/{i}")["Comparable"] for i in (2, n)}) == 1
 

@@ -194,9 +194,10 @@ def data_folder(name: str) -> Path:
 
 
 def intact(name: str, data: Path) -> str:
-    """The hash of a data set, every file of which is what info.json says. Raises Refused; 12 ms for the prints.
+    """The hash of a data set, every file of which is what info.json says. Raises Refused.
 
-    Sizes are looked at every time; content only where the file is not the very one that was read before.
+    Sizes are looked at every time, content only where a file is not the very one that was read before: 0.3 ms for the
+    8,000 prints, and 0.3 s the first time.
     """
     remedy = f"move it away and run ./run.sh data {name} in a terminal"
     try:
