@@ -19,6 +19,7 @@ import math
 import os
 import runpy
 import select
+import shutil
 import signal
 import sys
 import tarfile
@@ -42,6 +43,8 @@ MAX_FD = 4096
 LIBC = ctypes.CDLL(None)
 CODE = Path("/code/train.py")
 MAX_ROWS_OF_TRACE = 40
+TMPFS = ("/out", "/tmp", "/dev/shm")
+NO_SPACE = 1 << 20  # bytes left on one that is full
 
 
 def say(stream, **fields) -> None:
@@ -206,6 +209,8 @@ def train(out) -> None:
     """Two JSON lines: torch is imported, how the training ended; then, if well, the archive of /out."""
     say(out, ready=True, device="cuda" if torch.cuda.is_available() else "cpu")
     end, _ = in_child(run_training, float(sys.argv[2]))
+    if end["status"] == "crashed" and min(shutil.disk_usage(d).free for d in TMPFS) < NO_SPACE:
+        end["full"] = True
     say(out, **end)
     if end["status"] == "ok":
         with tarfile.open(fileobj=out, mode="w|") as tar:
