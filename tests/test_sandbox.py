@@ -236,7 +236,7 @@ HOSTILE = {  # what it does: (the body of main, the reason wanted, or OK). The h
         time.sleep(1)""",
         OK,
     ),
-    "a checkpoint every step": ("for n in range(99): torch.save(torch.ones(9 << 20), f'/out/{n}')", "^crash .* is full"),
+    "a checkpoint every step": ("for n in range(99): torch.save(torch.ones(9 << 20), f'/out/{n}')", "^crash .* full"),
     "every signal to PID 1": (
         """
         for n in signal.valid_signals():
