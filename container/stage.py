@@ -87,13 +87,10 @@ def in_child(work, limit_s: float) -> tuple[dict, bytes]:
 
 def end_leftovers() -> None:
     """Daemons that the child started: they would go on training, and change /out while it is handed over."""
-    while os.getpid() == 1:  # in here -1 is everybody else in this sandbox
-        with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        while os.getpid() == 1:  # in here -1 is everybody else in this sandbox
             os.kill(-1, signal.SIGKILL)
-        try:
             os.waitpid(-1, 0)
-        except ChildProcessError:
-            return
 
 
 def drain_until_exit(process: int, pipe: int, deadline: float) -> tuple[bool, bytes]:
