@@ -192,7 +192,7 @@ def why_training_ended(end: dict, sandbox: Sandbox, budget: int, memory: str, lo
         return f"out of memory on the GPU{after}"
     if status == "killed":
         return f"killed by its own signal {end.get('signal')}{after}"
-    return f"crash{after}"
+    return f"crash{after}" + ("; /out, /tmp or /dev/shm is full" if end.get("full") else "")
 
 
 def train(sandbox: Sandbox, work: Path, budget: int, memory: str, log: Path, on_ready) -> dict:

@@ -19,6 +19,7 @@ import math
 import os
 import runpy
 import select
+import shutil
 import signal
 import sys
 import tarfile
@@ -43,6 +44,8 @@ LIBC = ctypes.CDLL(None)
 CODE = Path("/code/train.py")
 MAX_ROWS_OF_TRACE = 40
 MAX_LINE = 999  # of train.py that is named where embedding failed: how much it may say there is bounded
+TMPFS = ("/out", "/tmp", "/dev/shm")
+NO_SPACE = 1 << 20  # bytes left on one that is full
 
 
 def say(stream, **fields) -> None:
@@ -85,13 +88,10 @@ def in_child(work, limit_s: float) -> tuple[dict, bytes]:
 
 def end_leftovers() -> None:
     """Daemons that the child started: they would go on training, and change /out while it is handed over."""
-    while os.getpid() == 1:  # in here -1 is everybody else in this sandbox
-        with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        while os.getpid() == 1:  # in here -1 is everybody else in this sandbox
             os.kill(-1, signal.SIGKILL)
-        try:
             os.waitpid(-1, 0)
-        except ChildProcessError:
-            return
 
 
 def drain_until_exit(process: int, pipe: int, deadline: float) -> tuple[bool, bytes]:
@@ -207,6 +207,8 @@ def train(out) -> None:
     """Two JSON lines: torch is imported, how the training ended; then, if well, the archive of /out."""
     say(out, ready=True, device="cuda" if torch.cuda.is_available() else "cpu")
     end, _ = in_child(run_training, float(sys.argv[2]))
+    if end["status"] == "crashed" and min(shutil.disk_usage(d).free for d in TMPFS) < NO_SPACE:
+        end["full"] = True
     say(out, **end)
     if end["status"] == "ok":
         with tarfile.open(fileobj=out, mode="w|") as tar:

@@ -51,13 +51,14 @@ SYSCALLS = {  # name: x86_64, aarch64; another machine is refused, not guessed
     "userfaultfd": (323, 282), "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "fsopen": (430, 430),
     "open_tree": (428, 428), "pidfd_getfd": (438, 438), "quotactl": (179, 60), "migrate_pages": (256, 238),
 }  # fmt: skip
-STANDARD_DEVICES = set("null zero full random urandom tty console pts ptmx shm mqueue fd stdin stdout stderr core".split())
+STANDARD_DEVICES = {"null", "zero", "full", "random", "urandom", "tty", "console", "pts", "ptmx", "shm", "mqueue", "fd",
+                    "stdin", "stdout", "stderr", "core"}  # fmt: skip
 MOUNTS = ("/proc", "/sys", "/dev", "/tmp", "/out", "/etc/hosts", "/etc/resolv.conf", "/etc/hostname", "/etc/group",
           "/etc/passwd", "/run/secrets", "/run/.containerenv", "/.dockerenv", "/probes.py", "/input", "/code",
           "/harness", "/data", "/weights")  # fmt: skip
 WRITABLE = ("/tmp", "/out", "/dev/shm", "/dev/mqueue")
 ENGINE_SOCKETS = ["/run/docker.sock", "/run/podman/podman.sock", "/run/containerd/containerd.sock",
-                  *(f"/run/user/{uid}/{s}" for uid in (0, 1000, 10001) for s in ("podman/podman.sock", "docker.sock"))]  # fmt: skip
+                  *(f"/run/user/{uid}/podman/podman.sock" for uid in (0, 1000, 10001))]  # fmt: skip
 HOST = json.loads(os.environ.get("PROBE_HOST", "{}"))  # what the test prepared outside: port, names, paths
 LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -78,14 +79,18 @@ def checked(result: int) -> int:
     return result
 
 
-def past(attack: Callable, *errnos: int) -> str:
-    """For calls with arguments that are refused only after the check for privilege."""
+def past(attack: Callable, error: int) -> str:
+    """For a call with arguments that are refused with `error`, but only after the check for privilege."""
     try:
         return f"worked: {attack()}"
     except OSError as e:
-        if e.errno in errnos:
+        if e.errno == error:
             return f"privileged: {e.strerror}"
         raise
+
+
+def refused(error: int, *args) -> Callable:
+    return lambda: past(lambda: call(*args), error)
 
 
 def ask(family: int, kind: int, address: str, port: int, message: bytes = b"?") -> str:
@@ -187,6 +192,20 @@ def write_image() -> str:
     return writable(["/", *top, "/usr/bin", "/usr/local/bin", "/var/tmp", "/run/lock", "/etc/passwd"])
 
 
+def own_cgroup() -> str:
+    folders = [p for p in mount_points() if p.startswith("/sys/fs/cgroup")]
+    return writable([f"{folder}/{file}" for folder in folders for file in ("cgroup.procs", "tasks")])
+
+
+def some(path: str) -> str:
+    """A masked file is there, but empty."""
+    return in_list(open(path).read(9).split(), path)
+
+
+def new_privileges() -> str:
+    return in_list([1][LIBC.prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0) :], "new privileges")
+
+
 def set_user_id_binary() -> str:
     """Start a set-user-ID program, which waits for a password, and look whose it is."""
     with subprocess.Popen(["su"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as p:
@@ -254,11 +273,15 @@ def stop_first(number: int) -> str:
     return in_list([s for s in [status("State", 1).strip()] if s[0] in "TtZX"], "state of PID 1")
 
 
+def handle_of() -> str:
+    return past(lambda: call("name_to_handle_at", -100, b"/tmp", bytes(4), bytes(4), 0), errno.EOVERFLOW)
+
+
 def by_handle() -> str:
     """The way out of old docker: open a file of the file system below by its number."""
     handle = ctypes.create_string_buffer(struct.pack("Ii", 8, 1) + struct.pack("II", 2, 0), 128)
     root = os.open("/", os.O_RDONLY)
-    return past(lambda: call("open_by_handle_at", root, handle, 0), errno.ESTALE, errno.EINVAL, errno.EOPNOTSUPP)
+    return past(lambda: call("open_by_handle_at", root, handle, 0), errno.ESTALE)
 
 
 def machine_code(code: bytes) -> int:
@@ -356,7 +379,14 @@ class Probe(NamedTuple):
 INIT = {"all": "the kernel shields the first process of every PID namespace; no option lifts that"}
 NOT_MAPPED = {"rootless": "root of a user namespace lacks this privilege"}
 YAMA = {"yama": "Yama lets nobody but a parent attach"}
-ALL = "root caps seccomp"
+LOCKED = {"rootless": "flags of a mount from outside the user namespace are locked"}
+ALL, UNMASKED = "root caps seccomp", "root caps seccomp masks"
+
+
+def missing(path: str) -> dict[str, str]:
+    return {**NOT_MAPPED, path: "this kernel has none"}
+
+
 PROBES = [
     Probe("tcp", "network", lambda: ask(socket.AF_INET, socket.SOCK_STREAM, OUTSIDE, HOST["port"]), "neighbour"),
     Probe("udp", "network", lambda: ask(socket.AF_INET, socket.SOCK_DGRAM, OUTSIDE, HOST["port"]), "neighbour"),
@@ -375,7 +405,7 @@ PROBES = [
     Probe("raw_ip", "network", lambda: str(socket.socket(2, socket.SOCK_RAW, 1)), "root caps"),
     Probe("other_families", "network", other_families, "seccomp"),
     Probe("io_uring_setup", "network", lambda: call("io_uring_setup", 4, bytes(120)), "seccomp"),
-    Probe("io_uring_enter", "network", lambda: past(lambda: call("io_uring_enter", 999, 0, 0, 0, 0, 0), errno.EBADF), "seccomp"),
+    Probe("io_uring_enter", "network", refused(errno.EBADF, "io_uring_enter", 999, 0, 0, 0, 0, 0), "seccomp"),
     Probe("host_file", "files", lambda: open(HOST["folder"] + "/secret").read(), "folder"),
     Probe("other_mounts", "files", other_mounts, "folder"),
     Probe("devices", "files", lambda: in_list(sorted(set(os.listdir("/dev")) - STANDARD_DEVICES), "device"), "device"),
@@ -385,27 +415,27 @@ PROBES = [
     Probe("add_to_input", "files", lambda: write_to("/input"), "input"),
     Probe("write_code", "files", lambda: write_to("/probes.py"), "code"),
     Probe("write_dev", "files", lambda: write_to("/dev"), "root caps"),
-    Probe("kcore", "files", lambda: open("/proc/kcore", "rb").read(1), f"{ALL} masks", {**NOT_MAPPED, "/proc/kcore": "this kernel has none"}),
-    Probe("timer_list", "files", lambda: in_list(open("/proc/timer_list").read(9).split(), "timers"), f"{ALL} masks", NOT_MAPPED),
+    Probe("kcore", "files", lambda: open("/proc/kcore", "rb").read(1), UNMASKED, missing("/proc/kcore")),
+    Probe("timer_list", "files", lambda: some("/proc/timer_list"), UNMASKED, NOT_MAPPED),
     Probe("firmware", "files", lambda: in_list(os.listdir("/sys/firmware"), "firmware"), "masks"),
     Probe("by_handle", "files", by_handle, ALL, NOT_MAPPED),
-    Probe("name_to_handle", "files", lambda: past(lambda: call("name_to_handle_at", -100, b"/tmp", bytes(4), bytes(4), 0), errno.EOVERFLOW), "seccomp"),
-    Probe("core_pattern", "files", lambda: write_to("/proc/sys/kernel/core_pattern"), f"{ALL} masks", NOT_MAPPED),
-    Probe("sysctl_net", "files", lambda: write_to("/proc/sys/net/ipv4/ip_forward"), f"{ALL} masks"),
-    Probe("sysrq", "files", lambda: write_to("/proc/sysrq-trigger"), f"{ALL} masks", {**NOT_MAPPED, "/proc/sysrq-trigger": "this kernel has none"}),
-    Probe("sys_kernel", "files", lambda: write_to("/sys/kernel/mm/transparent_hugepage/enabled"), "root sys", NOT_MAPPED),
-    Probe("own_cgroup", "files", lambda: writable([f"{p}/{f}" for p in mount_points() if p.startswith("/sys/fs/cgroup") for f in ("cgroup.procs", "tasks")]), "root sys", NOT_MAPPED),
+    Probe("name_to_handle", "files", handle_of, "seccomp"),
+    Probe("core_pattern", "files", lambda: write_to("/proc/sys/kernel/core_pattern"), UNMASKED, NOT_MAPPED),
+    Probe("sysctl_net", "files", lambda: write_to("/proc/sys/net/ipv4/ip_forward"), UNMASKED),
+    Probe("sysrq", "files", lambda: write_to("/proc/sysrq-trigger"), UNMASKED, missing("/proc/sysrq-trigger")),
+    Probe("sys_kernel", "files", lambda: write_to("/sys/kernel/mm/ksm/run"), "root sys", NOT_MAPPED),
+    Probe("own_cgroup", "files", own_cgroup, "root sys", NOT_MAPPED),
     Probe("setuid", "privilege", lambda: os.setresuid(*[int(os.getuid() == 0)] * 3) or "another user", "root caps"),
     Probe("setgid", "privilege", lambda: os.setresgid(*[int(os.getgid() == 0)] * 3) or "another group", "root caps"),
     Probe("setgroups", "privilege", lambda: os.setgroups([4]) or "group adm", "root caps"),
     Probe("set_user_id_binary", "privilege", set_user_id_binary, "new_privileges"),
-    Probe("new_privileges", "privilege", lambda: in_list([1][LIBC.prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0) :], "new privileges"), "new_privileges"),
+    Probe("new_privileges", "privilege", new_privileges, "new_privileges"),
     Probe("effective", "privilege", lambda: capabilities("CapEff"), "root caps"),
     Probe("bounding", "privilege", lambda: capabilities("CapBnd"), "root caps"),
     Probe("chown", "privilege", owned_by_another, "root caps"),
     Probe("file_capability", "privilege", file_capability, "root caps"),
     Probe("mount", "privilege", lambda: call("mount", b"t", b"/tmp", b"tmpfs", 0, 0) or "a tmpfs", ALL),
-    Probe("remount", "privilege", lambda: call("mount", 0, b"/probes.py", 0, 0x1020, 0) or "writable", ALL, {"rootless": "flags of a mount from outside the user namespace are locked"}),
+    Probe("remount", "privilege", lambda: call("mount", 0, b"/probes.py", 0, 0x1020, 0) or "writable", ALL, LOCKED),
     Probe("umount", "privilege", lambda: call("umount2", b"/probes.py", 2) or "gone", ALL),
     Probe("fsopen", "privilege", lambda: call("fsopen", b"tmpfs", 0), ALL),
     Probe("open_tree", "privilege", lambda: call("open_tree", -100, b"/tmp", 1), ALL),
@@ -418,30 +448,30 @@ PROBES = [
     Probe("setns", "privilege", lambda: call("setns", os.open("/proc/self/ns/net", os.O_RDONLY), 0) or "joined", ALL),
     Probe("keyctl", "privilege", lambda: call("keyctl", 0, -2, 1, 0, 0), "seccomp"),
     Probe("add_key", "privilege", lambda: call("add_key", b"user", b"probe", b"x", 1, -2), "seccomp"),
-    Probe("request_key", "privilege", lambda: past(lambda: call("request_key", b"user", b"probe", 0, -2), errno.ENOKEY), "seccomp"),
+    Probe("request_key", "privilege", refused(errno.ENOKEY, "request_key", b"user", b"probe", 0, -2), "seccomp"),
     Probe("ptrace_first", "privilege", trace_first, "seccomp dumpable", YAMA),
     Probe("ptrace_me", "privilege", lambda: call("ptrace", 0, 0, 0, 0) or "traced by PID 1", "seccomp"),
     Probe("process_vm_readv", "privilege", process_vm_readv, "seccomp dumpable", YAMA),
     Probe("pidfd_getfd", "privilege", lambda: call("pidfd_getfd", os.pidfd_open(1), 1, 0), "seccomp dumpable", YAMA),
-    Probe("kcmp", "privilege", lambda: past(lambda: call("kcmp", 1, os.getpid(), 0, 0, 1), errno.EBADF), "seccomp dumpable"),
+    Probe("kcmp", "privilege", lambda: call("kcmp", 1, os.getpid(), 1, 0, 0), "seccomp dumpable"),
     Probe("first_memory", "privilege", lambda: write_to("/proc/1/mem"), "dumpable", YAMA),
     Probe("first_environ", "privilege", lambda: open("/proc/1/environ").read(9), "dumpable"),
     Probe("first_stream", "privilege", first_fd, "dumpable"),
     Probe("first_oom_score", "privilege", lambda: write_to("/proc/1/oom_score_adj"), "dumpable"),
-    Probe("bpf", "privilege", lambda: call("bpf", 0, struct.pack("IIII", 2, 4, 4, 1) + bytes(104), 120), ALL, NOT_MAPPED),
+    Probe("bpf", "privilege", lambda: call("bpf", 0, struct.pack("4I104x", 2, 4, 4, 1), 120), ALL, NOT_MAPPED),
     Probe("perf_event", "privilege", perf_event, ALL, NOT_MAPPED),
     Probe("userfaultfd", "privilege", lambda: call("userfaultfd", 1), "seccomp"),
     Probe("fanotify", "privilege", lambda: call("fanotify_init", 0, 0), ALL, NOT_MAPPED),
-    Probe("migrate_pages", "privilege", lambda: past(lambda: call("migrate_pages", 0, 0, 0, 0), errno.EINVAL), "seccomp"),
-    Probe("quotactl", "privilege", lambda: past(lambda: call("quotactl", 0x800001 << 8, 0, 0, 0), errno.ENODEV, errno.EINVAL, errno.ENOENT), "seccomp"),
+    Probe("migrate_pages", "privilege", refused(errno.EINVAL, "migrate_pages", 0, 0, 0, 0), "seccomp"),
+    Probe("quotactl", "privilege", refused(errno.ENODEV, "quotactl", 0x800001 << 8, 0, 0, 0), "seccomp"),
     Probe("mknod_character", "privilege", lambda: device(stat.S_IFCHR, 1, 1), "root caps", NOT_MAPPED),
     Probe("mknod_block", "privilege", lambda: device(stat.S_IFBLK, 7, 0), "root caps", NOT_MAPPED),
-    Probe("module", "privilege", lambda: past(lambda: call("finit_module", -1, b"", 0), errno.EBADF, errno.ENOEXEC), ALL, {**NOT_MAPPED, "/proc/modules": "this kernel loads none"}),
-    Probe("reboot", "privilege", lambda: past(lambda: call("reboot", 0, 0, 0, 0), errno.EINVAL), ALL),
-    Probe("swapon", "privilege", lambda: past(lambda: call("swapon", b"/missing", 0), errno.ENOENT), ALL, NOT_MAPPED),
-    Probe("clock_settime", "privilege", lambda: past(lambda: call("clock_settime", 0, struct.pack("qq", 0, -1)), errno.EINVAL), "seccomp"),
+    Probe("module", "privilege", refused(errno.EBADF, "finit_module", -1, b"", 0), ALL, missing("/proc/modules")),
+    Probe("reboot", "privilege", refused(errno.EINVAL, "reboot", 0, 0, 0, 0), ALL),
+    Probe("swapon", "privilege", refused(errno.ENOENT, "swapon", b"/missing", 0), ALL, NOT_MAPPED),
+    Probe("clock_settime", "privilege", refused(errno.EINVAL, "clock_settime", 0, struct.pack("qq", 0, -1)), "seccomp"),
     Probe("sethostname", "privilege", lambda: call("sethostname", b"mine", 4) or "renamed", ALL),
-    Probe("acct", "privilege", lambda: past(lambda: call("acct", b"/missing"), errno.ENOENT), ALL, NOT_MAPPED),
+    Probe("acct", "privilege", refused(errno.ENOENT, "acct", b"/missing"), ALL, NOT_MAPPED),
     Probe("kernel_log", "privilege", lambda: f"{call('syslog', 10, 0, 0)} bytes", ALL, NOT_MAPPED),
     Probe("nice", "privilege", lambda: os.nice(-5), "root caps", NOT_MAPPED),
     Probe("abi32", "privilege", abi32, "seccomp"),
@@ -506,8 +536,9 @@ def listen() -> None:
         fcntl.ioctl(s, 0x8916, struct.pack("16sHH4s8x", b"lo:1", 2, 0, socket.inet_aton(OUTSIDE)))
     with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as s:
         fcntl.ioctl(s, 0x8916, socket.inet_pton(socket.AF_INET6, OUTSIDE6) + struct.pack("Ii", 128, 1))
-    listeners = [("0.0.0.0", HOST["port"], 2, 1), ("0.0.0.0", HOST["port"], 2, 2), ("0.0.0.0", 53, 2, 2),
-                 ("::", HOST["port"], 10, 1), ("::", HOST["port"], 10, 2), ("\0" + HOST["abstract"], 0, 1, 1)]  # fmt: skip
+    port, name = HOST["port"], "\0" + HOST["abstract"]
+    listeners = [("0.0.0.0", port, 2, 1), ("0.0.0.0", port, 2, 2), ("0.0.0.0", 53, 2, 2), ("::", port, 10, 1),
+                 ("::", port, 10, 2), (name, 0, 1, 1)]  # fmt: skip
     sockets = [answering(*listener) for listener in listeners]
     print("listening", flush=True)
     serve(sockets)

@@ -33,8 +33,9 @@ PROBES_LIMIT_S = 120  # of one container full of probes
 MEMORY, SMALL_MEMORY, MORE_MEMORY = "3g", "64m", "1g"
 CGROUP_LIFTS = ("pids", "memory")  # limits that an engine without control groups cannot hold
 # not ALL: a machine may lack one of them, and then docker starts nothing
-CAPABILITIES = ("CHOWN DAC_OVERRIDE DAC_READ_SEARCH MKNOD NET_ADMIN NET_BIND_SERVICE NET_RAW SETFCAP SETGID SETUID SYS_ADMIN "
-                "SYS_BOOT SYS_CHROOT SYS_MODULE SYS_NICE SYS_PACCT SYS_RAWIO SYS_TIME SYSLOG").split()  # fmt: skip
+CAPABILITIES = ["CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "MKNOD", "NET_ADMIN", "NET_BIND_SERVICE", "NET_RAW",
+                "SETFCAP", "SETGID", "SETUID", "SYS_ADMIN", "SYS_BOOT", "SYS_CHROOT", "SYS_MODULE", "SYS_NICE",
+                "SYS_PACCT", "SYS_RAWIO", "SYS_TIME", "SYSLOG"]  # fmt: skip
 ONLY = [os.environ["AR_ENGINE"]] if "AR_ENGINE" in os.environ else ["podman", "docker"]
 FOUND = [e for e in ONLY if shutil.which(e) and engine.run([e, "version"]).returncode == 0]
 
@@ -79,7 +80,7 @@ def cannot(p: probes.Probe) -> list[str]:
 
 
 def lifts(outside: Outside) -> dict[str, list[tuple]]:
-    """name: (flags that engine.sandbox must have given, what stands there in a control)."""
+    """name: (flags of engine.sandbox, what stands there in a control). A flag spelt otherwise leaves controls shut."""
     unmask = "unmask=ALL" if engine.name() == "podman" else "systempaths=unconfined"
     folder = outside.facts["folder"]
     size = [(f"size={engine.TMP_SIZE}", "size=4g"), ("size=64m", "size=256m")]
@@ -142,7 +143,6 @@ class Outside:
         line = " ".join(argv)
         for name in lifted.split():
             for old, new in lifts(self)[name]:
-                assert line.count(old) >= 1, f"engine.sandbox gives no {old}"
                 line = line.replace(old, new)
         return line.split()
 
@@ -150,7 +150,7 @@ class Outside:
         """Run probes in one container: name -> answer."""
         self.runs += 1
         argv = self.argv(f"ar-{os.getpid()}-probes-{self.runs}", lifted, names, memory)
-        done = engine.run(argv, timeout=PROBES_LIMIT_S + 60)
+        done = engine.run(argv, timeout=PROBES_LIMIT_S + 60, cwd=self.facts["folder"])
         found = {row.pop("probe"): row for row in map(json.loads, done.stdout.splitlines())}
         lost = {"open": False, "how": "the container was killed"}
         if done.returncode != 137 or memory == MEMORY:
@@ -215,40 +215,13 @@ def main():
 if __name__ == "__main__":
     main()
 """
-BUDGET = 12  # seconds; what runs into it is killed then
+BUDGET, AMPLE = 12, 90  # seconds: for what runs into the limit, and for what ends by itself on a busy machine
 MARK = f"leftover-{os.getpid()}"  # argv[0] of what a training leaves behind
 DAEMON = "while kill -0 $1; do sleep 0.01; done; sleep 0.1; echo STILL HERE >&2; sleep 300"
 OK, LIMIT = "^$", f"^time limit: killed at the budget of {BUDGET} s"
-HOSTILE = {  # what it does: (the body of main, its reason, or OK)
+ODD = "^$|^embedding the validation (images|captions) failed: |^load: training ended well, but"
+HOSTILE = {  # what it does: (the body of main, the reason wanted, or OK). The heavy ones are not in the sample
     "1 GB on standard output": ("for _ in range(1 << 10): os.write(1, b'x' * (1 << 20))", OK),
-    "a checkpoint every step": ("for n in range(999): torch.save(torch.ones(10 << 20), f'/out/{n}.pt')", "^crash after"),
-    "a fork bomb": (
-        """
-        while True:
-            try:
-                os.fork()
-            except BlockingIOError:
-                break
-        os.getppid() == 1 or signal.pause()""",
-        f"{OK}|{LIMIT}",
-    ),
-    "processes until no more start": ("subprocess.run(['sh', '-c', 'while :; do sleep 99 & done'])", OK),
-    "stops itself": ("os.kill(os.getpid(), signal.SIGSTOP)", LIMIT),
-    "every signal to PID 1": (
-        """
-        for n in signal.valid_signals():
-            os.kill(1, n)
-        time.sleep(1)""",
-        OK,
-    ),
-    "ignores every signal": (
-        """
-        for n in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-            signal.signal(n, signal.SIG_IGN)
-        while True:
-            time.sleep(1)""",
-        LIMIT,
-    ),
     "a daemon, forked twice": (
         f"""
         os.posix_fallocate(os.open('/out/big', os.O_CREAT | os.O_RDWR), 0, 300 << 20)  # handing this over takes time
@@ -263,12 +236,44 @@ HOSTILE = {  # what it does: (the body of main, its reason, or OK)
         time.sleep(1)""",
         OK,
     ),
-    "a sparse file of 1 TiB": ("os.truncate(os.open('/out/big', os.O_CREAT | os.O_RDWR), 1 << 40)", "^invalid output: more than 2048 MiB"),
+    "a checkpoint every step": ("for n in range(99): torch.save(torch.ones(9 << 20), f'/out/{n}')", "^crash .* full"),
+    "every signal to PID 1": (
+        """
+        for n in signal.valid_signals():
+            os.kill(1, n)
+        time.sleep(1)""",
+        OK,
+    ),
+    "processes until no more start": ("subprocess.run(['sh', '-c', 'while :; do sleep 99 & done'])", OK),
+    "much memory": ("hog = [torch.ones(1 << 26) for _ in range(64)]", f"^out of memory: more than {MEMORY} of main"),
+    "a fork bomb": (
+        """
+        while True:
+            try:
+                os.fork()
+            except BlockingIOError:
+                break
+        os.getppid() == 1 or signal.pause()""",
+        f"{OK}|{LIMIT}",
+    ),
+    "stops itself": ("os.kill(os.getpid(), signal.SIGSTOP)", LIMIT),
+    "ignores every signal": (
+        """
+        for n in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+            signal.signal(n, signal.SIG_IGN)
+        while True:
+            time.sleep(1)""",
+        LIMIT,
+    ),
+    "a sparse file of 1 TiB": (
+        "os.truncate(os.open('/out/big', os.O_CREAT | os.O_RDWR), 1 << 40)",
+        "^invalid output: more than 2048 MiB",
+    ),
     "100000 files": ("for n in range(100_000): os.mknod(f'/out/{n}')", OK),
     "odd names": ("for n in (b'-rf', b'a\\nb', b'\\xff\\xfe', b'x' * 255, b' ', b'$(id)'): os.mkdir(b'/out/' + n)", OK),
     "a deep tree": ("for n in range(300): os.mkdir('d'); os.chdir('d')", OK),
-    "links out": ("os.symlink('/etc/passwd', '/out/a'); os.symlink('../..', '/out/b'); os.link('/out/a', '/out/c')", f"{OK}|^load: "),
-    "a FIFO": ("os.mkfifo('/out/pipe')", f"{OK}|^load: "),
+    "links out": ("os.symlink('/etc/passwd', '/out/a'); os.symlink('..', '/out/b'); os.link('/out/a', '/out/c')", ODD),
+    "a FIFO": ("os.mkfifo('/out/pipe')", ODD),
 }  # fmt: skip
 
 
@@ -280,7 +285,7 @@ class Hostile:
         self.work.mkdir()
         (work / "beside").write_text("untouched")
 
-    def run(self, code: str, budget: int = BUDGET) -> dict:
+    def run(self, code: str, budget: int = AMPLE) -> dict:
         text = TRAIN.format(code=textwrap.indent(textwrap.dedent(code).strip(), "    "))
         (self.work / "train.py").write_text(text)
         found = experiment.one_run(self.work, self.data, budget, MEMORY, 1, self.log)
@@ -289,10 +294,11 @@ class Hostile:
 
     def check(self) -> None:
         """One bounded log, ordinary files of ours, no container and no process."""
-        ours = {"train.py", "out.tar", "images.npy", "captions.npy", "ranks.npy", "examples.npy"}
+        ours = {"train.py", "out.tar", "images.npy", "captions.npy", "ranks.npy", "examples.npy", "oom"}
         assert {p.name for p in self.work.iterdir() if p.is_file() and not p.is_symlink()} <= ours
         assert sorted(p.name for p in self.work.parent.iterdir()) == ["beside", "log", "work"]
         assert self.log.stat().st_size < experiment.LOG_HEAD + experiment.LOG_TAIL + 100
+        assert not Path("oom").exists()  # podman's own, where it was started
         assert b"STILL HERE" not in self.log.read_bytes()
         assert left_behind() == [] and f"ar-{os.getpid()}-" not in engine.run([*engine.client(), "ps", "-a"]).stdout
 
@@ -325,7 +331,7 @@ def tally(sweep: str, runs: dict[str, tuple[Callable, str]], figure) -> None:
     for what, (run, want) in runs.items():
         found = run()
         if not re.search(want, found.get("reason", "")) or ("metrics" in found) == ("reason" in found):
-            wrong[what] = found
+            wrong[what] = found.get("reason", "judged")
     seconds = round(time.monotonic() - started, 1)
     figure(f"sandbox: {sweep}", len(runs), len(wrong), engine=engine_name(), seconds=seconds)
     assert wrong == {}
@@ -333,7 +339,11 @@ def tally(sweep: str, runs: dict[str, tuple[Callable, str]], figure) -> None:
 
 def test_hostile_trainings_end_in_a_clear_verdict(hostile, sample, figure):
     tried = {what: HOSTILE[what] for what in sample(list(HOSTILE), 3)}
-    tally("trainings", {what: (lambda code=code: hostile().run(code), want) for what, (code, want) in tried.items()}, figure)
+    runs = {
+        what: (lambda code=code, want=want: hostile().run(code, BUDGET if LIMIT in want else AMPLE), want)
+        for what, (code, want) in tried.items()
+    }
+    tally("trainings", runs, figure)
 
 
 def member(tar: tarfile.TarFile, name: str, data: bytes = b"", **fields) -> None:
@@ -347,7 +357,8 @@ def member(tar: tarfile.TarFile, name: str, data: bytes = b"", **fields) -> None
 FORGED = {
     "..": lambda tar: member(tar, "../../escaped", b"x"),
     "absolute": lambda tar: member(tar, "/tmp/escaped", b"x"),
-    "through a symbolic link": lambda tar: (member(tar, "a", type=tarfile.SYMTYPE, linkname="/tmp"), member(tar, "a/escaped", b"x")),
+    "through a symbolic link": lambda tar: (member(tar, "a", type=tarfile.SYMTYPE, linkname="/tmp"),
+                                            member(tar, "a/escaped", b"x")),
     "a hard link out": lambda tar: member(tar, "a", type=tarfile.LNKTYPE, linkname="../../etc/passwd"),
     "a FIFO": lambda tar: member(tar, "checkpoint.pt", type=tarfile.FIFOTYPE),
     "a character device": lambda tar: member(tar, "a", type=tarfile.CHRTYPE, devmajor=1, devminor=1),
@@ -382,8 +393,7 @@ def test_a_forged_archive_harms_nobody(hostile, sample, figure, monkeypatch):
     assert "tarfile" not in (ROOT / "container/experiment.py").read_text()  # the host never opens it
     before = sorted(os.listdir("/tmp"))
     tried = {what: FORGED[what] for what in sample(list(FORGED), 2)}
-    want = "^$|^embedding the validation (images|captions) failed: |^load: training ended well, but"
-    tally("archives", {what: (lambda forge=forge: run(forge), want) for what, forge in tried.items()}, figure)
+    tally("archives", {what: (lambda forge=forge: run(forge), ODD) for what, forge in tried.items()}, figure)
     assert not {n for n in set(os.listdir("/tmp")) - set(before) if "escaped" in n}
 
 
@@ -393,7 +403,7 @@ def test_probes_in_a_real_training(hostile, figure):
     source, place, started = Path(probes.__file__).read_text(), hostile(), time.monotonic()
     place.run(f"open('/tmp/probes.py', 'w').write({source!r})\nsys.path.insert(0, '/tmp')\n"
               "os.environ['PROBE_HOST'] = '{\"port\": 9, \"abstract\": \"none\", \"folder\": \"/none\"}'\n"
-              f"import probes\nprobes.main({names})", budget=60)  # fmt: skip
+              f"import probes\nprobes.main({names})")  # fmt: skip
     answers = [json.loads(line) for line in place.log.read_text().splitlines() if line.startswith('{"probe"')]
     wrong = [a for a in answers if a.get("open") is not False]
     seconds = round(time.monotonic() - started, 1)
@@ -404,8 +414,8 @@ def test_probes_in_a_real_training(hostile, figure):
 def test_when_everybody_outside_is_killed_the_sandboxes_end_by_themselves(hostile):
     place = hostile()
     (place.work / "train.py").write_text(TRAIN.format(code="    time.sleep(300)"))
-    argv = [sys.executable, "-I", ROOT / "container/experiment.py", place.work, place.data, str(BUDGET), MEMORY, "1", place.log]
-    wrapper = subprocess.Popen(argv)
+    rest = [place.work, place.data, str(BUDGET), MEMORY, "1", place.log]
+    wrapper = subprocess.Popen([sys.executable, "-I", ROOT / "container/experiment.py", *rest])
     names = lambda: engine.run([*engine.client(), "ps", "-a", "--format", "{{.Names}}"]).stdout  # noqa: E731
     deadline = time.monotonic() + BUDGET + 90
     while f"ar-{wrapper.pid}-captions" not in names():

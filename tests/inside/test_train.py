@@ -70,3 +70,22 @@ def test_weights_of_another_model_do_not_pass_for_published_ones(weights: Path, 
     save_file({"token_embedding.weight": torch.zeros(49408, 512)}, tmp_path / "ViT-B-32.safetensors")
     with pytest.raises(AssertionError, match="not in the published weights"):
         published("ViT-B/32", tmp_path)
+
+
+class Numbered(torch.utils.data.Dataset):
+    """Each row says which worker made it."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, at: int) -> tuple[int, int, torch.Tensor]:
+        return at, torch.utils.data.get_worker_info().id, torch.full((3, 64, 64), at, dtype=torch.uint8)
+
+
+def test_data_loader_workers_fork_and_share_memory_in_the_sandbox():
+    loader = torch.utils.data.DataLoader(Numbered(), batch_size=8, num_workers=2, multiprocessing_context="fork")
+    batches = list(loader)
+    assert torch.cat([at for at, _, _ in batches]).tolist() == list(range(64))
+    assert {int(w) for _, workers, _ in batches for w in workers} == {0, 1}
+    for at, _, pixels in batches:
+        assert pixels.is_shared() and torch.equal(pixels[:, 0, 0, 0], at.byte())
