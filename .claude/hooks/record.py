@@ -182,9 +182,10 @@ class State:
 
     def incumbent_is_due(self) -> bool:
         """After every ten discards in a row the incumbent runs again, up to four runs: it may have been lucky."""
-        rows = [r for r in self.mine if r.verdict in ("kept", "discarded")]
-        row = self.discards_in_a_row(rows)
-        return (row > 0 and row % REMEASURE_AFTER == 0 and self.mine[-1].verdict != "remeasured"
+        rows = [r for r in self.mine if r.verdict in ("kept", "discarded", "remeasured", "unmeasured")]
+        row = self.discards_in_a_row([r for r in rows if r.verdict in ("kept", "discarded")])
+        # once, whether it succeeded or not: one that fails now must not keep every later candidate from running
+        return (row > 0 and row % REMEASURE_AFTER == 0 and rows[-1].verdict in ("kept", "discarded")
                 and len(self.incumbent) < MAX_INCUMBENT_RUNS)
 
 
