@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import subprocess
 import sys
 import time
@@ -54,11 +55,13 @@ def read_objects(names: list) -> dict:
 
 def diffs(numbers: list) -> dict:
     """{experiment: the hunks of train.py against its parent, visible characters only}, from one git process."""
+    mark = secrets.token_hex(16)  # not \0: a train.py may have one, and what follows it would be another's diff
     command = ["log", "--no-walk=unsorted", "--stdin", "-p", "--no-ext-diff", "--no-textconv", "--no-color",
-               "--no-show-signature", "--format=%x00%(trailers:key=Experiment,valueonly,separator=)%x00", "train.py"]
+               "--no-show-signature", f"--format={mark}%(trailers:key=Experiment,valueonly,separator=){mark}",
+               "train.py"]
     done = subprocess.run([*record.GIT, *command], cwd=record.ROOT, capture_output=True, text=True, errors="replace",
                           input="".join(f"refs/experiments/{n}\n" for n in numbers))
-    parts, found = done.stdout.split("\0")[1:], {}
+    parts, found = done.stdout.split(mark)[1:], {}
     for n, text in zip(parts[::2], parts[1::2]):
         hunks = text[text.find("\n@@") + 1:] if "\n@@" in text else ""
         lines = [record.clean("|" + x.replace("\t", "    "))[1:] for x in hunks[:MOST_DIFF].splitlines()]

@@ -451,7 +451,7 @@ def cheat(model):
         PIPE + "\n\ndef bytes_to_send():\n    return npy(np.ones((1, 64), np.float32))\n",
         NO_COUNT_CHECK,
         verdict="failed",
-        reason=r"invalid output: encode_image: want 200 rows of 1 to 4096 numbers, got \(1, 64\)",
+        reason="invalid output: encode_image: want 200 rows of 1 to 4096 numbers",
     ),
     # Values
     Cheat(
@@ -496,7 +496,7 @@ def cheat(model):
         NO_WIDTH_LIMIT,
         pays=lambda found: found.rank < 1e9,
         verdict="failed",
-        reason=r"invalid output: encode_image: want 200 rows of 1 to 4096 numbers, got \(200, 100064\)",
+        reason="invalid output: encode_image: want 200 rows of 1 to 4096 numbers",
     ),
     Cheat(
         "an array that fills the disk",
@@ -517,14 +517,14 @@ def bytes_to_send():
         RUNS_CODE + "\n\ndef bytes_to_send():\n    return npy(np.array([Payload()], dtype=object))\n",
         PICKLES_ALLOWED,
         verdict="failed",
-        reason="invalid output: encode_image: not a plain array: .*objects.*",
+        reason="invalid output: encode_image: not a plain array",
     ),
     Cheat(
         "a pickle",
         RUNS_CODE + "\n\ndef bytes_to_send():\n    return pickle.dumps(Payload())\n",
         PICKLES_ALLOWED,
         verdict="failed",
-        reason="invalid output: encode_image: not a plain array: .*magic.*",
+        reason="invalid output: encode_image: not a plain array",
     ),
     # The key
     keyed(

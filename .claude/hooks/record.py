@@ -23,6 +23,7 @@ import program  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 PRIOR_SIGMA, PRIOR_RUNS = 0.04, 2  # noise of log(metric) before anything was run twice: 4 %, worth two runs
+WILD = 4  # sigmas so far: what lies further apart counts as this much
 MARGIN = 0.25  # sigmas by which a candidate must win, seen once or twice
 REMEASURE_AFTER = 10  # discards in a row
 MAX_INCUMBENT_RUNS = 4
@@ -93,13 +94,17 @@ def records() -> list:
 
 
 def sigma(groups: list) -> float:
-    """Standard deviation of log(metric) of one run, pooled over everything run more than once, with a prior."""
+    """Standard deviation of log(metric) of one run, pooled over everything run more than once, with a prior.
+
+    One candidate that diverged in its second run would otherwise make it ten times as large, and nothing be kept.
+    """
     total, weight = PRIOR_RUNS * PRIOR_SIGMA**2, PRIOR_RUNS
     for values in groups:
         logs = [math.log(v) for v in values]
         mean = sum(logs) / max(1, len(logs))
-        total += sum((x - mean) ** 2 for x in logs)
-        weight += max(0, len(logs) - 1)
+        more = max(0, len(logs) - 1)
+        total += min(sum((x - mean) ** 2 for x in logs), WILD**2 * more * total / weight)
+        weight += more
     return math.sqrt(total / weight)
 
 
@@ -182,9 +187,10 @@ class State:
 
     def incumbent_is_due(self) -> bool:
         """After every ten discards in a row the incumbent runs again, up to four runs: it may have been lucky."""
-        rows = [r for r in self.mine if r.verdict in ("kept", "discarded")]
-        row = self.discards_in_a_row(rows)
-        return (row > 0 and row % REMEASURE_AFTER == 0 and self.mine[-1].verdict != "remeasured"
+        rows = [r for r in self.mine if r.verdict in ("kept", "discarded", "remeasured", "unmeasured")]
+        row = self.discards_in_a_row([r for r in rows if r.verdict in ("kept", "discarded")])
+        # once, whether it succeeded or not: one that fails now must not keep every later candidate from running
+        return (row > 0 and row % REMEASURE_AFTER == 0 and rows[-1].verdict in ("kept", "discarded")
                 and len(self.incumbent) < MAX_INCUMBENT_RUNS)
 
 
