@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 Edit = tuple[str, str, str]  # file, old text, new text
-EMBED_LIMIT_S = 20  # in both copies, instead of two minutes
+EMBED_LIMIT_S = 40  # in both copies, instead of two minutes
 SEED, STEPS, BUDGET, MEMORY = 7, 10, 120, "3g"
 HOOK = """
 _honest_load = load
@@ -133,7 +133,9 @@ NO_WIDTH_LIMIT = (edit("judge.py", "MAX_WIDTH = 4096", "MAX_WIDTH = 1 << 40"),)
 NO_SIZE_LIMIT = (*NO_WIDTH_LIMIT, edit("experiment.py", "ARRAY_MAX = 512 << 20", "ARRAY_MAX = 512 << 30"))
 PICKLES_ALLOWED = (edit("judge.py", 'np.lib.format.open_memmap(path, mode="r")', "np.load(path, allow_pickle=True)"),)
 NO_EMBED_LIMIT = (edit("experiment.py", f"EMBED_LIMIT_S = {EMBED_LIMIT_S}", "EMBED_LIMIT_S = 120"),)
-SHARED_STDOUT = (edit("stage.py", "        os.dup2(2, 1)\n", ""),)
+SHARED_STDOUT = (  # but for training, which prints
+    edit("stage.py", "        os.dup2(2, 1)\n", '        os.dup2(2 if sys.argv[1] == "train" else 1, 1)\n'),
+)
 DUMPABLE = (edit("stage.py", "    LIBC.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)\n", ""),)
 WAIT_FOR_DAEMONS = (  # reads the pipe to its end, as subprocess.run would
     edit(
@@ -507,7 +509,7 @@ def bytes_to_send():
 """,
         NO_SIZE_LIMIT,
         pays=lambda found: (
-            (found.work / "images.npy").is_file() and (found.work / "images.npy").stat().st_size > 540 << 20
+            (found.work / "images.npy").is_file() and (found.work / "images.npy").stat().st_size > 512 << 20
         ),
         verdict="failed",
         reason="invalid output: more than 512 MiB",
