@@ -94,7 +94,8 @@ record_attempt() {
     mv -n "$(file "$N" log)" "$(file $((N + 1)) log)" # another worktree was faster
     N=$((N + 1))
   done
-  git_ diff --no-ext-diff --no-textconv "$head:train.py" "$blob" >"$(file "$N" diff)" || :
+  # as a log: nothing in it steers the terminal of a person who looks
+  git_ diff --no-color --no-ext-diff --no-textconv "$head:train.py" "$blob" | tr -d '\000-\010\013-\037\177' >"$(file "$N" diff)" || :
   finish "$COMMIT"
 }
 
