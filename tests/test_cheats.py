@@ -135,7 +135,7 @@ def undefended(constant: Project, cheat: Cheat, captions: list[str], folder: Pat
         in_image(cheat.data, data)
     (work := folder / "work").mkdir()
     (work / "train.py").write_text(put_into(constant.read("train.py"), cheat))
-    command = [work, data / "prints", BUDGET, MEMORY, SEED, folder / "log"]
+    command = [work, data / "prints", BUDGET, MEMORY, SEED, folder / "log", engine.find_image()]
     command = [sys.executable, "-I", folder / "container" / "experiment.py", *command]
     done = subprocess.run([*map(str, command)], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{cheat.name}: {done.stderr}"

@@ -288,7 +288,7 @@ class Hostile:
     def run(self, code: str, budget: int = AMPLE) -> dict:
         text = TRAIN.format(code=textwrap.indent(textwrap.dedent(code).strip(), "    "))
         (self.work / "train.py").write_text(text)
-        found = experiment.one_run(self.work, self.data, budget, MEMORY, 1, self.log)
+        found = experiment.one_run(self.work, self.data, budget, MEMORY, 1, self.log, engine.find_image())
         self.check()
         return found
 
@@ -414,7 +414,7 @@ def test_probes_in_a_real_training(hostile, figure):
 def test_when_everybody_outside_is_killed_the_sandboxes_end_by_themselves(hostile):
     place = hostile()
     (place.work / "train.py").write_text(TRAIN.format(code="    time.sleep(300)"))
-    rest = [place.work, place.data, str(BUDGET), MEMORY, "1", place.log]
+    rest = [place.work, place.data, str(BUDGET), MEMORY, "1", place.log, engine.find_image()]
     wrapper = subprocess.Popen([sys.executable, "-I", ROOT / "container/experiment.py", *rest])
     names = lambda: engine.run([*engine.client(), "ps", "-a", "--format", "{{.Names}}"]).stdout  # noqa: E731
     deadline = time.monotonic() + BUDGET + 90
@@ -438,6 +438,6 @@ def test_an_engine_that_holds_no_limits_is_named_before_a_training_starts(monkey
     doctor.check_engine()
     said = next(line for line in capsys.readouterr().out.splitlines() if " limits " in line)
     assert said.startswith("BAD ") and "IGNORES memory, process and CPU limits" in said and doctor.bad >= 1
-    monkeypatch.setattr(engine, "find_image", lambda: pytest.fail(capsys.readouterr().err or "no warning"))
+    monkeypatch.setattr(experiment, "Log", lambda path: pytest.fail(capsys.readouterr().err or "no warning"))
     with pytest.raises(pytest.fail.Exception, match="warning: this engine enforces no memory and process limits"):
-        experiment.one_run(tmp_path, tmp_path, BUDGET, MEMORY, 1, tmp_path / "log")
+        experiment.one_run(tmp_path, tmp_path, BUDGET, MEMORY, 1, tmp_path / "log", "none")
