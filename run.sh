@@ -79,9 +79,10 @@ progress() {
 }
 # usage: record_attempt KIND BLOB SCRATCHPAD: commit object, ref, and for a kept one the branch, index and file
 record_attempt() {
-  local -r kind=$1 blob=$2 pad=$3
-  local head tree
-  head=$(git_ rev-parse HEAD)
+  local -r kind=$1 blob=$2
+  local head tree pad=$3 theirs
+  head=$(git_ rev-parse HEAD) theirs=$(git_ rev-parse -q --verify HEAD:scratchpad.md || :)
+  [[ ! -f scratchpad.md || $(git_ hash-object --no-filters scratchpad.md) != "$theirs" ]] || pad=$theirs # committed meanwhile
   if [[ $VERDICT == kept && $(git_ rev-parse HEAD:train.py) != "$INCUMBENT" ]]; then
     VERDICT=discarded
     say "run.sh: HEAD's train.py changed meanwhile, so experiment $N is not kept; ./run.sh keep $N overrules"
@@ -94,8 +95,7 @@ record_attempt() {
     mv -n "$(file "$N" log)" "$(file $((N + 1)) log)" # another worktree was faster
     N=$((N + 1))
   done
-  # as a log: nothing in it steers the terminal of a person who looks
-  git_ diff --no-color --no-ext-diff --no-textconv "$head:train.py" "$blob" | tr -d '\000-\010\013-\037\177' >"$(file "$N" diff)" || :
+  git_ diff --no-color --no-ext-diff --no-textconv "$head:train.py" "$blob" | tr -d '\000-\010\013-\037\177' >"$(file "$N" diff)" || : # as clean as a log
   finish "$COMMIT"
 }
 
