@@ -6,7 +6,7 @@ umask 022
 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/run/current-system/sw/bin
 ROOT=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 readonly ROOT RUNS=runs REFUSED=2
-SHOWN=0 KIND='' IDEA='' # whether the result was shown; what result.py plan says
+SHOWN=0 KIND='' BLOB='' IDEA='' # whether the result was shown; what result.py plan says
 if [[ ${AR_CLEAN-} != "$$" ]]; then
   # Everything below runs with a clean environment: no keys, no sockets of the client, no GIT_* or PYTHON* variables.
   keep=()
