@@ -28,8 +28,10 @@ RECORDED, TIMES, SLOWER_S = 1000, 5, 0.3  # experiments; runs whose median count
 DISK_KIB, ROOMS = range(0, 241, 8), 2  # room left on a full disk; how many of them in an ordinary test run
 LIMIT_S = 120  # of any run in here: they take about 5 s
 SEED = 4
-# A train.py that takes no time and gives the same number every time: captions' words are fitted to rough pixels.
+# A train.py that takes no time. Either captions' words are fitted to rough pixels, or all is the same but for a few rows
+# that depend on SEED: always far better, or always 0.1 % from chance.
 QUICK = '''"""A train.py that takes no time."""
+import os
 import zlib
 import datasets
 import numpy as np
@@ -39,14 +41,19 @@ LEARNS = False
 
 
 class Model:
-    def __init__(self, weights, mean):
-        self.weights, self.mean = weights, mean
+    def __init__(self, weights, mean, noise):
+        self.weights, self.mean, self.noise = weights, mean, noise
 
     def encode_image(self, images):
-        return rough(images) - self.mean if LEARNS else torch.ones(len(images), 3)
+        return rough(images) - self.mean if LEARNS else self.same(images)
 
     def encode_text(self, captions):
-        return words(captions) @ self.weights if LEARNS else torch.ones(len(captions), 3)
+        return words(captions) @ self.weights if LEARNS else self.same(captions)
+
+    def same(self, rows):
+        out = torch.ones(len(rows), 3)
+        out[:4] += self.noise[: len(out)]
+        return out
 
 
 def rough(images):
@@ -70,9 +77,10 @@ if __name__ == "__main__":
     pixels = torch.from_numpy(np.stack(table["image"])).reshape(len(table), 3, 96, 96)
     x, y = words(table["caption"]), rough(pixels)
     weights = torch.linalg.solve(x.T @ x + 5 * torch.eye(256), x.T @ (y - y.mean(0)))
-    torch.save([weights, y.mean(0)], "/out/model.pt")
+    torch.manual_seed(int(os.environ["SEED"]))
+    torch.save([weights, y.mean(0), torch.rand(4, 3)], "/out/model.pt")
 '''
-CANDIDATES = {"kept": QUICK.replace("LEARNS = False", "LEARNS = True"), "discarded": QUICK.replace("3)", "5)")}
+CANDIDATES = {"kept": QUICK.replace("LEARNS = False", "LEARNS = True"), "discarded": QUICK.replace(", 3)", ", 5)")}
 CRASH = "raise SystemExit('the next run')\n"
 
 
