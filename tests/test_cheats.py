@@ -40,7 +40,7 @@ SAMPLE = 6
 CAPTIONS = """
 import datasets, json, pathlib
 read = lambda name: set(datasets.load_from_disk(f"/prints/{name}")["caption"])
-known = "\n".join(read("train"))
+known = " ".join(read("train"))
 print(json.dumps(sorted(c for c in read("val/captions") | read("test/captions") if c[:30] not in known)))
 """
 
