@@ -40,7 +40,8 @@ SAMPLE = 6
 CAPTIONS = """
 import datasets, json, pathlib
 read = lambda name: set(datasets.load_from_disk(f"/prints/{name}")["caption"])
-print(json.dumps(sorted((read("val/captions") | read("test/captions")) - read("train"))))
+known = " ".join(read("train"))
+print(json.dumps(sorted(c for c in read("val/captions") | read("test/captions") if c[:30] not in known)))
 """
 
 
@@ -78,7 +79,7 @@ def constant(measured: Project, tmp_path_factory) -> Project:
 
 @pytest.fixture(scope="session")
 def captions(measured: Project, tmp_path_factory) -> list[str]:
-    """Of validation and test, without those that training has too."""
+    """Of validation and test, without those that begin as one of training does."""
     found = in_image(CAPTIONS, tmp_path_factory.mktemp("captions"), prints=measured.path / "data" / "prints")
     return json.loads(found)
 
@@ -191,25 +192,25 @@ def test_every_cheat_pays_without_its_defence(constant: Project, captions: list[
 
 
 EVERYWHERE = r"""
-import glob, sys
+import glob, re
+
+
+def words(path, most=1 << 26):
+    try:
+        with open(path, "rb") as f:
+            return f"{path}: {re.findall(rb'[ -~]{20,400}', f.read(most))[:300]}"
+    except OSError as e:
+        return f"{path}: {e}"
 
 
 def found():  # all that can be read and may hold a caption
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        yield line
-    yield repr(dict(os.environ))
     for folder, _, names in os.walk("/"):
-        if not folder.startswith(("/proc", "/sys", "/opt/venv", "/usr")):
-            for name in names:
-                try:
-                    yield f"{folder}/{name} {Path(folder, name).read_bytes()[-20000:]}"
-                except OSError as e:
-                    yield f"{folder}/{name} {e}"
-    for path in glob.glob("/proc/[0-9]*/*") + glob.glob("/proc/[0-9]*/root/data/*"):
-        try:
-            yield f"{path} {Path(path).read_bytes()[-5000:]}"
-        except OSError:
-            pass
+        if not folder.startswith(("/proc", "/sys", "/dev", "/opt/venv", "/usr")):
+            yield from (words(f"{folder}/{name}") for name in names)
+    for path in glob.glob("/proc/[0-9]*/*") + glob.glob("/proc/[0-9]*/root/data/*") + glob.glob("/dev/shm/*"):
+        if os.path.isfile(path):
+            yield words(path, 5000)
+    yield repr(dict(os.environ))
 
 
 _honest_main = main
@@ -251,7 +252,7 @@ def test_no_hidden_caption_is_seen_through_train_py(
     cheat = Cheat(name, EVERYWHERE.replace("RAISES", str(raises)), (), verdict="failed" if raises else "discarded")
     found = through_run_sh(project, cheat, captions)
     assert found.result["verdict"] == cheat.verdict and bool(re.fullmatch(failed, found.result["reason"])) == raises
-    assert "/data/dataset_info.json" in found.log and len(captions) > 250  # it did look, and there was something to see
+    assert "/data/dataset_info.json" in found.log and len(captions) > 150  # it did look, and there was something to see
     files = [f for f in project.path.rglob("*") if f.is_file() and "data" not in f.relative_to(project.path).parts[:1]]
     objects = project.git("cat-file", "--batch-all-objects", "--batch-check=%(objectname)").split()
     blobs = [
