@@ -80,7 +80,10 @@ if __name__ == "__main__":
     torch.manual_seed(int(os.environ["SEED"]))
     torch.save([weights, y.mean(0), torch.rand(4, 3)], "/out/model.pt")
 '''
-CANDIDATES = {"kept": QUICK.replace("LEARNS = False", "LEARNS = True"), "discarded": QUICK.replace("self.noise[", "0 * self.noise[")}
+CANDIDATES = {
+    "kept": QUICK.replace("LEARNS = False", "LEARNS = True"),
+    "discarded": QUICK.replace("self.noise[", "0 * self.noise["),
+}
 CRASH = "raise SystemExit('the next run')\n"
 
 
