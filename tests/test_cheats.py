@@ -253,7 +253,9 @@ def test_no_hidden_caption_is_seen_through_train_py(
     found = through_run_sh(project, cheat, captions)
     assert found.result["verdict"] == cheat.verdict and bool(re.fullmatch(failed, found.result["reason"])) == raises
     assert "/data/dataset_info.json" in found.log and len(captions) > 150  # it did look, and there was something to see
-    files = [f for f in project.path.rglob("*") if f.is_file() and "data" not in f.relative_to(project.path).parts[:1]]
+    not_seen = ("data", "report.html")  # the report shows a person some validation pairs
+    files = [f for f in project.path.rglob("*") if f.is_file()]
+    files = [f for f in files if f.relative_to(project.path).parts[0] not in not_seen]
     objects = project.git("cat-file", "--batch-all-objects", "--batch-check=%(objectname)").split()
     blobs = [
         subprocess.run(["git", "cat-file", "-p", o], cwd=project.path, capture_output=True).stdout for o in objects
