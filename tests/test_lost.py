@@ -257,7 +257,7 @@ class Sweep:
                  round(rng.uniform(0, self.seconds["kept"]), 2)) for _ in range(MOMENTS)]  # fmt: skip
 
     def deaths(self) -> list[tuple]:
-        """The same, where the engine's client or a container alone is killed at some time of a run that would be kept."""
+        """The same, where the engine's client or a container alone is killed at some time, of runs to be kept."""
         return [("kept", stage, side, "", round(share * seconds, 2)) for stage, seconds in STAGES.items()
                 for side in ALONE for share in DEATHS_AT]  # fmt: skip
 
