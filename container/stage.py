@@ -246,7 +246,7 @@ def embed(out) -> None:
 
 
 def error_of(payload: bytes) -> dict:
-    """What the child says went wrong, reduced to a known exception's name and one line that train.py has: some 14 bits.
+    """What the child says went wrong, reduced to a known exception's name and one line that train.py has: 16 bits.
 
     The child chooses both freely, from captions if it likes; `line` is 0 where it names no line of train.py.
     """
