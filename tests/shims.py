@@ -33,7 +33,10 @@ case $side in
   # the first byte it writes to a file is a deadly signal that git does not catch: its locks and halves stay behind
   inside) (ulimit -c 0 -f 0; exec "$real" "$@"); end; exit 1 ;;
   full) (ulimit -c 0 -f 0; exec "$real" "$@"); exit 1 ;; # that alone: a disk that is full just then
-  meanwhile) env -i HOME="${HOME-}" PATH="${PATH#*:}" bash -e "$dir/meanwhile" >&2; exec "$real" "$@" ;;
+  meanwhile) # where a user would be; containers start in a folder of their own
+    env -i HOME="${HOME-}" PATH="${PATH#*:}" bash -ec 'cd "$(git rev-parse --show-toplevel)"; . "$0"' "$dir/meanwhile" >&2
+    exec "$real" "$@"
+    ;;
   refused) exit 125 ;;
 esac
 # the client or its container alone, some time after it has started
