@@ -471,6 +471,7 @@ def test_a_thousand_experiments_cost_no_time(sweep: Sweep, tmp_path, monkeypatch
     seconds: dict = {2: [], RECORDED: []}
     for count in seconds:
         project = copy(sweep.bases["kept"], tmp_path / str(count))
+        project.git("checkout", "-q", "HEAD", "train.py")  # the made-up baseline
         if count > 2:
             mark, real = project.trailers("refs/experiments/2")["Comparable"], made_up.Day.add
             monkeypatch.setattr(made_up.Day, "add", lambda day, *a, **k: real(day, *a, **{"comparable": mark, **k}))
@@ -478,6 +479,9 @@ def test_a_thousand_experiments_cost_no_time(sweep: Sweep, tmp_path, monkeypatch
         project.edit("until: 40", f"until: {2 * RECORDED}", "program.md")
         project.git("commit", "-qm", "a longer plan", "program.md")
         assert len(project.experiments()) >= count
+        sweep.shims.arm("train", "refused")
+        project.write("train.py", "IDEA = 'first'\n")
+        project.experiment("where the incumbent is due to be measured once more, that is tried now", timeout=LIMIT_S)
     for i in range(TIMES):
         for count, took in seconds.items():
             project = Project(tmp_path / str(count))
