@@ -34,7 +34,8 @@ case $side in
   inside) (ulimit -c 0 -f 0; exec "$real" "$@"); end; exit 1 ;;
   full) (ulimit -c 0 -f 0; exec "$real" "$@"); exit 1 ;; # that alone: a disk that is full just then
   meanwhile) # where a user would be; containers start in a folder of their own
-    env -i HOME="${HOME-}" PATH="${PATH#*:}" bash -ec 'cd "$(git rev-parse --show-toplevel)"; . "$0"' "$dir/meanwhile" >&2
+    at_the_top='cd "$(git rev-parse --show-toplevel)"; . "$0"'
+    env -i HOME="${HOME-}" PATH="${PATH#*:}" bash -ec "$at_the_top" "$dir/meanwhile" >&2
     exec "$real" "$@"
     ;;
   refused) exit 125 ;;

@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT / "container"))
 import engine
 
 MAIN = '\n\nif __name__ == "__main__":\n'
-SAMPLE = 6
+SAMPLE = 4
 CAPTIONS = """
 import datasets, json, pathlib
 read = lambda name: set(datasets.load_from_disk(f"/prints/{name}")["caption"])
