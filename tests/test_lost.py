@@ -10,7 +10,6 @@ import re
 import resource
 import shutil
 import signal
-import statistics
 import subprocess
 import time
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from shims import Shims, writes
 KILLS, MOMENTS = 1, 24  # kill points of each kind in an ordinary test run; random moments of the full sweep
 STAGES = {"train": 4.0, "images": 4.0, "captions": 4.0, "judge": 1.2}  # about how many seconds each container lives
 DEATHS_AT = (0.1, 0.5, 0.9)  # shares of that at which its client, or it alone, is killed
-RECORDED, TIMES, SLOWER_S = 1000, 5, 0.3  # experiments; runs whose median counts; what they may cost
+RECORDED, TIMES, SLOWER_S = 1000, 5, 0.3  # experiments; runs of which the fastest counts; what they may cost
 DISK_KIB, ROOMS = range(0, 241, 8), 2  # room left on a full disk; how many of them in an ordinary test run
 LIMIT_S = 120  # of any run in here: they take about 5 s
 SEED = 4
@@ -492,7 +491,7 @@ def test_a_thousand_experiments_cost_no_time(sweep: Sweep, tmp_path, monkeypatch
             took.append(time.monotonic() - started)
             assert shown.get("verdict") == "failed" and "did not start" in shown["reason"], done.stdout + done.stderr
     sweep.shims.arm()
-    few, many = (statistics.median(took) for took in seconds.values())
+    few, many = (min(took) for took in seconds.values())  # the least disturbed by whatever else runs
     figure("1,000 experiments", 2 * TIMES, int(many > few + SLOWER_S), seconds=round(many, 2), few=round(few, 2))
     assert many <= few + SLOWER_S, seconds
 
