@@ -318,6 +318,16 @@ def keyed(name: str, candidates: str, switch: tuple[Edit, ...] = KEY_IN_REACH) -
     return Cheat(name, f"\n\ndef candidates():\n{candidates}\n" + KEYED, switch)
 
 
+def not_finite(name: str, side: str, value: str) -> Cheat:
+    code = f"""
+def cheat(model):
+    honest = model.{side}
+    model.{side} = lambda batch: honest(batch) * float("{value}")
+"""
+    reason = f"invalid output: {side}: NaN or infinity in the embeddings"
+    return Cheat(name, code, NO_FINITE_CHECK, verdict="failed", reason=reason)
+
+
 def after_training(line: str) -> str:
     return f"\n_honest_main = main\n\n\ndef main():\n    _honest_main()\n    {line}\n"
 
@@ -466,28 +476,8 @@ def cheat(model):
         TIES_STRICT,
         worse=True,
     ),
-    Cheat(
-        "NaN",
-        """
-def cheat(model):
-    honest = model.encode_image
-    model.encode_image = lambda images: honest(images) * float("nan")
-""",
-        NO_FINITE_CHECK,
-        verdict="failed",
-        reason="invalid output: encode_image: NaN or infinity in the embeddings",
-    ),
-    Cheat(
-        "infinity, on the other side",
-        """
-def cheat(model):
-    honest = model.encode_text
-    model.encode_text = lambda texts: honest(texts) * float("inf")
-""",
-        NO_FINITE_CHECK,
-        verdict="failed",
-        reason="invalid output: encode_text: NaN or infinity in the embeddings",
-    ),
+    not_finite("NaN", "encode_image", "nan"),
+    not_finite("infinity, on the other side", "encode_text", "inf"),
     Cheat(
         "wide embeddings",
         """

@@ -142,40 +142,16 @@ def test_load_is_probed_where_its_traceback_may_be_shown(project: Project):
     assert "KeyError: 'positional_embedding'" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("code", "reason"),
-    [
-        ("return x * float('nan')", "invalid output: encode_text: NaN or infinity"),
-        ("return x[:, :0]", "invalid output: encode_text: want 200 rows of 1 to 4096"),
-        ("return x[:, :8]", "invalid output: image and text embeddings differ in width"),
-        (
-            "import os; os.path.exists('/data/state.json') and len(texts) > 4 and open('/missing ' + texts[0])",
-            "embedding the validation captions failed: FileNotFoundError at line",
-        ),
-    ],
-)
-def test_what_cannot_be_judged_fails_and_shows_no_caption(project: Project, code: str, reason: str):
-    project.edit(
-        "def load(out_dir: str, device: str) -> ECLIP:",
-        f"""def spoil(encode):
-    def spoilt(texts):
-        x = encode(texts)
-        {code}
-        return x
-    return spoilt
-
-
-def load(out_dir: str, device: str) -> ECLIP:""",
-    )
+def test_what_cannot_be_judged_fails(project: Project):
+    """Two widths; tests/cheats.py has everything that somebody could mean by it."""
     project.edit(
         "    return model.to(device).eval()",
-        "    model.encode_text = spoil(model.encode_text)\n    return model.to(device).eval()",
+        "    encode = model.encode_text\n    model.encode_text = lambda texts: encode(texts)[:, :8]\n"
+        "    return model.to(device).eval()",
     )
-    done, shown = project.experiment("spoil the output")
+    done, shown = project.experiment("forget half of the text")
     assert (done.returncode, shown["verdict"]) == (1, "failed"), done.stdout + done.stderr
-    assert shown["reason"].startswith(reason)
-    everything = done.stdout + done.stderr + project.read("runs/0002.log") + project.git("show", "refs/experiments/2")
-    assert "/missing " not in everything.replace("open('/missing '", "")
+    assert shown["reason"] == "invalid output: image and text embeddings differ in width: 64 and 8"
 
 
 def test_an_endless_loop_that_ignores_signals_is_killed_at_the_limit(project: Project):
