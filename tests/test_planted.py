@@ -102,6 +102,7 @@ class Traps:
             "ENV": self.make("ENV", ":"),
             "BASH_FUNC_git%%": f"() {{ printf 'function\\n' >>{self.log}; }}",
             "AR_ENGINE": "podman",
+            "AR_PLAN": str(self.folder / "no-such-plan.md"),
             **{k: self.make(k) for k in ("GIT_EXTERNAL_DIFF", "GIT_PAGER", "PAGER", "GIT_EDITOR", "GIT_SSH_COMMAND")},
             "GIT_CONFIG_COUNT": "1",
             "GIT_CONFIG_KEY_0": "core.hooksPath",
@@ -184,7 +185,7 @@ def test_the_hooks_spring_nothing_and_nothing_is_widened(project: Project, traps
     """settings.local.json sets the environment of everything that the client starts."""
     log = tmp_path / "runs.log"
     (project.path / "run.sh").write_text(f"#!/bin/bash -p\necho run >>{log}\n")
-    names = ("PYTHONPATH", "PYTHONSTARTUP", "PATH", "GIT_EXTERNAL_DIFF", "GIT_CONFIG_COUNT", "GIT_CONFIG_KEY_0",
+    names = ("AR_PLAN", "PYTHONPATH", "PYTHONSTARTUP", "PATH", "GIT_EXTERNAL_DIFF", "GIT_CONFIG_COUNT", "GIT_CONFIG_KEY_0",
              "GIT_CONFIG_VALUE_0")  # fmt: skip
     env = {k: v for k, v in traps.environment(tmp_path / "home").items() if k in names}
     (traps.folder / "bin/git").unlink()  # which the client runs for itself

@@ -10,6 +10,7 @@ in a row that brought no experiment. What is on is kept in runs/session/<convers
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
@@ -19,6 +20,7 @@ sys.dont_write_bytecode = True
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import record  # noqa: E402
 
+os.environ.pop("AR_PLAN", None)  # run.sh's own; in a hook it could only be a planted one
 SESSIONS = record.ROOT / "runs" / "session"
 IDLE_TURNS = 3
 GO_ON = ("Next experiment: read what the last result taught, write one line under '## Next experiment' in "
