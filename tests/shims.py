@@ -32,7 +32,7 @@ case $side in
   after) "$real" "$@"; status=$?; end; exit "$status" ;;
   # the first byte it writes to a file is a deadly signal that git does not catch: its locks and halves stay behind
   inside) (ulimit -c 0 -f 0; exec "$real" "$@"); end; exit 1 ;;
-  full) (ulimit -c 0 -f 0; exec "$real" "$@"); exit 1 ;; # that alone: a disk that is full just then
+  full) (ulimit -c 0 -f 0; exec "$real" "$@"); exit ;; # that alone: a disk that is full just then
   meanwhile) # where a user would be; containers start in a folder of their own
     at_the_top='cd "$(git rev-parse --show-toplevel)"; . "$0"'
     env -i HOME="${HOME-}" PATH="${PATH#*:}" bash -ec "$at_the_top" "$dir/meanwhile" >&2

@@ -125,7 +125,7 @@ def test_large_images_start_from_published_weights(tmp_path: Path):
     weights = project.path / "data" / "weights"
     weights.mkdir()
     limits = {"memory": "4g", "limit_s": 120, "mounts": {}, "gpu": False, "writable": weights}
-    argv = engine.sandbox("ar-test-weights", engine.find_image(), ["python", "-c", WEIGHTS], **limits)
+    argv = engine.sandbox(f"ar-{os.getpid()}-weights", engine.find_image(), ["python", "-c", WEIGHTS], **limits)
     subprocess.run(argv, stdin=subprocess.DEVNULL, check=True, timeout=120)
     for file in weights.iterdir():
         file.chmod(0o644)  # as the data step leaves them; safetensors' own files are for their owner only

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -19,7 +20,7 @@ def test_inside_the_image():
     if shared.is_dir():
         mounts["/shared"] = shared  # third-party data, where it is there
     argv = engine.sandbox(
-        "ar-test-inside",
+        f"ar-{os.getpid()}-inside",
         engine.find_image(),
         [
             "env",

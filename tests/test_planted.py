@@ -185,8 +185,8 @@ def test_the_hooks_spring_nothing_and_nothing_is_widened(project: Project, traps
     """settings.local.json sets the environment of everything that the client starts."""
     log = tmp_path / "runs.log"
     (project.path / "run.sh").write_text(f"#!/bin/bash -p\necho run >>{log}\n")
-    names = ("AR_PLAN", "PYTHONPATH", "PYTHONSTARTUP", "PATH", "GIT_EXTERNAL_DIFF", "GIT_CONFIG_COUNT", "GIT_CONFIG_KEY_0",
-             "GIT_CONFIG_VALUE_0")  # fmt: skip
+    names = ("AR_PLAN", "PYTHONPATH", "PYTHONSTARTUP", "PATH", "GIT_EXTERNAL_DIFF", "GIT_CONFIG_COUNT",
+             "GIT_CONFIG_KEY_0", "GIT_CONFIG_VALUE_0")  # fmt: skip
     env = {k: v for k, v in traps.environment(tmp_path / "home").items() if k in names}
     (traps.folder / "bin/git").unlink()  # which the client runs for itself
     local = {"env": env, "permissions": {"allow": ["Bash", "Write", "Read"]}}
