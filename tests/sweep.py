@@ -30,8 +30,8 @@ WHERE = {  # what is killed, and when
     "container": "a container alone",
 }
 ALONE = ("client", "container")
-# A train.py that takes no time: guesses drawn with SEED, or words fitted to rough pixels, far better than chance or, with
-# the sign turned, far worse.
+# A train.py that takes no time: guesses drawn with SEED, or words fitted to rough pixels, far better than chance or,
+# with the sign turned, far worse.
 QUICK = '''"""A train.py that takes no time."""
 import os
 import zlib
