@@ -18,8 +18,10 @@ metric: median_rank
 - budget: 300 s
 memory: 12 GB
 confirm_below: 1.5
-stop: 40 experiments, 9.5 hours
+stop: 40 experiments, 9.5 hours, 07:30, 20M tokens, 15.5 USD
 cooldown: 5
+devices: 2
+launch: srun --gres=gpu:1 -p night
 
 Note: prose may use colons after an empty line.
 
@@ -42,7 +44,14 @@ We try big things: all of them.
 def test_a_whole_plan():
     plan = program.parse(PLAN)
     assert (plan.data, plan.metric, plan.budget, plan.memory, plan.cooldown) == ("prints", "median_rank", 300, "12g", 5)
-    assert plan.confirm_below == 1.5 and plan.stop == {"experiments": 40, "hours": 9.5}
+    assert plan.confirm_below == 1.5 and plan.stop == {
+        "experiments": 40,
+        "hours": 9.5,
+        "clock": "07:30",
+        "tokens": 20_000_000,
+        "usd": 15.5,
+    }
+    assert (plan.devices, plan.launch) == (2, ["srun", "--gres=gpu:1", "-p", "night"])
     first, second = plan.phases
     assert (first.number, first.name, first.until) == (1, "get the baseline right", {"experiments": 12, "discards": 6})
     assert (second.name, second.web, second.changes, second.patience) == (
@@ -52,6 +61,8 @@ def test_a_whole_plan():
         3,
     )
     assert second.until == {}
+    assert first.text == "until: 12 experiments, 6 discards\n\nIdeas: learning rate."
+    assert second.text.startswith("web: arxiv") and second.text.endswith("all of them.")
 
 
 def test_the_shipped_plan_reads_and_has_five_phases():
@@ -78,17 +89,21 @@ def test_fenced_code_is_prose():
         ("12 GB", "12 MB", "line 7: memory: 12 MB: want a size of at least 500 MB"),
         ("1.5\n", "-1\n", "line 8: confirm_below: -1: want a number"),
         ("40 experiments, 9.5 hours", "soon", "line 9: stop: soon"),
-        ("40 experiments, 9.5 hours", "4 hours, 5 hours", "line 9: stop"),
-        ("12 experiments, 6 discards", "12 hours", "line 15: until: 12 hours: want '12 experiments', '6 discards'"),
-        ("12 experiments, 6 discards", "1.5 experiments", "line 15: until: 1.5 experiments"),
+        ("07:30", "25:00", "line 9: stop"),
+        ("07:30", "07:30, 08:30", "line 9: stop"),
+        ("devices: 2", "devices: 0", "line 11: devices: 0: want how many"),
+        ("srun --gres", "srun; rm", "line 12: launch"),
+        ("40 experiments, 9.5 hours, 07:30", "4 hours, 5 hours", "line 9: stop"),
+        ("12 experiments, 6 discards", "12 hours", "line 17: until: 12 hours: want '12 experiments', '6 discards'"),
+        ("12 experiments, 6 discards", "1.5 experiments", "line 17: until: 1.5 experiments"),
         ("cooldown: 5", "cooldown: 5\ndata: prints", "line 11: a second 'data'"),
-        ("## Phase 2 - moonshots", "## Phase two", "line 22: want '## Phase N — name'"),
-        ("## Phase 2 - moonshots", "## Phase 2 — get the baseline right", "line 22: a second phase named"),
-        ("arxiv.org, github.com", "https://arxiv.org", "line 23: web: https://arxiv.org: want domain names"),
-        ("arxiv.org, github.com", "127.0.0.1", "line 23: web"),
-        ("changes: many", "changes: some", "line 24: changes: some: want one or many"),
+        ("## Phase 2 - moonshots", "## Phase two", "line 24: want '## Phase N — name'"),
+        ("## Phase 2 - moonshots", "## Phase 2 — get the baseline right", "line 24: a second phase named"),
+        ("arxiv.org, github.com", "https://arxiv.org", "line 25: web: https://arxiv.org: want domain names"),
+        ("arxiv.org, github.com", "127.0.0.1", "line 25: web"),
+        ("changes: many", "changes: some", "line 26: changes: some: want one or many"),
         ("## Settings", "## Setting", "no '## Settings' section"),
-        ("## Something else", "## Settings", "line 19: a second '## Settings'"),
+        ("## Something else", "## Settings", "line 21: a second '## Settings'"),
     ],
 )
 def test_errors_name_the_line_and_what_is_wanted(old: str, new: str, message: str):

@@ -25,10 +25,15 @@ class ProgramError(ValueError):
 
 @dataclass
 class Phase:
-    """One phase of the plan. until: {"experiments": n, "discards": n}, either of which ends it; {} never ends."""
+    """One phase of the plan. until: {"experiments": n, "discards": n}, either of which ends it; {} never ends.
+
+    text: all that stands under its heading. patience: how many experiments in a row may lose, each built on the one
+    before, until train.py is the incumbent again; below 2 none is built upon.
+    """
 
     number: int
     name: str
+    text: str = ""
     until: dict = field(default_factory=dict)
     web: list = field(default_factory=list)
     patience: int = 0
@@ -37,7 +42,10 @@ class Phase:
 
 @dataclass
 class Program:
-    """The settings and phases. Sizes in engine notation, times in seconds, confirm_below in sigmas."""
+    """The settings and phases. Sizes in engine notation, times in seconds, confirm_below in sigmas.
+
+    stop: {"experiments": n, "hours": h, "clock": "07:30", "tokens": n, "usd": x}, any of which ends the loop.
+    """
 
     phases: list
     data: str = "prints"
@@ -48,14 +56,21 @@ class Program:
     stop: dict = field(default_factory=dict)
     cooldown: int = 0
     final_budget: int = 0  # of ./run.sh final; 0: four times the budget
+    devices: int = 0  # how many experiments may train at once; 0: one for each GPU
+    launch: list = field(default_factory=list)  # words before every container's command: srun and its options
 
 
 def amounts(text: str) -> dict:
-    """'12 experiments, 6 discards' -> {"experiments": 12, "discards": 6}; hours may be fractions."""
-    pairs = [part.split() for part in text.split(",")]
-    found = {unit.rstrip("s") + "s": float(n) if "hour" in unit else int(n) for n, unit in pairs}
-    if len(found) < len(pairs):
-        raise ValueError("the same unit twice")
+    """'12 experiments, 6 discards' -> {"experiments": 12, "discards": 6}; hours and USD may be fractions."""
+    found = {}
+    for part in (p.strip() for p in text.split(",")):
+        n, _, unit = part.partition(" ")
+        key = unit.strip().rstrip("s").lower() + "s" if unit else "clock"
+        key = {"usds": "usd"}.get(key, key)
+        if key in found:
+            raise ValueError("the same unit twice")
+        scale = {"k": 10**3, "M": 10**6}.get(n[-1], 1)
+        found[key] = n if key == "clock" else float(n) if key in ("hours", "usd") else int(n.rstrip("kM")) * scale
     return found
 
 
@@ -64,6 +79,7 @@ def several(amount: str) -> str:
 
 
 COUNT, DISCARDS, HOURS = r"\d+ experiments?", r"\d+ discards?", r"\d+(\.\d+)? hours?"
+CLOCK, TOKENS, COST = r"([01]\d|2[0-3]):[0-5]\d", r"\d+[kM]? tokens?", r"\d+(\.\d+)? USD"
 DOMAIN = r"([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,63}"
 SECONDS = (r"\d{1,5}( ?s| seconds)?", lambda t: int(re.match(r"\d+", t)[0]))
 # key: what a value looks like, how it is read, what to say when it does not
@@ -74,9 +90,12 @@ SETTINGS = {
     "memory": (r"\d+ ?[Gg][Bb]?|(\d{4,}|[5-9]\d\d) ?[Mm][Bb]?", lambda t: t.replace(" ", "").lower().rstrip("b"),
                "a size of at least 500 MB, such as 8 GB"),
     "confirm_below": (r"\d+(\.\d+)?", float, "a number of sigmas, such as 2"),
-    "stop": (several(f"({COUNT}|{HOURS})"), amounts, "'40 experiments', '9.5 hours', or both with a comma"),
+    "stop": (several(f"({COUNT}|{HOURS}|{CLOCK}|{TOKENS}|{COST})"), amounts,
+             "some of '40 experiments, 9.5 hours, 07:30, 20M tokens, 15 USD'"),
     "cooldown": (*SECONDS, "a whole number of seconds"),
     "final_budget": (*SECONDS, "a whole number of seconds"),
+    "devices": (r"[1-9]\d?", int, "how many experiments may train at once, 1 to 99"),
+    "launch": (r"[A-Za-z0-9_./=:,@+% -]{1,200}", str.split, "a command and its options, such as srun --gres=gpu:1"),
 }
 PHASE_KEYS = {
     "until": (several(f"({COUNT}|{DISCARDS})"), amounts, "'12 experiments', '6 discards', or both with a comma"),
@@ -89,13 +108,18 @@ PHASE_KEYS = {
 def parse(text: str) -> Program:
     """Read the text of program.md. Raises ProgramError."""
     settings, phases, target, keys, seen_settings = {}, [], None, {}, False
-    fenced = False
+    fenced, section = False, []
     for n, line in enumerate(text.splitlines(), 1):
+        heading = not fenced and HEADING.match(line)
+        if heading:
+            section = []
+        else:
+            section.append(line)
         if line.lstrip().startswith(("```", "~~~")):
             fenced, target = not fenced, None
         elif fenced:
             continue
-        elif heading := HEADING.match(line):
+        elif heading:
             target = None
             if heading[1].lower() == "settings":
                 if seen_settings:
@@ -104,7 +128,7 @@ def parse(text: str) -> Program:
             elif heading[1].lower().startswith("phase"):
                 target, keys = {}, PHASE_KEYS
                 phases.append(target)
-                target["heading"] = phase_heading(heading[1], n, [p["heading"][1] for p in phases[:-1]])
+                target["heading"] = (*phase_heading(heading[1], n, [p["heading"][1] for p in phases[:-1]]), section)
         elif target is not None and line.strip():
             pair = PAIR.match(line)
             if pair:
@@ -116,8 +140,8 @@ def parse(text: str) -> Program:
         raise ProgramError("program.md: no '## Settings' section; see README, 'program.md'")
     if not phases:
         raise ProgramError("program.md: no '## Phase 1 — name' section; see README, 'program.md'")
-    built = [Phase(*p.pop("heading"), **p) for p in phases]
-    return Program(built, **settings)
+    built = [(*p.pop("heading"), p) for p in phases]
+    return Program([Phase(n, name, "\n".join(lines).strip(), **p) for n, name, lines, p in built], **settings)
 
 
 def phase_heading(text: str, n: int, names: list) -> tuple:
