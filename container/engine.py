@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The container engine: find it, build the image, start a sandbox, sweep up. Host side, standard library only.
 
-usage: engine.py name | image | sweep | data FOLDER NAME ...
+usage: engine.py name | gpus | image | sweep | data FOLDER NAME ...
 
 `name` prints podman or docker, `image` builds what is missing and prints its id, `sweep` removes what a killed
 run left behind, `data` makes data/NAME. When something is missing: one line, exit 2 (3 where ./run.sh setup helps).
@@ -91,11 +91,21 @@ def limits_hold() -> bool:
 
 
 @functools.lru_cache(maxsize=None)
+def gpus() -> int:
+    """How many GPUs this machine has."""
+    listed = run(["nvidia-smi", "-L"]) if shutil.which("nvidia-smi") else None
+    return listed.stdout.count("GPU ") if listed and listed.returncode == 0 else 0
+
+
 def gpu_flags() -> tuple[str, ...]:
-    """Flags that pass the GPU through, none without one. podman 4 ignores --gpus without a word, so it gets CDI."""
-    if not shutil.which("nvidia-smi") or run(["nvidia-smi", "-L"]).returncode:
+    """Flags that pass the GPU of this run through, none without one.
+
+    podman 4 ignores --gpus without a word, so it gets CDI. AR_DEVICE is the number of the lock that run.sh holds.
+    """
+    if not gpus():
         return ()
-    return ("--device", "nvidia.com/gpu=all") if name() == "podman" else ("--gpus", "all")
+    one = int(os.environ.get("AR_DEVICE") or 0) % gpus()
+    return ("--device", f"nvidia.com/gpu={one}") if name() == "podman" else ("--gpus", f"device={one}")
 
 
 def caller() -> str:
@@ -103,10 +113,11 @@ def caller() -> str:
     return "0:0" if rootless() else f"{os.getuid()}:{os.getgid()}"
 
 
-def label() -> str:
-    """The mark of this repository's containers, the same in all its worktrees."""
-    common = run(["git", "-C", str(HERE), "rev-parse", "--path-format=absolute", "--git-common-dir"]).stdout.strip()
-    return "autoresearch=" + hashlib.sha256(common.encode()).hexdigest()[:12]
+def label(whole_repository: bool = False) -> str:
+    """The mark of this worktree's containers, or of those that there is one of in all worktrees."""
+    which = "--git-common-dir" if whole_repository else "--git-dir"
+    folder = run(["git", "-C", str(HERE), "rev-parse", "--path-format=absolute", which]).stdout.strip()
+    return "autoresearch=" + hashlib.sha256(folder.encode()).hexdigest()[:12] + "-background" * whole_repository
 
 
 def sandbox(container: str, image: str, command: list[str], *, memory: str, limit_s: int, mounts: dict,
@@ -121,7 +132,7 @@ def sandbox(container: str, image: str, command: list[str], *, memory: str, limi
     """
     flags = [*client(), "run", "--rm", "-i", "--name", container, "--network", network,
              "--stop-signal", "SIGKILL",  # PID 1 ignores any other, and podman rm -f would wait 10 s for it
-             "--label", label() + ("-background" if background else ""),
+             "--label", label(background),
              "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges",
              "--security-opt", f"seccomp={HERE / 'seccomp.json'}", "--user", caller() if writable else UID,
              "--pids-limit", str(PIDS), "--memory", memory, "--memory-swap", memory,
@@ -164,7 +175,7 @@ def sweep() -> None:
 
 def in_background() -> bool:
     """Whether a background container of this repository runs."""
-    return bool(run([*client(), "ps", "-q", "--filter", f"label={label()}-background"]).stdout.strip())
+    return bool(run([*client(), "ps", "-q", "--filter", f"label={label(True)}"]).stdout.strip())
 
 
 def image_tag(base: str) -> str:
@@ -277,8 +288,8 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-COMMANDS = {"name": lambda: print(name()), "image": lambda: print(image()), "sweep": sweep,
-            "data": lambda *args: sys.exit(data(*args))}
+COMMANDS = {"name": lambda: print(name()), "gpus": lambda: print(gpus()), "image": lambda: print(image()),
+            "sweep": sweep, "data": lambda *args: sys.exit(data(*args))}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:

@@ -132,7 +132,7 @@ def gather() -> tuple[dict, Path]:
                      ("ranks", "examples")} for side, r in (("baseline", base), ("best", best))}
     return {"metric": state.plan.metric.replace("_", " "), "sigma": record.sigma(list(groups.values())),
             "phases": [p.name for p in state.plan.phases], "data": state.plan.data, "budget": state.plan.budget,
-            "now": int(time.time()), "running": record.running(), "experiments": rows, "arrays": arrays,
+            "now": int(time.time()), "running": record.running_line(), "experiments": rows, "arrays": arrays,
             "baseline": base.n, "best": best.n, "diffs": DIFFS}, state.data
 
 

@@ -126,6 +126,7 @@ publish() {
   take_lock
   IMAGE=$(py container/engine.py image) || exit "$REFUSED"
   recover
+  take_device "$(py .claude/hooks/program.py | sed -n 's/^ "devices": \([0-9]*\),$/\1/p')"
   rm -rf final/work.* && mkdir -p final
   WORK=$(mktemp -d final/work.XXXXXX)
   python3 -I container/audit.py "$WORK" "$IMAGE" "$@" >"$WORK/shown" 9>&- & # our own child, as in run.sh

@@ -45,7 +45,7 @@ def test_baseline_is_run_twice_and_recorded(measured: Project):
     assert len(trailers["Mean-Rank-Runs"].split()) == 2 and len(set(trailers["Seed"].split())) == 2
     files = measured.git("ls-tree", "--name-only", "refs/experiments/1:experiment").split()
     arrays = ["examples-2.npy", "examples.npy", "ranks-2.npy", "ranks.npy"]
-    assert sorted(files) == [*arrays, "result.json", "train.log"]
+    assert sorted(files) == sorted([*arrays, "program.md", "result.json", "train.log"])
     assert measured.git("rev-parse", "HEAD^{tree}") != "" and measured.git("status", "--porcelain") == ""
 
 

@@ -52,6 +52,7 @@ def context(event: str, text: str) -> dict:
 def session_start(call: dict) -> dict:
     """Tell a conversation that begins, resumes or was compacted where things stand."""
     on = load(call).get("on")
+    record.news_of_the_plan()  # CLAUDE.md shows the agent the plan as it is now
     tail = "The loop is on. " + GO_ON if on else "The loop is off until the person types: start"
     return context("SessionStart", record.brief(record.State()) + "\n" + tail)
 
@@ -111,7 +112,7 @@ def reason_to_end(session: dict, state: record.State) -> str:
 def statusline() -> str:
     state = record.State()
     parts = [f"#{state.newest}", f"{state.plan.metric} {state.best_line()}", f"phase {state.phase_line()}"]
-    return " | ".join(filter(None, [*parts, record.running()]))
+    return " | ".join(filter(None, [*parts, record.running_line()]))
 
 
 EVENTS = {"SessionStart": session_start, "UserPromptSubmit": prompt, "Stop": stop}

@@ -6,6 +6,8 @@ need, so one git call reads the whole history. Nothing else is stored: phase, in
 from __future__ import annotations
 
 import contextlib
+import difflib
+import functools
 import hashlib
 import json
 import math
@@ -27,10 +29,14 @@ WILD = 4  # sigmas so far: what lies further apart counts as this much
 MARGIN = 0.25  # sigmas by which a candidate must win, seen once or twice
 REMEASURE_AFTER = 10  # discards in a row
 MAX_INCUMBENT_RUNS = 4
+PLAN_AFTER = 5  # discards in a row; and at the start of a phase
+RENAMED = 0.6  # likeness of the texts of two phases from which on one is the other under a new name
 COUNTED = ("kept", "discarded", "failed")  # what a phase and `stop` count
 DATA_FORMAT = 2  # of info.json, as prepare_data.py writes it
 SEEN = ROOT / "runs" / "data.json"  # the data files whose content was found to be right
+PLAN, TOLD = ROOT / "program.md", ROOT / "runs" / "session" / "program.md"  # the plan, and as the agent last saw it
 MADE_OF = ("container/judge.py", "container/stage.py", "container/seccomp.json")  # the judge, for comparability
+CHAIN = re.compile(r"(\d+) of (\d+) on ([0-9a-f]{9})(, goes on)?")
 TRAILER = re.compile(r"([A-Z][A-Za-z-]*): (.*)")
 SERIES = {"mean_rank": "Mean-Rank-Runs", "median_rank": "Median-Rank-Runs"}
 # as in run.sh: nothing that planted settings or variables could make git run
@@ -52,7 +58,7 @@ class Record:
     trailers: dict
 
     def __getattr__(self, name: str) -> str:
-        """record.verdict, .hypothesis, .phase, .train (blob), .comparable, .change, .reason; '' when absent."""
+        """record.verdict, .hypothesis, .phase, .train (blob), .change, .branch, .chain, ...; '' when absent."""
         return self.trailers.get(name.capitalize(), "")
 
     def values(self, metric: str) -> list:
@@ -134,7 +140,7 @@ class State:
 
     def __init__(self, image: str = ""):
         """image: what would run; without it (hooks) what the newest record was compared with is today's."""
-        self.image, self.plan = image, program.read(Path(os.environ.get("AR_PLAN", ROOT / "program.md")))
+        self.image, self.plan = image, program.read(Path(os.environ.get("AR_PLAN", PLAN)))
         self.all = records()
         self.newest = self.all[-1].n if self.all else 0
         self.data = data_folder(self.plan.data)
@@ -143,17 +149,34 @@ class State:
         self.mine = [r for r in self.all if r.comparable == self.comparable]
         self.counted = [r for r in self.mine if r.verdict in COUNTED and "By-Hand" not in r.trailers]
         self.head_blob = git("rev-parse", "HEAD:train.py", check=False).strip()
-        groups: dict = {}
+        self.branch = git("symbolic-ref", "--short", "-q", "HEAD", check=False).strip() or "detached"
+        self.here = [r for r in self.counted if r.branch in ("", self.branch)]  # worktrees share the record
+        self.groups: dict = {}  # every run of a train.py, by its blob
         for r in self.mine:
-            groups.setdefault(r.train, []).extend(self.values(r))
-        self.incumbent = groups.get(self.head_blob, [])
-        self.sigma = sigma(list(groups.values()))
+            self.groups.setdefault(r.train, []).extend(self.values(r))
+        self.incumbent = self.groups.get(self.head_blob, [])
+        self.sigma = sigma(list(self.groups.values()))
 
     def values(self, r: Record) -> list:
         return r.values(self.plan.metric)
 
     def in_phase(self, name: str) -> list:
-        return [r for r in self.counted if r.phase == name]
+        return [r for r in self.counted if self.renamed.get(r.phase, r.phase) == name]
+
+    @functools.cached_property
+    def renamed(self) -> dict:
+        """Old name -> new name of a phase: the record's plan of then has the text that stands under the new name."""
+        names, found = [p.name for p in self.plan.phases], {}
+        for r in {r.phase: r for r in self.counted if r.phase and r.phase not in names}.values():
+            try:
+                old = program.parse(git("cat-file", "blob", f"refs/experiments/{r.n}:experiment/program.md"))
+            except (Refused, program.ProgramError):
+                continue
+            text = next((p.text for p in old.phases if p.name == r.phase), "")
+            new = [p for p in self.plan.phases if p.name not in [o.name for o in old.phases]]
+            likeness = {p.name: difflib.SequenceMatcher(None, text, p.text).ratio() for p in new}
+            found |= {r.phase: max(likeness, key=likeness.get)} if max(likeness.values(), default=0) > RENAMED else {}
+        return found
 
     def discards_in_a_row(self, rows: list) -> int:
         """Counted from the newest; a failure counts, a keep ends it."""
@@ -174,8 +197,9 @@ class State:
         if not p:
             return "all phases of program.md are done"
         of = p.until.get("experiments")
+        chain = f", chain {self.link} of at most {p.patience}" if self.link else ""
         return (f"{self.plan.phases.index(p) + 1} of {len(self.plan.phases)} ({p.name}), "
-                f"{len(self.in_phase(p.name))}{f' of {of}' if of else ''} experiments")
+                f"{len(self.in_phase(p.name))}{f' of {of}' if of else ''} experiments{chain}")
 
     def best_line(self) -> str:
         if not self.incumbent:
@@ -185,9 +209,31 @@ class State:
         return (f"{show(now)} ({(now / first - 1) * 100:+.1f} % since the baseline {show(first)}; "
                 f"noise {self.sigma * 100:.1f} % a run)")
 
+    @property
+    def link(self) -> int:
+        """How many losers in a row train.py is built on: a phase with `patience` does not go back at once."""
+        m = CHAIN.fullmatch(self.here[-1].chain) if self.here else None
+        return int(m[1]) if m and m[4] and m[3] == self.head_blob[:9] else 0
+
+    def planner_is_due(self) -> bool:
+        p = self.phase
+        rows = [r for r in self.in_phase(p.name) if r in self.here] if p else []
+        return bool(p) and self.discards_in_a_row(rows) % PLAN_AFTER == 0 and (not rows or rows[-1].verdict != "kept")
+
+    def better_elsewhere(self) -> str:
+        """A line on the best of another branch, if it beats the incumbent; '' if none does."""
+        best = {r.n: geometric(self.groups[r.train]) for r in self.mine
+                if r.verdict == "kept" and r.branch not in ("", self.branch) and self.groups.get(r.train)}
+        n = min(best, key=best.get, default=0)
+        if not n or not self.incumbent or best[n] >= geometric(self.incumbent):
+            return ""
+        branch = next(r.branch for r in self.mine if r.n == n)
+        return f"experiment {n} on branch {branch} has {show(best[n])}; a person takes it over with ./run.sh keep {n}"
+
     def incumbent_is_due(self) -> bool:
         """After every ten discards in a row the incumbent runs again, up to four runs: it may have been lucky."""
-        rows = [r for r in self.mine if r.verdict in ("kept", "discarded", "remeasured", "unmeasured")]
+        rows = [r for r in self.mine if r.verdict in ("kept", "discarded", "remeasured", "unmeasured")
+                and r.branch in ("", self.branch)]
         row = self.discards_in_a_row([r for r in rows if r.verdict in ("kept", "discarded")])
         # once, whether it succeeded or not: one that fails now must not keep every later candidate from running
         return (row > 0 and row % REMEASURE_AFTER == 0 and rows[-1].verdict in ("kept", "discarded")
@@ -262,15 +308,41 @@ def show(value: float) -> str:
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def running() -> str:
-    """The experiment that runs now and how long it may still train, '' when none does."""
+def running(root: Path = ROOT) -> dict:
+    """What runs.json says of the experiment that runs in a worktree now, {} when none does."""
     try:
-        now = json.loads((ROOT / "runs" / "running.json").read_text())
+        now = json.loads((root / "runs" / "running.json").read_text())
         os.kill(now["pid"], 0)
+        return now if now["budget"] and now["started"] and now["what"] else {}
     except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def running_line() -> str:
+    """The experiment that runs now and how long it may still train, '' when none does."""
+    now = running()
+    if not now:
         return ""
     left = min(now["budget"], now["started"] + now["budget"] - time.time())  # the clock may have been set back
     return f"experiment {now['n']} ({now['what']}), " + (f"at most {left:.0f} s left" if left > 0 else "finishing")
+
+
+def other_worktrees() -> list:
+    listed = git("worktree", "list", "--porcelain").splitlines()
+    return [Path(line[9:]) for line in listed if line.startswith("worktree ") and Path(line[9:]) != ROOT]
+
+
+def news_of_the_plan() -> list:
+    """What changed in program.md since the agent was last told, as lines of a diff; remembers that it now has been."""
+    now = PLAN.read_text(encoding="utf-8", errors="replace")
+    before = TOLD.read_text(encoding="utf-8") if TOLD.exists() else ""
+    if now == before:
+        return []
+    TOLD.parent.mkdir(parents=True, exist_ok=True)
+    TOLD.with_suffix(".new").write_text(now, encoding="utf-8")
+    TOLD.with_suffix(".new").replace(TOLD)
+    diff = list(difflib.unified_diff(before.splitlines(), now.splitlines(), n=0, lineterm=""))[2:] if before else []
+    return [clean(line) for line in diff if not line.startswith("@@")]
 
 
 def brief(state: State) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -19,7 +20,8 @@ from pathlib import Path
 sys.dont_write_bytecode = True
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import program  # noqa: E402
-from record import COUNTED, MARGIN, ROOT, Refused, State, clean, gain, geometric, git, rule, running, show  # noqa: E402
+import record  # noqa: E402
+from record import COUNTED, MARGIN, ROOT, Record, Refused, State, clean, gain, geometric, git, rule, show  # noqa: E402
 
 PLACEHOLDER = "write one line here"
 OWN_SEED = "the result does not depend on SEED: take every random number from it, so that a second run means something"
@@ -27,6 +29,8 @@ BY_CHANCE = 50  # pairs: in a smaller gallery two seeds may well give the same r
 MOST_HYPOTHESIS = 100  # characters
 MOST_BLOCK = 1990  # bytes of a result block
 LOG_LINES = 20  # of a failed run, in its block
+MOST_NEWS = 1000  # bytes of a block on what changed in the plan, and on what a new phase asks for
+ASK = "ask the planner (Agent, subagent_type planner) for ideas; then "
 TITLES = {"baseline": "baseline", "remeasured": "the incumbent, measured once more", "unmeasured": "the incumbent"}
 
 
@@ -70,7 +74,8 @@ def plan(agent: str, image: str) -> None:
     kind = "baseline" if not state.incumbent else "candidate" if changed else "remeasure"
     fields = {"kind": kind, "n": state.newest + 1, "blob": blob, "pad": pad, "incumbent": state.head_blob,
               "data": state.data, "budget": state.plan.budget, "memory": state.plan.memory,
-              "cooldown": state.plan.cooldown, "comparable": state.comparable, "idea": idea,
+              "cooldown": state.plan.cooldown, "devices": state.plan.devices, "comparable": state.comparable,
+              "idea": idea,
               "remeasure": int(kind == "candidate" and state.incumbent_is_due())}
     print("\n".join(f"{k}={v}" for k, v in fields.items()))
 
@@ -83,9 +88,13 @@ def new_idea(state: State, blob: str) -> str:
         if r.train == blob:
             raise Refused(f"this very train.py was already judged: experiment {r.n}, {r.verdict}, {state.plan.metric} "
                           f"{show(geometric(state.values(r)))} ({r.hypothesis}); change something else")
-    if judged and judged[-1].hypothesis == idea:
-        raise Refused(f"the hypothesis is still that of experiment {judged[-1].n} ({judged[-1].verdict}); write the "
+    last = next((r for r in reversed(state.here) if r.verdict != "failed"), None)
+    if last and last.hypothesis == idea:
+        raise Refused(f"the hypothesis is still that of experiment {last.n} ({last.verdict}); write the "
                       "new one under '## Next experiment' in scratchpad.md, then run ./run.sh")
+    for other in record.other_worktrees():
+        if record.running(other).get("blob") == blob:
+            raise Refused(f"this very train.py is being judged in the worktree {other.name}; change something else")
     if state.phase is None:
         raise Refused("all phases of program.md are done; a person can raise an `until` or add a phase")
     return idea
@@ -136,8 +145,30 @@ def write(work: str, n: str, kind: str, verdict: str, blob: str, image: str, by_
     if values and kind == "candidate" and state.incumbent:
         g = gain(values, state.incumbent)
         result |= {"percent": round((math.exp(-g) - 1) * 100, 1), "sigmas": round(g / state.sigma, 1)}
+    result |= {"branch": state.branch, "chain": chain(state, result) if kind == "candidate" else "", "web": web(work)}
     Path(work, "result.json").write_text(json.dumps(result, indent=1) + "\n")
     Path(work, "message").write_text(message(result))
+
+
+def chain(state: State, r: dict) -> str:
+    """'2 of 4 on <incumbent>, goes on': which loser in a row this is, and whether the next is built on it.
+
+    '' outside a chain. It ends with a keep, with the phase's `patience`, and with the phase.
+    """
+    link, most = state.link + 1, state.phase.patience if state.phase else 0
+    if r["by_hand"] or most < 2 and link == 1:
+        return ""
+    name = state.phase and state.phase.name
+    state.counted.append(Record(r["experiment"], r["when"], {"Verdict": r["verdict"], "Phase": r["phase"]}))
+    goes_on = r["verdict"] != "kept" and link < most and state.phase and state.phase.name == name
+    return f"{link} of {max(link, most)} on {state.head_blob[:9]}" + (", goes on" if goes_on else "")
+
+
+def web(work: str) -> str:
+    """How much the agent's requests to the web could have carried; WORK/web.log has them, a line each."""
+    log = Path(work, "web.log")
+    sizes = [int(line.split("\t")[2]) for line in log.read_text().splitlines()] if log.exists() else []
+    return f"{len(sizes)} requests, {sum(sizes)} characters" if sizes else ""
 
 
 def message(r: dict) -> str:
@@ -155,25 +186,53 @@ def message(r: dict) -> str:
     if "percent" in r:
         trailers["Change"] = f"{r['percent']:+.1f} % ({r['sigmas']:+.1f} sigma)"
     trailers |= {"Seed": " ".join(str(x["seed"]) for x in r["runs"]), "Phase": r["phase"], "Reason": r["reason"],
-                 "Train": r["train"], "Comparable": r["comparable"], "By-Hand": "yes" if r["by_hand"] else ""}
+                 "Train": r["train"], "Comparable": r["comparable"], "Branch": r["branch"], "Chain": r["chain"],
+                 "Web": r["web"], "By-Hand": "yes" if r["by_hand"] else ""}
     return subject + "\n\n" + "".join(f"{k}: {v}\n" for k, v in trailers.items() if v != "")
 
 
 def block(work: str, commit: str, log: str, image: str) -> None:
     """Print the result block; the last lines of a failed run's log are quoted in it as data."""
-    state, r = State(image), json.loads(Path(work, "result.json").read_text())
+    r, plan = json.loads(Path(work, "result.json").read_text()), os.environ.pop("AR_PLAN", "")
+    try:
+        state = State(image)  # what is edited while this ran is for the next experiment
+    except program.ProgramError:
+        os.environ["AR_PLAN"] = plan
+        state = State(image)
     rows = [("experiment", r["experiment"]), ("verdict", r["verdict"]), ("hypothesis", r["hypothesis"]),
             *metric_rows(r), ("reason", r["reason"]), ("train", training(r["runs"][-1], state.plan.budget))]
-    back = " (in the record; train.py is the incumbent again)" if r["verdict"] in COUNTED[1:] else ""
-    end = [("commit", commit[:9] + back), ("log", log), ("phase", state.phase_line()), ("next", what_next(r, state))]
+    end = [("commit", commit[:9] + what_became_of_it(r)), ("log", log), ("elsewhere", state.better_elsewhere()),
+           ("phase", state.phase_line()), ("next", what_next(r, state))]
     lines, quoted, last = ([f"{k + ':':13} {v}" for k, v in part if v != ""] for part in (rows, [], end))
     if r["reason"]:
         text = Path(ROOT, log).read_bytes()[-6000:].decode("utf-8", "replace")
         quoted = [f"| {clean(x)[:110]}" if x[:1].strip() else f"|   {clean(x)[:110]}" for x in text.splitlines()]
         quoted = [x for x in quoted if x.strip("| ")][-LOG_LINES:]
+    last = [*news(r, state), *last]
     while len("\n".join(["---", *lines, *quoted, *last]).encode()) > MOST_BLOCK and quoted:
         quoted.pop(0)
     print("\n".join(["---", *lines, *quoted, *last]).encode()[:MOST_BLOCK].decode("utf-8", "ignore"))
+
+
+def what_became_of_it(r: dict) -> str:
+    if r["verdict"] not in COUNTED[1:]:
+        return f" (the whole chain of {r['chain'].split()[0]})" if r["chain"] else ""
+    if r["chain"].endswith("goes on"):
+        return f" (in the record; train.py keeps your edit, build on it: {r['chain'].split(' on ')[0]} in this chain)"
+    return f" (in the record; train.py is the incumbent again{', the chain has ended' if r['chain'] else ''})"
+
+
+def news(r: dict, state: State) -> list:
+    """What changed in program.md, and what a phase that has begun asks for."""
+    changed, begun = record.news_of_the_plan(), state.phase if r["phase"] else None
+    lines = ["plan:         program.md has changed:", *(f"  {line}" for line in changed)] if changed else []
+    if begun and begun.name != r["phase"]:
+        lines += [f"new phase:    {begun.name}", *(f"  {line}" for line in map(clean, begun.text.splitlines()) if line)]
+    if len("\n".join(lines).encode()) <= MOST_NEWS:
+        return lines
+    while len("\n".join(lines).encode()) > MOST_NEWS - 40:
+        lines.pop()
+    return [*lines, "  [...] Read program.md for the rest"]
 
 
 def metric_rows(r: dict) -> list:
@@ -211,6 +270,9 @@ def what_next(r: dict, state: State) -> str:
     if state.phase is None:
         return "all phases of program.md are done; say so and stop"
     step = "write the next hypothesis in scratchpad.md, edit train.py, run ./run.sh"
+    step = (ASK if state.planner_is_due() else "") + step
+    if r["verdict"] == "failed" and r["chain"].endswith("goes on"):
+        return f"mend it where it stands, or try something else on top; {step}"
     if r["verdict"] == "failed":
         return f"your edit is in runs/{r['experiment']:04d}.diff: make it again, mended, or drop the idea; then {step}"
     return f"note in scratchpad.md what this taught; then {step}" if r["verdict"] == "discarded" else step
@@ -224,7 +286,11 @@ def tsv() -> None:
             continue  # an audit or a final: numbers that the loop must not see
         old = "" if r.comparable == state.comparable else " (not comparable)"
         value = show(geometric(state.values(r))) if state.values(r) else r.reason.split(":")[0]
-        print("\t".join([str(r.n), r.verdict + old, value, r.change, r.phase, r.hypothesis]))
+        print("\t".join([str(r.n), r.verdict + in_chain(r) + old, value, r.change, r.phase, r.hypothesis]))
+
+
+def in_chain(r: Record) -> str:
+    return f" (chain, {r.chain.split(' on ')[0]})" if r.chain else ""
 
 
 def log(count: str = "20") -> None:
@@ -233,7 +299,8 @@ def log(count: str = "20") -> None:
     for r in state.all[-int(count):]:
         value = show(geometric(state.values(r))) if state.values(r) else ""
         when = time.strftime("%m-%d %H:%M", time.localtime(r.when))
-        print(f"{r.n:>5}  {when}  {r.verdict:<10} {value:>8}  {r.change:<25} {r.hypothesis} {r.reason}".rstrip())
+        text = f"{r.hypothesis} {r.reason}{in_chain(r)}"
+        print(f"{r.n:>5}  {when}  {r.verdict:<10} {value:>8}  {r.change:<25} {text}".rstrip())
 
 
 def status() -> None:
@@ -241,7 +308,9 @@ def status() -> None:
     count = {v: sum(r.verdict == v for r in state.counted) for v in COUNTED}
     print(f"phase:    {state.phase_line()}\nbest:     {state.plan.metric} {state.best_line()}\n"
           f"record:   {len(state.counted)} experiments: {', '.join(f'{n} {v}' for v, n in count.items())}\n"
-          f"running:  {running() or 'nothing'}")
+          f"running:  {record.running_line() or 'nothing'}")
+    if better := state.better_elsewhere():
+        print(f"elsewhere: {better}")
 
 
 COMMANDS = {f.__name__: f for f in (plan, decide, write, block, tsv, log, status)}
