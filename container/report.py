@@ -79,13 +79,13 @@ def losses(log: bytes) -> list:
     return points[::-(-len(points) // MOST_POINTS) or 1]
 
 
-def line_of_incumbents(mine: list, values) -> dict:
-    """{experiment: (the incumbent's metric after it, its file)}: the mean of all runs of that file so far."""
+def line_of_incumbents(mine: list, values, branch: str) -> dict:
+    """{experiment: (this branch's incumbent's metric after it, its file)}: the mean of all runs of that file so far."""
     runs: dict = {}
     train, found = "", {}
     for r in mine:
         runs.setdefault(r.train, []).extend(values(r))
-        if r.verdict in ("kept", "baseline") and runs[r.train]:
+        if r.verdict in ("kept", "baseline") and runs[r.train] and r.branch in ("", branch):
             train = r.train
         found[r.n] = (record.geometric(runs[train]) if train else None, train)
     return found
@@ -95,8 +95,9 @@ def entry(r: record.Record, result: dict, values: list) -> dict:
     """One experiment as the page shows it."""
     runs = result.get("runs", [])
     ok = [x for x in runs if x.get("outcome") == "ok"]
-    return {"n": r.n, "verdict": r.verdict, "hypothesis": r.hypothesis, "reason": r.reason, "phase": r.phase,
-            "when": r.when, "by_hand": "By-Hand" in r.trailers, "values": values,
+    notes = [r.chain and "chain, " + r.chain.partition(" on ")[0], r.web and "web: " + r.web, r.branch]
+    return {"n": r.n, "verdict": r.verdict, "notes": list(filter(None, notes)), "hypothesis": r.hypothesis,
+            "reason": r.reason, "phase": r.phase, "when": r.when, "by_hand": "By-Hand" in r.trailers, "values": values,
             "value": record.geometric(values) if values else None, "percent": result.get("percent"),
             "sigmas": result.get("sigmas"), "seeds": [x.get("seed") for x in runs],
             "train_s": sum(x["timing"]["train"] for x in runs), "total_s": sum(x["timing"]["total"] for x in runs),
@@ -109,7 +110,7 @@ def gather() -> tuple[dict, Path]:
     state = record.State()
     judged = [r for r in state.all if r.verdict not in LOOKS]
     mine = [r for r in judged if r.comparable == judged[-1].comparable]
-    line = line_of_incumbents(mine, state.values)
+    line = line_of_incumbents(mine, state.values, state.branch)
     if not any(value for value, _ in line.values()):
         raise record.Refused("there is nothing to show: nothing was measured with today's data, judge, image and "
                              "budget yet; run ./run.sh first")
