@@ -101,7 +101,8 @@ class Day:
                 files += [("ranks.npy", raw), ("examples.npy", examples(self.rng, found, self.key))]
         r = {"experiment": self.n, "verdict": verdict, "hypothesis": idea, "metric": "mean_rank", "runs": runs,
              "reason": "" if values else runs[0]["reason"], "phase": phase, "sigma": sigma, "before": self.incumbent,
-             "train": self.blob(code), "comparable": extra.pop("comparable", "c0ffee"), "by_hand": False}  # fmt: skip
+             "train": self.blob(code), "comparable": extra.pop("comparable", "c0ffee"), "by_hand": False,
+             "branch": "main", "chain": extra.pop("chain", ""), "web": ""}  # fmt: skip
         if values and self.incumbent and verdict in ("kept", "discarded"):
             g = record.gain(values, self.incumbent)
             r |= {"percent": round((math.exp(-g) - 1) * 100, 1), "sigmas": round(g / sigma, 1)}
