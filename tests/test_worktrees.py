@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import Project, block
+from conftest import ROOT, Project, block, engine
 from sweep import CANDIDATES, QUICK, copy, quick
 
 DEVICES = "memory: 3 GB"  # the line of the plan that `devices` stands under
@@ -111,6 +113,20 @@ def test_a_killed_run_gives_its_device_back(pair):
     first.kill()
     two.write("train.py", CANDIDATES["discarded"])
     assert two.experiment("worse", timeout=LIMIT_S)[1]["verdict"] == "discarded"
+
+
+@pytest.mark.parametrize(("device", "gpu"), [("", 0), ("1", 1), ("3", 1)])
+def test_a_device_is_a_gpu_of_its_own(tmp_path: Path, device: str, gpu: int):
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA (UUID: GPU-a)'\necho 'GPU 1: NVIDIA (UUID: GPU-b)'\n")
+    fake.chmod(0o755)
+    asked = "import engine; print(engine.name(), engine.gpus(), *engine.gpu_flags())"
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "AR_DEVICE": device}
+    said = subprocess.run(
+        [sys.executable, "-c", asked], cwd=ROOT / "container", env=env, capture_output=True, text=True
+    )
+    wanted = {"podman": f"--device nvidia.com/gpu={gpu}", "docker": f"--gpus device={gpu}"}
+    assert said.stdout.split(" ", 1) == [engine(), f"2 {wanted[engine()]}\n"], said.stderr
 
 
 @pytest.mark.parametrize("way", ["keep", "git"])
