@@ -16,7 +16,7 @@ from sweep import CANDIDATES, QUICK, copy, quick
 DEVICES = "memory: 3 GB"  # the line of the plan that `devices` stands under
 LIMIT_S = 240
 SAMPLE = (3, 2, 2)  # worktrees, runs of each, devices
-FULL = (8, 25, 4)
+FULL = (8, 25, 3)
 
 
 @pytest.fixture(scope="module")
