@@ -13,8 +13,8 @@ record_attempt() {
     say "run.sh: HEAD's train.py changed meanwhile, so experiment $N is not kept; ./run.sh keep $N overrules"
   fi
   # what was asked of the web since the last experiment, a file each; removed only once it is recorded
-  mapfile -t asked < <(find "$RUNS/web" -type f -name '*.txt' 2>/dev/null | sort)
-  ((${#asked[@]} == 0)) || cat -- "${asked[@]}" >"$WORK/web.log"
+  [[ ! -d $RUNS/web ]] || asked=("$RUNS"/web/*)
+  [[ ! -f ${asked[0]-} ]] || cat -- "${asked[@]}" >"$WORK/web.log"
   while :; do
     result write "$WORK" "$N" "$kind" "$VERDICT" "$blob" "$IMAGE" "${BY_HAND-}"
     tree=$(tree_with "$head" "$blob" "$pad" "$WORK"/{result.json,web.log} "$WORK"/run-*/{ranks,examples}.npy \
@@ -24,7 +24,7 @@ record_attempt() {
     mv -n "$(file "$N" log)" "$(file $((N + 1)) log)" # another worktree was faster
     N=$((N + 1))
   done
-  ((${#asked[@]} == 0)) || rm -f -- "${asked[@]}"
+  [[ ! -f $WORK/web.log ]] || rm -f -- "${asked[@]}"
   git_ diff --no-color --no-ext-diff --no-textconv "$head:train.py" "$blob" | tr -d '\000-\010\013-\037\177' >"$(file "$N" diff)" || : # as clean as a log
   finish "$COMMIT"
 }

@@ -288,7 +288,7 @@ def test_requests_to_the_web_are_in_the_record(bold: Project):
     (bold.path / "runs/web").mkdir(parents=True)
     lines = ["2026-11-23T01:02:03\tWebFetch\t24\thttps://arxiv.org/abs/1?x", "2026-11-23T01:03:04\tWebSearch\t4\tclip"]
     for i, line in enumerate(lines):
-        bold.write(f"runs/web/{i}.txt", line + "\n")
+        bold.write(f"runs/web/{i}.toolu_{i}", line + "\n")
     bold.write("train.py", CANDIDATES["discarded"])
     bold.experiment("read about it")
     ref = f"refs/experiments/{bold.experiments()[-1]}"

@@ -150,12 +150,16 @@ class State:
         self.counted = [r for r in self.mine if r.verdict in COUNTED and "By-Hand" not in r.trailers]
         self.head_blob = git("rev-parse", "HEAD:train.py", check=False).strip()
         self.branch = git("symbolic-ref", "--short", "-q", "HEAD", check=False).strip() or "detached"
-        self.here = [r for r in self.counted if r.branch in ("", self.branch)]  # worktrees share the record
+        self.here = self.own(self.counted)
         self.groups: dict = {}  # every run of a train.py, by its blob
         for r in self.mine:
             self.groups.setdefault(r.train, []).extend(self.values(r))
         self.incumbent = self.groups.get(self.head_blob, [])
         self.sigma = sigma(list(self.groups.values()))
+
+    def own(self, rows: list) -> list:
+        """Those of this branch: worktrees share the record."""
+        return [r for r in rows if r.branch in ("", self.branch)]
 
     def values(self, r: Record) -> list:
         return r.values(self.plan.metric)
@@ -217,7 +221,7 @@ class State:
 
     def planner_is_due(self) -> bool:
         p = self.phase
-        rows = [r for r in self.in_phase(p.name) if r in self.here] if p else []
+        rows = self.own(self.in_phase(p.name)) if p else []
         return bool(p) and self.discards_in_a_row(rows) % PLAN_AFTER == 0 and (not rows or rows[-1].verdict != "kept")
 
     def better_elsewhere(self) -> str:
@@ -232,8 +236,7 @@ class State:
 
     def incumbent_is_due(self) -> bool:
         """After every ten discards in a row the incumbent runs again, up to four runs: it may have been lucky."""
-        rows = [r for r in self.mine if r.verdict in ("kept", "discarded", "remeasured", "unmeasured")
-                and r.branch in ("", self.branch)]
+        rows = self.own([r for r in self.mine if r.verdict in ("kept", "discarded", "remeasured", "unmeasured")])
         row = self.discards_in_a_row([r for r in rows if r.verdict in ("kept", "discarded")])
         # once, whether it succeeded or not: one that fails now must not keep every later candidate from running
         return (row > 0 and row % REMEASURE_AFTER == 0 and rows[-1].verdict in ("kept", "discarded")
