@@ -456,6 +456,16 @@ TOOLS = [  # name, input, may be tried without the lock
         {"description": "help", "prompt": "SUBAGENT", "subagent_type": "research", "run_in_background": True},
         False,
     ),
+    ("Agent", {"description": "plan", "prompt": "SUBAGENT"}, True),
+    *(
+        ("Agent", {"description": "plan", "prompt": "SUBAGENT", "subagent_type": kind}, False)
+        for kind in ("fork", "Planner", "planner ", "planner\x00", "")
+    ),
+    *(
+        ("Agent", {"description": "plan", "prompt": "SUBAGENT", "subagent_type": "planner", key: value}, False)
+        for key, value in [("isolation", "worktree"), ("model", "haiku"), ("effort", "max")]
+    ),
+    ("Agent", {"description": "plan", "prompt": "x" * 3001, "subagent_type": "planner"}, False),
     ("Task", {"description": "help", "prompt": "SUBAGENT"}, False),
     ("Skill", {"skill": "simplify"}, True),
     ("Skill", {"skill": "update-config", "args": "disableAllHooks true"}, True),
@@ -488,6 +498,7 @@ TOOLS = [  # name, input, may be tried without the lock
     ("WebFetch", {"url": "http://127.0.0.1:9/", "prompt": "x"}, False),
     ("WebFetch", {"url": "https://arxiv.org/abs/2403.10153", "prompt": "x"}, False),
     ("WebSearch", {"query": "eCLIP"}, False),
+    ("WebSearch", {"query": "eCLIP", "allowed_domains": ["arxiv.org"]}, False),
     ("NotebookEdit", {"notebook_path": "{root}/sub/n.ipynb", "new_source": "x", "cell_id": "a"}, True),
     ("NotebookEdit", {"notebook_path": "{root}/train.py", "new_source": "x"}, True),
     ("MultiEdit", {"file_path": "train.py", "edits": [{"old_string": "a", "new_string": "b"}]}, True),

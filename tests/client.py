@@ -27,6 +27,7 @@ from pathlib import Path
 
 CLIENT = Path(__file__).resolve().parent / ".client" / "node_modules" / ".bin" / "claude"
 COMPACTING = "CRITICAL: Respond with TEXT ONLY"  # how the client's own request for a summary begins
+SUBAGENT = "I am a subagent."  # what one answers that has no script
 PASSED_ON = ("PATH", "LANG", "TERM", "DOCKER_HOST", "XDG_RUNTIME_DIR", "AR_ENGINE")  # of the environment, besides HOME
 ENGINE_FOLDERS = (".local/share/containers", ".config/containers", ".docker")  # where rootless engines keep the image
 
@@ -145,12 +146,15 @@ def read_out(turns: Iterable) -> Script:
 class Model:
     """Answers the Messages API from a script and keeps what it was shown: requests, results and texts, in order.
 
-    Only requests of the main conversation reach the script. The client's own ones (titles, summaries, subagents) are
-    answered with a text and counted in `asides`.
+    Only requests of the main conversation reach the script, and those of a subagent `subagent`, where there is one. The
+    client's own ones (titles, summaries, searches) are answered with a text and counted in `asides`.
     """
 
-    def __init__(self, script: Script | Iterable):
+    def __init__(self, script: Script | Iterable, subagent: Script | Iterable | None = None):
         self.script = script if callable(script) else read_out(script)
+        self.subagent = subagent if callable(subagent) or subagent is None else read_out(subagent)
+        self.inner: list[Result] = []  # the subagent's results
+        self.bodies: list[dict] = []  # every request, as it came
         self.requests: list[Request] = []
         self.results: list[Result] = []
         self.texts: list[str] = []
@@ -174,7 +178,12 @@ class Model:
 
     def answer(self, body: dict) -> Turn:
         with self._lock:
+            self.bodies.append(body)
             aside = self._aside(body)
+            if aside == SUBAGENT and self.subagent:
+                results = self._results(body)
+                self.inner += results
+                return self._turn(self.subagent, Shown(results))
             if aside:
                 self.asides.append(aside)
                 return Turn([say(aside)])
@@ -186,18 +195,21 @@ class Model:
             self.requests.append(Request(**size, names=[t["name"] for t in body["tools"]], shown=shown, body=body))
             self.results += shown.results
             self.texts += shown.texts
-            try:
-                turn = self.script(shown)
-            except BaseException as e:
-                self.error = self.error or e
-                turn = say("The script failed.")
-            if isinstance(turn, dict):
-                turn = [turn]
-            if isinstance(turn, list):
-                turn = Turn(turn)
-            if isinstance(turn, Turn):
-                turn.blocks = [self._numbered(b) for b in turn.blocks]
-            return turn
+            return self._turn(self.script, shown)
+
+    def _turn(self, script: Script, shown: Shown) -> Turn:
+        try:
+            turn = script(shown)
+        except BaseException as e:
+            self.error = self.error or e
+            turn = say("The script failed.")
+        if isinstance(turn, dict):
+            turn = [turn]
+        if isinstance(turn, list):
+            turn = Turn(turn)
+        if isinstance(turn, Turn):
+            turn.blocks = [self._numbered(b) for b in turn.blocks]
+        return turn
 
     def _aside(self, body: dict) -> str:
         """The answer to a request that is not the conversation's next turn, '' when it is."""
@@ -206,9 +218,9 @@ class Model:
         blocks = [b for _, b in blocks_of(body)]
         if any(b.get("text", "").startswith(COMPACTING) for b in blocks):
             return "<summary>The summary of all that went before.</summary>"
-        if any(b.get("text") == "SUBAGENT" for b in blocks[:4]):
-            return "I am a subagent."
-        return ""
+        if body["tools"][0].get("type", "").startswith("web_search"):
+            return "Nothing was found."
+        return SUBAGENT if "cc_is_subagent=true" in json.dumps(body.get("system")) else ""
 
     def _new(self, body: dict) -> Shown:
         shown, before = Shown(), self._before
@@ -219,14 +231,17 @@ class Model:
                 before[text] -= 1
             else:
                 shown.texts.append(text)
+        shown.results = self._results(body)
+        return shown
+
+    def _results(self, body: dict) -> list[Result]:
+        new = []
         for _, block in blocks_of(body):
             made = self.calls.get(block.get("tool_use_id", "")) if block["type"] == "tool_result" else None
             if made and "back" not in made:
                 made["back"] = True
-                shown.results.append(
-                    Result(made["id"], made["name"], made["input"], bool(block.get("is_error")), flat(block))
-                )
-        return shown
+                new.append(Result(made["id"], made["name"], made["input"], bool(block.get("is_error")), flat(block)))
+        return new
 
     def _numbered(self, block: dict) -> dict:
         if block["type"] != "tool_use":
@@ -324,11 +339,12 @@ class Conversation:
         args: Iterable[str] = (),
         env: dict | None = None,
         subfolder: str = "",
+        subagent: Script | Iterable | None = None,
     ):
         prepare_home(home, project, trusted=trusted, user=user)
         if local is not None:
             (project / ".claude" / "settings.local.json").write_text(json.dumps(local))
-        self.model = Model(script)
+        self.model = Model(script, subagent)
         self.events: list[dict] = []
         self.errors = ""
         self._news = threading.Condition()

@@ -1,7 +1,7 @@
 """Generated tool calls: command strings, paths, tools and extra keys, as someone would write who wants more.
 
-`calls(seed, root, count)` yields (tool, input). What may pass is decided by `allowed`, a rule of its own that shares
-nothing with the guard.
+`calls(seed, root, count)` yields (tool, input), `web_calls(seed, count)` those that name an address. What may pass is
+decided by `allowed`, a rule of its own that shares nothing with the guard.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import random
 import unicodedata
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 RUN = "./run.sh"
 
@@ -172,6 +173,54 @@ def text(rng: random.Random, s: str) -> str:
     return s[:i] + rng.choice(INVISIBLE) + s[i:]
 
 
+DOMAINS = ["arxiv.org", "github.com", "xn--e1afmkfd.org"]  # what a phase names
+HOSTS = words("""
+arxiv.org arxiv.org arxiv.org www.arxiv.org export.arxiv.org a.b.github.com github.com GitHub.com ARXIV.ORG arxiv.org.
+.arxiv.org
+arxiv..org evil-arxiv.org evilarxiv.org arxiv.org.evil.com arxiv.org@evil.com evil.com@arxiv.org user:pw@arxiv.org
+arxiv.org:443 arxiv.org:80 arxiv.org:8080 arxiv.org: arxiv.org%00.evil.com arxiv%2eorg evil.com%2f.arxiv.org
+arxiv.org%20 127.0.0.1 2130706433 0x7f000001 0x7f.1 0177.0.0.1 [::1] [::ffff:127.0.0.1] localhost
+10.0.0.1 169.254.169.254 1.1 127.0.0.1.arxiv.org arxiv.org.127.0.0.1
+xn--e1afmkfd.org www.xn--e1afmkfd.org xn--rxiv-3ve.org xn--a.arxiv.org
+аrxiv.org arxіv.org arxiv。org arxiv．org arxiv｡org ａrxiv.org arxiv.οrg github.cоm ⓐrxiv.org
+evil.com evil.com#.arxiv.org evil.com?.arxiv.org evil.com\\.arxiv.org evil.com/arxiv.org evil.com;arxiv.org
+-.arxiv.org -a.github.com a_b.github.com
+org com
+""")
+SCHEMES = words(r"https:// https:// https:// https:// http:// HTTPS:// https:/ https: https:\\ // data: file:// ftp://")
+SCHEMES += [*words("javascript:// ws:// https:/// view-source:https:// blob:https://"), "", " https://", "ht\ttps://"]
+PLACES = words(
+    r"/ /abs/2403.10153 /search?q=a+b&x=%20 /a#b /@evil.com //evil.com /../..//x /:443 ?q=1 #x \@evil.com /<a>"
+)
+PLACES += ["", "/a b", "/a\nb", "/é", "/\u202e", "/\x00", "/" + "x" * 480, "/" + "x" * 600]
+QUERIES = ["CLIP", "heatmap CLIP", "a\nb", "ok\u200b", "x" * 300, "x" * 301, "\x1b[2J", "é logit", "a\u2028b"]
+ASKED = [None, [], ["arxiv.org"], ["github.com", "arxiv.org"], ["evil.com"], ["arxiv.org", "evil.com"], "arxiv.org"]
+ASKED += [["www.arxiv.org"], ["arxiv.org/evil"], ["*"], [["arxiv.org"]], {"arxiv.org": 1}, [1], ["ARXIV.ORG"], ["org"]]
+
+
+def web_calls(seed: int, count: int) -> Iterator[tuple[str, dict]]:
+    """Fetches, searches, and questions to subagents."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        tool = rng.choice(["WebFetch"] * 6 + ["WebSearch"] * 2 + ["Agent"])
+        if tool == "WebFetch":
+            url = rng.choice(SCHEMES) + rng.choice(HOSTS) + rng.choice(PLACES)
+            given: dict = {"url": text(rng, url) if rng.random() < 0.3 else url, "prompt": "what is it?"}
+        elif tool == "WebSearch":
+            given = {"query": rng.choice(QUERIES)}
+            if rng.random() < 0.7:
+                given["allowed_domains"] = rng.choice(ASKED)
+            if rng.random() < 0.2:
+                given["blocked_domains"] = rng.choice(ASKED)
+        else:
+            given = {"description": "plan", "prompt": "x" * rng.choice((1, 3000, 3001)), "subagent_type": "planner"}
+            if rng.random() < 0.5:
+                given["subagent_type"] = rng.choice(["", "fork", "general-purpose", None, text(rng, "planner")])
+        if rng.random() < 0.15:
+            given[rng.choice([*EXTRA, "offset", "prompt", "url"])] = rng.choice(VALUES)
+        yield tool, given
+
+
 def calls(seed: int, root: str, count: int) -> Iterator[tuple[str, dict]]:
     """`count` calls; half of the commands and paths are within one change of an allowed one."""
     rng = random.Random(seed)
@@ -188,12 +237,16 @@ def calls(seed: int, root: str, count: int) -> Iterator[tuple[str, dict]]:
         yield tool, given
 
 
-def allowed(tool: str, given: dict, root: str) -> bool:
-    """Whether a call that passed is one of the three abilities, or reads a file that is meant to be read.
+def allowed(tool: str, given: dict, root: str, domains: tuple | list = ()) -> bool:
+    """Whether a call that passed is one of the three abilities, or reads what is meant to be read.
 
-    The client trims and resolves a path before it asks, so what counts is the file that is meant.
+    The client trims and resolves a path before it asks, so what counts is the file that is meant. `domains` are those
+    of the current phase; the plan that ships names none.
     """
     keys = {
+        "WebFetch": {"url", "prompt", "offset"},
+        "WebSearch": {"query", "allowed_domains", "blocked_domains"},
+        "Agent": {"description", "prompt", "subagent_type"},
         "Bash": {"command", "description"},
         "Read": {"file_path", "offset", "limit"},
         "Write": {"file_path", "content"},
@@ -203,6 +256,14 @@ def allowed(tool: str, given: dict, root: str) -> bool:
         return False
     if tool == "Bash":
         return given["command"] == RUN
+    if tool == "Agent":
+        return given["subagent_type"] == "planner" and len(str(given.get("prompt"))) <= 3000
+    if tool == "WebFetch":
+        return reaches(given["url"], domains)
+    if tool == "WebSearch":
+        asked = given.get("allowed_domains") or []
+        hidden = any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp") for c in given["query"])
+        return bool(domains) and set(asked) <= set(domains) and not hidden and len(given["query"]) <= 300
     meant = os.path.normpath(os.path.join(root, given["file_path"].strip()))
     may = {"train.py", "scratchpad.md"}
     if tool == "Read":
@@ -210,3 +271,18 @@ def allowed(tool: str, given: dict, root: str) -> bool:
             words("program.md CLAUDE.md runs/0001.log runs/0001.diff runs/experiments.tsv data/prints/preview.png")
         )
     return meant in {os.path.join(root, name) for name in may} and os.path.realpath(meant) == meant
+
+
+def reaches(url: str, domains: tuple | list) -> bool:
+    """Whether a URL leads to these domains alone, however it is read, and is spelled plainly."""
+    at = urlsplit(url)
+    host = url.split("/")[2]
+    return (
+        len(url) <= 500
+        and all(33 <= ord(c) < 127 and c not in '\\"<>^`{|}[]' for c in url)
+        and at.scheme == "https"
+        and at.netloc == at.hostname == host  # no user, no port, nothing that two readers could read as two hosts
+        and not set(host) & set("%_@:")
+        and (host in domains or "xn--" not in host and any(host.endswith(f".{d}") for d in domains))
+        and all(label.strip("-") == label and label for label in host.split("."))
+    )

@@ -574,12 +574,13 @@ def test_proofs_are_left_for_approved_runs_only(guard, ground):
 
 
 def test_the_first_request_is_small(project, tmp_path):
-    """With the plan that ships and the brief of a record in it."""
+    """With the plan that ships and the brief of a record in it; web and planner are about 5 KB of it."""
     shutil.copy(ROOT / "program.md", project.path / "program.md")
     request = Conversation(project.path, tmp_path / "home", [say("hello")]).run("start").model.requests[0]
     said = "\n".join(request.shown.texts)
     assert "## Settings" in said and "./run.sh" in said and "The loop is on" in said
-    assert set(request.names) <= {"Bash", "Edit", "Write", "Read", "WebFetch", "WebSearch", "DeferredToolPlaceholder"}
+    own = {"Bash", "Edit", "Write", "Read", "WebFetch", "WebSearch", "Agent"}
+    assert own <= set(request.names) <= own | {"DeferredToolPlaceholder"}
     sizes = f"{request.size} bytes: system {request.system}, tools {request.tools}, messages {request.messages}"
     print(sizes)
-    assert request.size <= 20_000, sizes
+    assert request.size <= 30_000, sizes

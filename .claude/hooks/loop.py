@@ -1,6 +1,8 @@
 #!/usr/bin/env -S PATH=/usr/bin:/bin:${PATH} python3 -I
 """Keeps the research loop going: SessionStart, UserPromptSubmit, Stop, and the status line. Standard library only.
 
+It also writes down what the planner said: PostToolUse of Agent.
+
 usage: loop.py            a hook call on standard input, the answer on standard output
        loop.py statusline one line for the terminal
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import sys
 import time
 from pathlib import Path
@@ -23,6 +26,9 @@ import record  # noqa: E402
 os.environ.pop("AR_PLAN", None)  # run.sh's own; in a hook it could only be a planted one
 SESSIONS = record.ROOT / "runs" / "session"
 IDLE_TURNS = 3
+PAD = record.ROOT / "scratchpad.md"
+PLANNED = re.compile(r"^##[ \t]+Planned[ \t]*\r?$.*?(?=^##\s|\Z)", re.M | re.S | re.I)  # ends as in result.py
+MOST_PLANNED, MOST_PAD = 3000, 1 << 20  # bytes of the planner's answer that are kept, and of a scratchpad
 GO_ON = ("Next experiment: read what the last result taught, write one line under '## Next experiment' in "
          "scratchpad.md, edit train.py, run ./run.sh. Do not ask; nobody is watching.")
 
@@ -93,6 +99,38 @@ def stop(call: dict) -> dict:
     return {"decision": "block", "reason": f"Phase {state.phase_line()}. {GO_ON}"}
 
 
+def agent_answered(call: dict) -> dict:
+    """Put what the planner said under `## Planned` in scratchpad.md, whatever the agent makes of it."""
+    try:
+        answer = call["tool_response"]
+        parts = answer["content"][answer.get("harnessNoteCount", 0):]  # notes of the client's own, before and after
+        write_plan("\n".join(p.get("text", "") for p in parts[:len(parts) - answer.get("harnessTailCount", 0)]))
+    except Exception as e:
+        return context("PostToolUse", f"The planner's answer was not put into scratchpad.md ({e}); tell the person.")
+    return context("PostToolUse", "The planner's answer now stands under '## Planned' in scratchpad.md: read that file "
+                                  "again before you edit it. It is advice; the decision is yours.")
+
+
+def write_plan(said: str) -> None:
+    """Replace the section's text, nothing else. A quotation, so that no line in it can be a heading. Raises OSError."""
+    quoted = "\n".join(f"> {line}" for line in map(record.clean, said.splitlines()) if line)
+    body = "## Planned\n" + quoted.encode()[:MOST_PLANNED].decode("utf-8", "ignore") + "\n"
+    status = PAD.lstat()
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_size > MOST_PAD:
+        raise OSError("it is not one ordinary file below 1 MiB")
+    pad = PAD.read_bytes().decode("utf-8", "surrogateescape")
+    old = PLANNED.search(pad)
+    if old:
+        pad = pad[:old.start()] + body + ("\n" if old.end() < len(pad) else "") + pad[old.end():]
+    else:
+        pad += ("" if pad.endswith("\n") or not pad else "\n") + "\n" + body
+    part = SESSIONS / f"scratchpad.{os.getpid()}.new"
+    SESSIONS.mkdir(parents=True, exist_ok=True)
+    part.write_bytes(pad.encode("utf-8", "surrogateescape"))
+    part.chmod(stat.S_IMODE(status.st_mode))
+    part.replace(PAD)
+
+
 def reason_to_end(session: dict, state: record.State) -> str:
     """Why the loop should end now, '' when it should not."""
     ran = sum(r.n > session.get("from", 0) for r in state.counted)
@@ -115,7 +153,7 @@ def statusline() -> str:
     return " | ".join(filter(None, [*parts, record.running_line()]))
 
 
-EVENTS = {"SessionStart": session_start, "UserPromptSubmit": prompt, "Stop": stop}
+EVENTS = {"SessionStart": session_start, "UserPromptSubmit": prompt, "Stop": stop, "PostToolUse": agent_answered}
 
 
 def main() -> None:
