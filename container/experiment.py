@@ -49,7 +49,7 @@ OUT_MAX = 2 << 30  # bytes of archive that leave the sandbox
 ARRAY_MAX = 512 << 20  # bytes of one side's embeddings
 LINE_MAX = 4096  # bytes of a JSON line from a sandbox
 PR_SET_PDEATHSIG = 1
-LAST_WORDS = 2000  # bytes of standard error in which Slurm's words are looked for
+LAST_WORDS = 64 << 10  # bytes of standard error in which Slurm's words are looked for
 SLURM = (("DUE TO TIME LIMIT", "Slurm: time limit"), ("(?i)node failure", "Slurm: node failure"),
          ("DUE TO PREEMPTION", "Slurm: preempted"), ("CANCELLED AT|Force Terminated", "Slurm cancelled the job"))
 NOT_YOURS = "not the edit's fault; the same idea may be tried again"
@@ -90,6 +90,7 @@ class Sandbox:
         self.process = subprocess.Popen(argv, cwd=work, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=subprocess.PIPE)
         self.killed, self.log, self.last = False, log, b""
+        self.beaten, self.silent = time.monotonic(), 0.0  # when it last saw us alive, and how long it once did not
         self.started.append(self)
         threading.Thread(target=self._beat, daemon=True).start()
         self.drain = threading.Thread(target=self._read_log, args=(log,), daemon=True)
@@ -104,6 +105,8 @@ class Sandbox:
 
     def _beat(self) -> None:
         for n in itertools.count(1):
+            self.silent = max(self.silent, time.monotonic() - self.beaten)
+            self.beaten = time.monotonic()
             try:
                 with self.beat.open("r+b") as f:  # in place: a full disk is no end, and what is gone is not made again
                     f.write(BEAT % n)
@@ -199,7 +202,10 @@ class Sandbox:
         """
         said = "\n".join(re.findall(r"^(?:srun|slurmstepd\S*): .*", self.last.decode("utf-8", "replace"), re.M))
         why = next((reason for words, reason in SLURM if re.search(words, said)), "") if engine.launch() else ""
-        if self.process.poll() == LOST:
+        if engine.launch() and self.process.poll() == -signal.SIGKILL:
+            why = "the launch command was killed"
+        # a client that was stopped with us does not know the status
+        elif self.process.poll() == LOST or max(self.silent, time.monotonic() - self.beaten) > 3 * BEAT_S:
             why = "run.sh stood still, or its files were out of reach, for a minute"
         if why and not self.killed:
             raise Lost(f"{why}: {NOT_YOURS}")

@@ -9,21 +9,25 @@ import os
 import re
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
-from conftest import Project, block
-from slurm import Slurm, wait_for
+from conftest import ROOT, Project, block
+from slurm import CPUS, Slurm, wait_for
 from sweep import CANDIDATES, QUICK, copy, quick
 
 LIFELINE_S = 20  # in most of these tests; 60 in the one that takes it as it is
 SWEEP = "    if left:\n        run([*client()"
-SLEEP = QUICK + """
+SLEEP = (
+    QUICK
+    + """
     import time
     for step in range(1, 1501):
         print(f"step {step}/1500", flush=True)
         time.sleep(0.2)
 """
+)
 NOT_YOURS = "not the edit's fault; the same idea may be tried again"
 
 
@@ -65,6 +69,12 @@ def start(base: Project, tmp_path: Path):
     yield make
     for run in runs:
         run.kill_all()
+
+
+@pytest.fixture
+def seconds(figure):
+    """seconds(what, s): a figure; until no container was left."""
+    return lambda what, s: figure(f"lifeline: {what}", 1, 0, gone_s=s)
 
 
 class Running:
@@ -160,14 +170,158 @@ def test_an_experiment_through_srun(base: Project, slurm: Slurm, tmp_path: Path)
     assert project.containers() == "" and slurm.call("squeue", "-h") == ""
 
 
-@pytest.mark.parametrize("how", ["scancel", "scancel -s KILL", "kill srun"])
-def test_a_training_that_is_ended_by_others(how: str, start, slurm: Slurm):
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("scancel", "Slurm cancelled the job"),
+        ("scancel -s KILL", "Slurm cancelled the job"),
+        ("kill srun", "the launch command was killed"),
+    ],
+)
+def test_a_training_that_others_end(how: str, reason: str, start, slurm: Slurm, seconds):
     run = start("srun -n1", slurm)
     if how == "kill srun":
         os.kill(run.pids("srun -n1")[0], signal.SIGKILL)
     else:
         slurm.call(*how.split(), run.jobs()[0])
-    print(how, run.gone(15))
-    print(run.out.read_text(), run.project.read("runs/0003.log")[-1500:])
-    run.ended()
-    works(run)
+    seconds(how, run.gone(15))
+    failed_because(run, reason)
+    if how == "scancel":
+        works(run)
+
+
+@pytest.mark.parametrize("whom", ["run.sh", "experiment.py"])
+def test_when_one_of_ours_is_killed_the_sandboxes_go_at_once(whom: str, start, slurm: Slurm, seconds):
+    run = start("srun -n1", slurm)
+    os.kill(run.pids(whom)[0], signal.SIGKILL)
+    seconds(f"SIGKILL of {whom}", run.gone(15))
+    run.process.wait(15)
+    wait_for(lambda: slurm.call("squeue", "-h") == "", 30)
+
+
+@pytest.mark.parametrize("how", ["crash", "down"])
+def test_a_node_that_fails(how: str, start, other_slurm: Slurm, seconds):
+    run = start("srun -n1", other_slurm)
+    if how == "crash":
+        other_slurm.crash()
+    else:
+        other_slurm.call("scontrol", "update", f"nodename={other_slurm.host}", "state=down", "reason=test")
+    seconds(f"node {how}", run.gone(60))
+    failed_because(run, "Slurm: node failure")
+
+
+def test_what_takes_its_time(start, slurm: Slurm, seconds):
+    """Slurm's limit of a minute, nobody left anywhere, or everybody stopped: at the same time, as they only wait."""
+    limited = start("srun -n1 --time=1", slurm, stage="train")
+    gone = start("srun -n1", slurm)
+    here = start()
+    stopped = start()
+    for run in (gone, here):
+        run.kill_all()
+    os.killpg(stopped.process.pid, signal.SIGSTOP)
+    assert "train" in gone.names() and "train" in here.names()
+    seconds("SIGKILL of all here", here.gone(LIFELINE_S + 20))
+    seconds("SIGKILL of all, srun too", gone.gone(LIFELINE_S + 20))
+    seconds("SIGSTOP of all here", stopped.gone(LIFELINE_S + 20))
+    os.killpg(stopped.process.pid, signal.SIGCONT)
+    failed_because(stopped, "run.sh stood still, or its files were out of reach, for a minute")
+    seconds("srun --time=1", limited.gone(90))
+    failed_because(limited, "Slurm: time limit")
+
+
+def test_a_node_that_is_full(base: Project, other_slurm: Slurm, tmp_path: Path):
+    """Nothing free at first, then room for one container at a time: they queue, which is no training time."""
+    others = [subprocess.Popen(["srun", f"-n{n}", "sleep", "600"], env={**os.environ, **other_slurm.env})
+              for n in (1, CPUS - 1)]  # fmt: skip
+    wait_for(lambda: other_slurm.call("squeue", "-h", "-t", "R").count("\n") == 2, 20)
+    project = copy(base, tmp_path / "repo")
+    prepare(project, "srun -n1", CANDIDATES["kept"])
+    run = subprocess.Popen(["./run.sh"], cwd=project.path, env={**os.environ, **other_slurm.env},
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    time.sleep(12)
+    others[0].terminate()
+    out, err = run.communicate(timeout=120)
+    assert block(out)["verdict"] == "kept" and "waiting for 'srun -n1' to start train" in err, out + err
+    assert "queued and waiting for resources" in project.read("runs/0003.log")
+    assert float(re.match(r"(\d+) s of", block(out)["train"])[1]) < 10
+    for job in others:
+        job.terminate()
+        job.wait()
+
+
+def test_a_job_that_never_starts(base: Project, slurm: Slurm, tmp_path: Path):
+    """Nothing ran, nothing is recorded; srun's own words are shown."""
+
+    def refused(words: str) -> None:
+        code, out = run.wait(60), run.stderr.read()
+        assert code == 2 and words in out and "could not run" in out, out
+        assert project.experiments() == [1, 2] and project.read("train.py") == SLEEP
+
+    def start(launch: str) -> subprocess.Popen:
+        project.git("checkout", "program.md")
+        prepare(project, launch, SLEEP)
+        return subprocess.Popen(["./run.sh"], cwd=project.path, env={**os.environ, **slurm.env}, text=True,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+
+    project = copy(base, tmp_path / "repo")
+    run = start("srun -n1 -p nowhere")
+    refused("invalid partition specified: nowhere")
+    run = start("srun -n1 -w elsewhere")
+    refused("Invalid node name specified")
+    run = start("srun -n1 --begin=now+1hour")
+    wait_for(lambda: " PD " in slurm.call("squeue", "-h"), 20)
+    slurm.call("scancel", "--user", "root")
+    refused("cancelled")
+    run = start("srun -n1 --begin=now+1hour")
+    wait_for(lambda: " PD " in slurm.call("squeue", "-h"), 20)
+    run.terminate()
+    assert run.wait(60) == 143
+    wait_for(lambda: slurm.call("squeue", "-h") == "", 30)
+    run.stderr.close()
+    run = start("no-such-command")
+    refused("no-such-command")
+
+
+def test_words_of_slurm_that_train_py_prints_change_nothing(base: Project, slurm: Slurm, tmp_path: Path):
+    project = copy(base, tmp_path / "repo")
+    said = "slurmstepd: error: *** STEP 5.0 ON node CANCELLED AT 2026-11-23T20:37:09 DUE TO TIME LIMIT ***"
+    prepare(project, "srun -n1", f"raise SystemExit('{said}')\n")
+    done = project.run(env=slurm.env)
+    assert block(done.stdout)["reason"].startswith("crash after"), done.stdout + done.stderr
+
+
+def test_through_a_shell_as_ssh_does(base: Project, tmp_path: Path):
+    """ssh joins the words that it is given, and another machine's shell takes them apart."""
+    odd = tmp_path / "it's a path"
+    odd.mkdir()
+    project = copy(base, odd / "repo")
+    ssh = tmp_path / "ssh"
+    ssh.write_text('#!/bin/sh\nshift\ncd /\nexec sh -c "$*"\n')
+    ssh.chmod(0o755)
+    prepare(project, f"{ssh} node", CANDIDATES["kept"])
+    done = project.run()
+    assert (done.returncode, block(done.stdout)["verdict"]) == (0, "kept"), done.stdout + done.stderr
+
+
+def test_the_gpus_that_a_scheduler_gave(tmp_path: Path):
+    """What on_node.sh asks of the engine, with a nvidia-smi that knows two GPUs."""
+    for name, text in {
+        "nvidia-smi": 'case "$*" in *-i\\ 1) echo GPU-b ;; *-i*) exit 6 ;; *) echo GPU-a; echo GPU-b ;; esac',
+        "podman": 'printf "%s " "$@"',
+        "docker": 'printf "%s " "$@"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+
+    def asked(client: str, gpu: str, given: str | None) -> str:
+        env = {"PATH": f"{tmp_path}:/usr/bin:/bin"} | ({} if given is None else {"CUDA_VISIBLE_DEVICES": given})
+        argv = ["sh", ROOT / "container/on_node.sh", tmp_path, gpu, client, "--rm", "an image"]
+        done = subprocess.run(argv, env=env, capture_output=True, text=True)
+        return re.sub(r"--cpus \d+ ", "", done.stdout).strip() if done.returncode == 0 else done.stderr
+
+    found = asked("podman --runtime runc", "gpu", "1")
+    assert found == "--runtime runc run --device nvidia.com/gpu=GPU-b --rm an image"
+    assert asked("podman", "gpu", None).count("--device") == 2
+    assert asked("docker", "gpu", None) == 'run --gpus "device=GPU-a,GPU-b" --rm an image'
+    assert asked("docker", "none", "1") == "run --rm an image"
+    assert "knows no GPU 7" in asked("podman", "gpu", "7")
