@@ -155,8 +155,8 @@ def sandbox(container: str, image: str, command: list[str], *, memory: str, limi
         flags += ["-v", f"{writable.resolve()}:/writable:rw"]
     if not away:
         return [*client(), "run", *flags, *quirks(), *(gpu_flags() if gpu else ()), image, *command]
-    there = ["sh", str(HERE / "on_node.sh"), str(folder.resolve()), "gpu" if gpu else "none", " ".join(client()),
-             *flags, *quirks(), image, *command]
+    there = ["sh", str(HERE / "on_node.sh"), str(folder.resolve()), "gpu" if gpu else "none",
+             "" if "SLURM_JOB_ID" in os.environ else "own", " ".join(client()), *flags, *quirks(), image, *command]
     return away + ([shlex.quote(word) for word in there] if Path(away[0]).name == "ssh" else there)
 
 

@@ -186,6 +186,7 @@ def test_a_training_that_others_end(how: str, reason: str, start, slurm: Slurm, 
         slurm.call(*how.split(), run.jobs()[0])
     seconds(how, run.gone(15))
     failed_because(run, reason)
+    wait_for(lambda: slurm.call("squeue", "-h") == "", 30)  # nor does a job without a srun hold the node
     if how == "scancel":
         works(run)
 
@@ -219,14 +220,17 @@ def test_what_takes_its_time(start, slurm: Slurm, seconds):
     for run in (gone, here):
         run.kill_all()
     os.killpg(stopped.process.pid, signal.SIGSTOP)
+    killed = time.monotonic()
     assert "train" in gone.names() and "train" in here.names()
-    seconds("SIGKILL of all here", here.gone(LIFELINE_S + 20))
-    seconds("SIGKILL of all, srun too", gone.gone(LIFELINE_S + 20))
-    seconds("SIGSTOP of all here", stopped.gone(LIFELINE_S + 20))
+    for what, run in {"SIGKILL of all here": here, "of all, and srun": gone, "SIGSTOP of all here": stopped}.items():
+        run.gone(LIFELINE_S + 20)
+        seconds(what, round(time.monotonic() - killed, 1))
     os.killpg(stopped.process.pid, signal.SIGCONT)
     failed_because(stopped, "run.sh stood still, or its files were out of reach, for a minute")
-    seconds("srun --time=1", limited.gone(90))
+    wait_for(lambda: "CANCELLED AT" in limited.project.read("runs/0003.log"), 90)
+    seconds("srun --time=1", limited.gone(30))
     failed_because(limited, "Slurm: time limit")
+    wait_for(lambda: slurm.call("squeue", "-h") == "", 30)
 
 
 def test_a_node_that_is_full(base: Project, other_slurm: Slurm, tmp_path: Path):
@@ -315,7 +319,7 @@ def test_the_gpus_that_a_scheduler_gave(tmp_path: Path):
 
     def asked(client: str, gpu: str, given: str | None) -> str:
         env = {"PATH": f"{tmp_path}:/usr/bin:/bin"} | ({} if given is None else {"CUDA_VISIBLE_DEVICES": given})
-        argv = ["sh", ROOT / "container/on_node.sh", tmp_path, gpu, client, "--rm", "an image"]
+        argv = ["sh", ROOT / "container/on_node.sh", tmp_path, gpu, "", client, "--rm", "an image"]
         done = subprocess.run(argv, env=env, capture_output=True, text=True)
         return re.sub(r"--cpus \d+ ", "", done.stdout).strip() if done.returncode == 0 else done.stderr
 
