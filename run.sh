@@ -10,7 +10,7 @@ SHOWN=0 KIND='' BLOB='' IDEA='' # whether the result was shown; what result.py p
 if [[ ${AR_CLEAN-} != "$$" ]]; then
   # Everything below runs with a clean environment: no keys, no sockets of the client, no GIT_* or PYTHON* variables.
   keep=()
-  for name in HOME USER TERM CI XDG_RUNTIME_DIR DOCKER_HOST AR_ENGINE AR_PROOF {http,https,no}_proxy {HTTP,HTTPS,NO}_PROXY \
+  for name in HOME USER TERM CI XDG_RUNTIME_DIR DOCKER_HOST AR_ENGINE AR_PROOF SSH_AUTH_SOCK "${!SLURM_@}" {http,https,no}_proxy {HTTP,HTTPS,NO}_PROXY \
     SSL_CERT_FILE NODE_EXTRA_CA_CERTS HF_ENDPOINT; do
     [[ -z ${!name-} ]] || keep+=("$name=${!name}")
   done
@@ -103,7 +103,7 @@ progress() {
 read_plan() {
   local key value plan
   cp -- program.md "$RUNS/program.new" || refuse "program.md cannot be read; put it back: git checkout program.md"
-  export AR_PLAN=$ROOT/$RUNS/program.new # what is edited while this runs is for the next run
+  export AR_LAUNCH AR_PLAN=$ROOT/$RUNS/program.new # what is edited while this runs is for the next run
   plan=$(result plan "${AGENT:-0}" "$IMAGE") || exit "$REFUSED"
   while IFS='=' read -r key value; do printf -v "${key^^}" '%s' "$value"; done <<<"$plan"
 }

@@ -215,6 +215,7 @@ def show_final(f: dict, look: int) -> list:
 
 def main(work: str, image: str, kind: str, k: str = "3", ablate: str = "") -> None:
     folder, state = Path(work), record.State(image)
+    os.environ["AR_LAUNCH"] = " ".join(state.plan.launch)
     experiment.end_with_the_caller()
     result = final(folder, state) if kind == "final" else audit(folder, state, int(k), bool(ablate))
     result |= {"metric": state.plan.metric, "train": state.head_blob, "when": int(time.time()),
@@ -232,6 +233,6 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     try:
         main(*sys.argv[1:])
-    except (engine.EngineError, Refused, program.ProgramError) as e:
+    except (engine.EngineError, Refused, program.ProgramError, OSError) as e:
         engine.say(f"run.sh: {e}")
         sys.exit(2)

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -108,6 +109,11 @@ def gpu_flags() -> tuple[str, ...]:
     return ("--device", f"nvidia.com/gpu={one}") if name() == "podman" else ("--gpus", f"device={one}")
 
 
+def launch() -> list[str]:
+    """program.md's `launch`: words of a command that finds a node and starts there what follows them; none is here."""
+    return os.environ.get("AR_LAUNCH", "").split()
+
+
 def caller() -> str:
     """The user inside that is the caller outside: root in a rootless engine is the caller."""
     return "0:0" if rootless() else f"{os.getuid()}:{os.getgid()}"
@@ -122,25 +128,29 @@ def label(whole_repository: bool = False) -> str:
 
 def sandbox(container: str, image: str, command: list[str], *, memory: str, limit_s: int, mounts: dict,
             out_size: str | None = None, gpu: bool = True, writable: Path | None = None,
-            background: bool = False, network: str = "none", environment: dict | None = None) -> list[str]:
+            background: bool = False, network: str = "none", environment: dict | None = None,
+            folder: Path | None = None) -> list[str]:
     """argv of a locked-down `run`: no network, read-only, no privileges; memory, processes and tmpfs are limited.
 
     mounts: path inside -> path on the host, all read-only. out_size: size of a tmpfs at /out. writable: a folder of
     the caller's at /writable, for our own data preparation only, which then runs as the caller; so is a network.
     background: at most one core, and only what the other containers leave of it; a mark that sweep does not know.
+    folder: start in it, on the node that program.md's launch command finds; without one, and without `folder`, here.
     The run limit here is only the third line of defence: PID 1 inside keeps the time, and the caller kills.
     """
-    flags = [*client(), "run", "--rm", "-i", "--name", container, "--network", network,
+    away = launch() if folder else []
+    flags = ["--rm", "-i", "--name", container, "--network", network,
              "--stop-signal", "SIGKILL",  # PID 1 ignores any other, and podman rm -f would wait 10 s for it
              "--label", label(background),
              "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges",
              "--security-opt", f"seccomp={HERE / 'seccomp.json'}", "--user", caller() if writable else UID,
              "--pids-limit", str(PIDS), "--memory", memory, "--memory-swap", memory,
-             "--cpus", "1" if background else str(os.cpu_count()),
              "--ipc", "private", "--shm-size", SHM_SIZE, "--ulimit", "core=0:0", "--hostname", "sandbox",
              # threads that wait sleep: spinning, a busy machine trained 6 and 9 times slower (two pairs)
              "--env", "OMP_WAIT_POLICY=PASSIVE", "--workdir", "/tmp", "--log-driver", "none", "--pull", "never",
              "--tmpfs", f"/tmp:rw,nosuid,nodev,size={TMP_SIZE},mode=1777,exec"]  # exec: what torch.compile builds
+    if not away:
+        flags += ["--cpus", "1" if background else str(os.cpu_count())]
     if background:
         flags += ["--cpu-shares", "2"]
     if out_size:
@@ -154,7 +164,11 @@ def sandbox(container: str, image: str, command: list[str], *, memory: str, limi
         flags += ["--env", f"{key}={value}"]
     if writable:
         flags += ["-v", f"{writable.resolve()}:/writable:rw"]
-    return [*flags, *quirks(), *(gpu_flags() if gpu else ()), image, *command]
+    if not away:
+        return [*client(), "run", *flags, *quirks(), *(gpu_flags() if gpu else ()), image, *command]
+    there = ["sh", str(HERE / "on_node.sh"), str(folder.resolve()), "gpu" if gpu else "none",
+             "" if "SLURM_JOB_ID" in os.environ else "own", " ".join(client()), *flags, *quirks(), image, *command]
+    return away + ([shlex.quote(word) for word in there] if Path(away[0]).name == "ssh" else there)
 
 
 def kill(container: str) -> None:

@@ -14,9 +14,11 @@ import codecs
 import contextlib
 import ctypes
 import io
+import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +33,12 @@ sys.path.insert(0, str(HERE))
 import engine  # noqa: E402
 
 GRACE_S = 5  # between the budget, at which PID 1 inside kills, and the kill from outside
+QUEUE_LIMIT_S = 23 * 3600  # until a launch command has found a node; Claude Code waits 24 hours for ./run.sh
+NOTICE_S = 10  # after which it is said that we wait for that
 IMPORT_LIMIT_S = 120  # until a sandbox has imported torch
+END_S = 5  # until a sandbox elsewhere, told to end, has done so
+BEAT, BEAT_S = b"%020d", 5  # sign of life to a sandbox, always as long, and the seconds from one to the next
+LOST = 75  # exit status of a sandbox that saw none for LIFELINE_S (stage.py)
 PROBE_LIMIT_S = 60  # load and encode a few training rows, where embedding failed
 EMBED_LIMIT_S = 120  # load and encode one side; no longer than training left of its budget, since `load` could train on
 EMBED_LEAST_S = 30  # but so long at least
@@ -42,6 +49,10 @@ OUT_MAX = 2 << 30  # bytes of archive that leave the sandbox
 ARRAY_MAX = 512 << 20  # bytes of one side's embeddings
 LINE_MAX = 4096  # bytes of a JSON line from a sandbox
 PR_SET_PDEATHSIG = 1
+LAST_WORDS = 64 << 10  # bytes of standard error in which Slurm's words are looked for
+SLURM = (("DUE TO TIME LIMIT", "Slurm: time limit"), ("(?i)node failure", "Slurm: node failure"),
+         ("DUE TO PREEMPTION", "Slurm: preempted"), ("CANCELLED AT|Force Terminated", "Slurm cancelled the job"))
+NOT_YOURS = "not the edit's fault; the same idea may be tried again"
 LOG_HEAD, LOG_TAIL = 256 << 10, 256 << 10  # bytes of the log kept from either end
 
 
@@ -53,24 +64,78 @@ class Failed(Exception):
         self.end = end or {}
 
 
-class Sandbox:
-    """A started container: JSON lines and raw bytes on its standard output, its log on standard error."""
+class Lost(Failed):
+    """A sandbox did not start, or ended, for a reason that is not train.py's."""
 
-    def __init__(self, stage: str, image: str, command: list[str], work: Path, log: Log | None = None, **limits):
-        self.name = f"ar-{os.getpid()}-{stage}"
-        argv = engine.sandbox(self.name, image, command, **limits)
+
+class Sandbox:
+    """A started container: JSON lines and raw bytes on its standard output, its log on standard error.
+
+    Its lifeline is a file that we change every few seconds. PID 1 ends the sandbox when that stops or the file goes,
+    wherever it runs and whatever became of us, the launch command and the engine's client.
+    """
+
+    started: list[Sandbox] = []
+
+    def __init__(self, stage: str, image: str, command: list[str], work: Path, log: Log | None = None, *, mounts: dict,
+                 **limits):
+        # elsewhere, sandboxes of other machines may have our process id
+        self.name = f"ar-{os.getpid()}{time.time_ns() if engine.launch() else ''}-{stage}"
+        self.beat = work / "alive" / stage / "beat"
+        self.beat.parent.mkdir(parents=True, exist_ok=True)
+        self.beat.write_bytes(BEAT % 0)
+        mounts = {**mounts, "/harness/alive": self.beat.parent}
+        argv = engine.sandbox(self.name, image, command, mounts=mounts, folder=work, **limits)
         # in work: when memory runs out, podman leaves a file "oom" in the folder that it was started in
         self.process = subprocess.Popen(argv, cwd=work, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=subprocess.PIPE)
-        self.killed, self.log = False, log
+        self.killed, self.log, self.last = False, log, b""
+        self.beaten, self.silent = time.monotonic(), 0.0  # when it last saw us alive, and how long it once did not
+        self.started.append(self)
+        threading.Thread(target=self._beat, daemon=True).start()
         self.drain = threading.Thread(target=self._read_log, args=(log,), daemon=True)
         self.drain.start()
 
     def _read_log(self, log: Log | None) -> None:
         while chunk := self.process.stderr.read1(1 << 16):
+            self.last = (self.last + chunk)[-LAST_WORDS:]
             if log:
                 with contextlib.suppress(ValueError, OSError):  # closed: nobody's; disk full: train.py need not wait
                     log.write(chunk)
+
+    def _beat(self) -> None:
+        for n in itertools.count(1):
+            self.silent = max(self.silent, time.monotonic() - self.beaten)
+            self.beaten = time.monotonic()
+            try:
+                with self.beat.open("r+b") as f:  # in place: a full disk is no end, and what is gone is not made again
+                    f.write(BEAT % n)
+            except FileNotFoundError:
+                return
+            except OSError:
+                pass  # of a server that is away for a while
+            time.sleep(BEAT_S)
+
+    def end(self) -> None:
+        """Cut the lifeline."""
+        with contextlib.suppress(OSError):
+            self.beat.unlink()
+
+    def ready(self) -> dict:
+        """What PID 1 says when it has imported torch; a launch command's queue may be long. Raises Lost."""
+        launch, stage = " ".join(engine.launch()), self.name.rpartition("-")[2]
+        notice = threading.Timer(NOTICE_S, engine.say, [f"run.sh: waiting for '{launch}' to start {stage}"])
+        try:
+            if launch:
+                notice.start()
+            ready = self.line(QUEUE_LIMIT_S if launch else IMPORT_LIMIT_S) and self.line(IMPORT_LIMIT_S)
+        finally:
+            notice.cancel()
+        if not ready:
+            self.wait()
+            said = " | ".join(self.last[-300:].decode("utf-8", "replace").strip().splitlines())
+            raise Lost(f"the sandbox of {stage} did not start: {said or 'no word in time'}")
+        return ready
 
     def line(self, limit_s: float) -> dict:
         """The next JSON line, {} when the container ended, said nothing in time, or said something else."""
@@ -96,6 +161,8 @@ class Sandbox:
         if self.killed:
             raise Failed(f"invalid output: {stage} did not hand it over in {limit_s} s")
         if status:
+            self.wait()
+            self.check_lost()
             raise Failed(f"the sandbox of {stage} was killed from outside before it had handed everything over")
 
     def send(self, source: Path | None) -> None:
@@ -118,8 +185,30 @@ class Sandbox:
 
     def kill(self) -> None:
         self.killed = True
-        engine.kill(self.name)
-        self.process.kill()
+        self.end()
+        if engine.launch():
+            for stop in (self.process.terminate, self.process.kill):  # of the first, srun takes a job out of the queue
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(END_S)
+                stop()
+        else:
+            engine.kill(self.name)
+            self.process.kill()
+
+    def check_lost(self) -> None:
+        """Of a sandbox that ended without PID 1's word. Raises Lost where it shows why.
+
+        train.py may have written these words: then they name its end, which is a failure all the same.
+        """
+        said = "\n".join(re.findall(r"^(?:srun|slurmstepd\S*): .*", self.last.decode("utf-8", "replace"), re.M))
+        why = next((reason for words, reason in SLURM if re.search(words, said)), "") if engine.launch() else ""
+        if engine.launch() and self.process.poll() == -signal.SIGKILL:
+            why = "the launch command was killed"
+        # a client that was stopped with us does not know the status
+        elif self.process.poll() == LOST or max(self.silent, time.monotonic() - self.beaten) > 3 * BEAT_S:
+            why = "run.sh stood still, or its files were out of reach, for a minute"
+        if why and not self.killed:
+            raise Lost(f"{why}: {NOT_YOURS}")
 
     def wait(self) -> None:
         """Until it has ended and its log is complete."""
@@ -197,14 +286,18 @@ def why_training_ended(end: dict, sandbox: Sandbox, budget: int, memory: str, lo
 
 def train(sandbox: Sandbox, work: Path, budget: int, memory: str, log: Path, on_ready) -> dict:
     """Wait for the training to end; returns what PID 1 said of it. Raises Failed."""
-    ready = sandbox.line(IMPORT_LIMIT_S)
-    if not ready:
-        sandbox.wait()
-        raise Failed(f"the sandbox did not start: {log.read_bytes()[-300:].decode('utf-8', 'replace').strip()}")
+    try:
+        ready = sandbox.ready()
+    except Lost as e:
+        if not engine.launch():
+            raise
+        raise engine.EngineError(f"{e}; nothing ran") from None
     on_ready(ready)
     end = sandbox.line(budget + GRACE_S)
     if end.get("status") != "ok":
         sandbox.wait()
+        if not end:
+            sandbox.check_lost()
         raise Failed(why_training_ended(end, sandbox, budget, memory, log), end)
     with (work / "out.tar").open("wb") as f:
         sandbox.copy_to(f, OUT_MAX, EMBED_LIMIT_S)
@@ -214,8 +307,12 @@ def train(sandbox: Sandbox, work: Path, budget: int, memory: str, log: Path, on_
 
 def embed(sandbox: Sandbox, work: Path, side: str, limit_s: float) -> None:
     """Send what training left, store this side's array. Raises Failed, with no text that train.py could choose."""
+    sandbox.ready()
     sandbox.send(work / "out.tar")
     end = sandbox.line(limit_s + GRACE_S)
+    if not end:
+        sandbox.wait()
+        sandbox.check_lost()
     if end.get("status") != "ok":
         end |= {"status": "limit"} if sandbox.killed else {}
         what = {"limit": f"longer than {limit_s:.0f} s", "killed": "out of memory" if end.get("oom") else "killed"}
@@ -227,8 +324,9 @@ def embed(sandbox: Sandbox, work: Path, side: str, limit_s: float) -> None:
 
 def probe(sandbox: Sandbox, work: Path) -> None:
     """Where embedding failed: does encoding training rows fail too? Then the log has a traceback. Raises Failed."""
+    sandbox.ready()
     sandbox.send(work / "out.tar")
-    end = sandbox.line(IMPORT_LIMIT_S + PROBE_LIMIT_S + GRACE_S)
+    end = sandbox.line(PROBE_LIMIT_S + GRACE_S)
     sandbox.wait()
     if end.get("status") != "ok":
         raise Failed("load: training ended well, but load() or encoding training rows failed (traceback in the log)")
@@ -290,6 +388,8 @@ def one_run(work: Path, data: Path, budget: int, memory: str, seed: int, log_pat
         try:
             with ThreadPoolExecutor() as pool:
                 list(pool.map(lambda side: embed(sides[side], work, side, left), sides))
+        except Lost:
+            raise
         except Failed:
             sides["probe"] = Sandbox("probe", command=[*stage, "probe", str(PROBE_LIMIT_S)], log=Log(log_path),
                                      out_size=OUT_SIZE, limit_s=IMPORT_LIMIT_S + PROBE_LIMIT_S, mounts=mounts, **common)
@@ -300,9 +400,13 @@ def one_run(work: Path, data: Path, budget: int, memory: str, seed: int, log_pat
     except Failed as e:
         result |= {"outcome": "failed", "reason": str(e), "train": e.end or end}
     finally:
-        for s in (trainer, *sides.values()):
+        sandboxes = (trainer, *sides.values())
+        for s in sandboxes:
+            s.end()
+        for s in sandboxes:
             if s.process.poll() is None:
                 s.kill()
+        shutil.rmtree(work / "alive", ignore_errors=True)
         log.close()
     result["train"]["claims"] = claims(log_path)
     result["timing"] = timing(started, stamps, result)
@@ -320,8 +424,14 @@ def timing(started: float, t: dict, result: dict) -> dict:
 
 
 def end_with_the_caller() -> None:
-    """When run.sh is killed, the kernel sends us SIGTERM, and the containers go at once instead of at their limit."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    """When run.sh is killed, the kernel sends us SIGTERM, and the containers go at once."""
+    def end(*_) -> None:
+        for s in Sandbox.started:
+            s.end()
+            s.process.terminate()  # srun leaves the queue; a sandbox ignores it
+        sys.exit(143)
+
+    signal.signal(signal.SIGTERM, end)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

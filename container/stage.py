@@ -4,10 +4,11 @@ usage: stage.py train SECONDS               /code/train.py and /data (the traini
        stage.py embed SECONDS < archive     the same, but /data is one side of the pairs, without the other
        stage.py probe SECONDS < archive     /data is the training table: a few rows of it, with a full traceback
 
-Everything heavy is imported first, then a child is forked: it runs the untrusted code with its standard output
-turned to standard error. Standard output belongs to this process: JSON lines, then raw bytes (the archive of /out,
-or an array). The child may do to itself what it likes; ptrace is closed by seccomp and this process is not dumpable,
-so it can neither stop the clock nor write into the stream. What comes out is still untrusted for the host.
+A thread watches that the harness outside lives. Everything heavy is imported first, then a child is forked: it runs
+the untrusted code with its standard output turned to standard error. Standard output belongs to this process: JSON
+lines, then raw bytes (the archive of /out, or an array). The child may do to itself what it likes; ptrace is closed
+by seccomp and this process is not dumpable, so it can neither stop the clock nor write into the stream. What comes
+out is still untrusted for the host.
 """
 import builtins
 import contextlib
@@ -23,10 +24,36 @@ import shutil
 import signal
 import sys
 import tarfile
+import threading
 import time
 import traceback
+import warnings
 from pathlib import Path
 
+BEAT = Path("/harness/alive/beat")  # a file that the harness outside changes every few seconds while it lives
+LIFELINE_S = 60  # without a change
+LOST = 75  # exit status of a sandbox that nobody outside wants any more
+
+
+def end_when_alone() -> None:
+    """In a thread: end this sandbox when the harness outside is gone, which takes BEAT away or leaves it as it is."""
+    last, silent = b"", 0
+    while silent < LIFELINE_S:
+        try:
+            now = BEAT.read_bytes()  # opened anew every time, so that NFS asks its server
+        except OSError:
+            break
+        # counted, not timed: seconds in which this process did not run either, on a paused machine, are no silence
+        last, silent = now, silent + 1 if now == last else 0
+        time.sleep(1)
+    os._exit(LOST)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=end_when_alone, daemon=True).start()
+    os.write(1, b'{"up": true}\n')  # with a launch command the harness may have waited for this for hours
+
+warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)  # our thread holds no lock
 gc.disable()  # nothing to collect yet, and looking for it is a quarter of the time that these imports take
 import datasets  # noqa: E402
 import numpy as np  # noqa: E402
@@ -199,12 +226,13 @@ def probe_rows(_: int) -> None:
 
 
 def probe(out) -> None:
+    say(out, ready=True)
     end, _ = in_child(probe_rows, float(sys.argv[2]))
     say(out, **end)
 
 
 def train(out) -> None:
-    """Two JSON lines: torch is imported, how the training ended; then, if well, the archive of /out."""
+    """Torch is imported, how the training ended: a JSON line each; then, if well, the archive of /out."""
     say(out, ready=True, device="cuda" if torch.cuda.is_available() else "cpu")
     end, _ = in_child(run_training, float(sys.argv[2]))
     if end["status"] == "crashed" and min(shutil.disk_usage(d).free for d in TMPFS) < NO_SPACE:
@@ -234,7 +262,8 @@ def embed_side(pipe: int) -> None:
 
 
 def embed(out) -> None:
-    """Wait for the archive of /out on standard input; answer with a JSON line, then the array."""
+    """Torch is imported; wait for the archive of /out on standard input; answer with a JSON line, then the array."""
+    say(out, ready=True)
     select.select([sys.stdin], [], [])  # comes when training has ended; only then does the clock start
     end, payload = in_child(embed_side, float(sys.argv[2]))
     if payload[:1] == b"A" and end["status"] == "ok":

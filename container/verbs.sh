@@ -57,7 +57,8 @@ verb_test() {
   local missing=()
   python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
   local tool
-  for tool in npm tmux shellcheck chromium; do command -v "$tool" >/dev/null || missing+=("$tool"); done
+  for tool in npm tmux shellcheck chromium slurmctld slurmd; do command -v "$tool" >/dev/null || missing+=("$tool"); done
+  command -v srun >/dev/null || missing+=(slurm-client)
   ((${#missing[@]} == 0)) || install_packages "for the tests, ${missing[*]}" "${missing[@]}"
   need_image
   if [[ $(cat tests/.venv/requirements 2>/dev/null) != "${TEST_REQUIREMENTS[*]}" ]]; then

@@ -74,8 +74,8 @@ def plan(agent: str, image: str) -> None:
     kind = "baseline" if not state.incumbent else "candidate" if changed else "remeasure"
     fields = {"kind": kind, "n": state.newest + 1, "blob": blob, "pad": pad, "incumbent": state.head_blob,
               "data": state.data, "budget": state.plan.budget, "memory": state.plan.memory,
-              "cooldown": state.plan.cooldown, "devices": state.plan.devices, "comparable": state.comparable,
-              "idea": idea,
+              "cooldown": state.plan.cooldown, "devices": state.plan.devices, "ar_launch": " ".join(state.plan.launch),
+              "comparable": state.comparable, "idea": idea,
               "remeasure": int(kind == "candidate" and state.incumbent_is_due())}
     print("\n".join(f"{k}={v}" for k, v in fields.items()))
 
