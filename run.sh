@@ -10,8 +10,8 @@ SHOWN=0 KIND='' BLOB='' IDEA='' # whether the result was shown; what result.py p
 if [[ ${AR_CLEAN-} != "$$" ]]; then
   # Everything below runs with a clean environment: no keys, no sockets of the client, no GIT_* or PYTHON* variables.
   keep=()
-  for name in HOME USER TERM CI XDG_RUNTIME_DIR DOCKER_HOST AR_ENGINE AR_PROOF SSH_AUTH_SOCK "${!SLURM_@}" {http,https,no}_proxy {HTTP,HTTPS,NO}_PROXY \
-    SSL_CERT_FILE NODE_EXTRA_CA_CERTS HF_ENDPOINT; do
+  for name in HOME USER TERM CI XDG_RUNTIME_DIR DOCKER_HOST AR_ENGINE AR_PROOF SLURM_JOB_ID {http,https,no}_proxy \
+    {HTTP,HTTPS,NO}_PROXY SSL_CERT_FILE NODE_EXTRA_CA_CERTS HF_ENDPOINT; do
     [[ -z ${!name-} ]] || keep+=("$name=${!name}")
   done
   exec env -i "${keep[@]}" AR_CLEAN="$$" AGENT="${CLAUDECODE:+1}" LANG=C.UTF-8 \
