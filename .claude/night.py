@@ -30,7 +30,7 @@ import record  # noqa: E402
 
 LOG = record.ROOT / "runs" / "night.log"
 FIRST_WAIT, LONGEST_WAIT = 10, 15 * 60  # s until the client is started again; doubled until an experiment is recorded
-SILENT = 30 * 60  # s without a line from the client and without an experiment, after which it is ended
+SILENT, BARREN = 30 * 60, 3 * 3600  # s without a line from the client, without an experiment: then it is ended
 LATE = 5 * 60  # s, and two budgets, that the client may take to end once the loop has
 FRUITLESS = 10  # conversations in a row that ended orderly but brought no experiment
 DYING = 60  # s that run.sh gets to clean up, and then the client
@@ -42,7 +42,8 @@ HINT = "It needs no terminal: Ctrl-C ends this view, ./run.sh night stop the nig
 
 def tell(text: str) -> None:
     """A line of the log: the keeper's standard output."""
-    print(time.strftime("%m-%d %H:%M  ") + text, flush=True)
+    with contextlib.suppress(OSError):  # a full disk
+        print(time.strftime("%m-%d %H:%M  ") + text, flush=True)
 
 
 def plan() -> record.program.Program:
@@ -82,13 +83,17 @@ class Night:
         self.told = record.State().newest
         self.state = {"since": time.time(), "from": self.told, "clock": clock, "log": log, "stop": "", "tokens": 0,
                       "usd": 0.0, "unpaid": 0, "conversations": 0}
-        loop.put(loop.NIGHT, self.state)
+        self.save()
+
+    def save(self) -> None:
+        with contextlib.suppress(OSError):
+            loop.put(loop.NIGHT, self.state)
 
     def ended(self) -> str:
         """Why the loop is over, as the hooks see it; '' while it goes on or cannot be told."""
         if self.stops and not self.state["stop"]:
             self.state["stop"] = "the person said night stop"
-            loop.put(loop.NIGHT, self.state)
+            self.save()
         try:
             return loop.reason_to_end({k: self.state[k] for k in ("from", "since")}, record.State())
         except Exception:
@@ -116,14 +121,16 @@ class Night:
             time.sleep(POLL)
         if running():
             end(running())
+        self.news(0)
         self.sum_up(why or f"{fruitless} conversations in a row brought no experiment; the last said: {self.said}")
-        loop.put(loop.NIGHT, {**self.state, "status": 0 if why else 1})
-        return 0 if why else 1
+        self.state["status"] = 0 if why else 1
+        self.save()
+        return self.state["status"]
 
     def converse(self) -> str:
         """One conversation to its end; what went wrong in it, '' when nothing did."""
         self.state["conversations"] += 1
-        loop.put(loop.NIGHT, self.state)
+        self.save()
         tell(f"Claude Code starts, conversation {self.state['conversations']}")
         self.session, self.said, self.result, fault, over = "", "it said nothing", {}, "", 0.0
         command = [*OURS, self.claude, *START]
@@ -135,30 +142,39 @@ class Night:
         except OSError as e:
             return f"the client cannot be started: {e}"
         lines: queue.Queue = queue.Queue()
-        threading.Thread(target=lambda: [lines.put(line) for line in client.stdout], daemon=True).start()
-        heard = time.monotonic()
-        while not fault and (client.poll() is None or not lines.empty()):
+        reader = threading.Thread(target=lambda: [lines.put(line) for line in client.stdout], daemon=True)
+        reader.start()
+        heard = brought = time.monotonic()
+        while not fault and client.poll() is None:
             try:
+                before = self.told
                 self.hear(lines.get(timeout=POLL))
                 heard = time.monotonic()
+                brought = heard if self.told > before else brought
             except queue.Empty:
-                heard = time.monotonic() if running() else heard
-            if not over and lines.empty() and self.ended():
-                over = time.monotonic()
+                heard, brought = (time.monotonic(),) * 2 if running() else (heard, brought)
+            if lines.empty():
+                over = (over or time.monotonic()) if self.ended() else 0.0
             if self.stops > 1:
                 fault = "the client was ended at once"
             elif over and time.monotonic() > over + LATE + 2 * plan().budget:
                 fault = "the client was still there long after the loop had ended, and was ended"
-            elif time.monotonic() > heard + SILENT:
-                fault = f"nothing was heard from the client for {SILENT // 60} minutes, so it was ended"
+            elif time.monotonic() > min(heard + SILENT, brought + BARREN):
+                word = "experiment" if time.monotonic() > brought + BARREN else "word"
+                fault = f"no {word} from the client for long, so it was ended"
         if fault:
             end(client.pid)
         code = client.wait()
-        self.state["tokens"] += loop.tokens(loop.load({"session_id": self.session}))
+        reader.join(5)  # longer only when something that it started holds the pipe
+        while not lines.empty():
+            self.hear(lines.get())
+        session = loop.load({"session_id": self.session})
+        self.state["tokens"] += loop.tokens(session)
         self.state["usd"] += self.result.get("total_cost_usd") or 0
         self.state["unpaid"] += "total_cost_usd" not in self.result
-        loop.put(loop.NIGHT, self.state)
-        if fault or code == 0 and self.result and not self.result.get("is_error"):
+        self.save()
+        # the Stop hook switches the loop off where a conversation ends in order
+        if fault or code == 0 and self.result and not self.result.get("is_error") and not session.get("on"):
             return fault
         return f"the client {f'was killed by signal {-code}' if code < 0 else f'ended with status {code}'}: {self.said}"
 

@@ -305,14 +305,22 @@ def test_it_gives_up_on_an_agent_that_only_talks(quick, night):
 
 
 def test_a_client_that_hangs_is_started_again(quick, night):
-    constants(quick, SILENT="4")
+    constants(quick, **{"SILENT, BARREN": "4, 60"})
     quick.edit("stop: 100 experiments", "stop: 2 experiments", "program.md")
     quick.write("slow", "6")  # silent for longer, but an experiment runs
     went = night(quick, [RUN, Silence(100), RUN, DONE])
     status, text = went.end()
-    assert status == 0 and text.count("nothing was heard from the client") == 1, text
+    assert status == 0 and text.count("no word from the client for long, so it was ended") == 1, text
     once_each(quick, 2)
     assert went.state["conversations"] == 2
+
+
+def test_an_agent_that_never_gets_to_an_experiment_is_started_again(quick, night):
+    constants(quick, **{"SILENT, BARREN": "60, 3"})
+    quick.edit("stop: 100 experiments", "stop: 1 experiments", "program.md")
+    look = call("Read", file_path="train.py")
+    status, text = night(quick, lambda shown: RUN if "experiment from" in quick.read("runs/night.log") else look).end()
+    assert status == 0 and text.count("no experiment from the client for long, so it was ended") == 1, text
 
 
 def test_a_client_that_stays_is_ended(quick, night):
