@@ -79,7 +79,7 @@ class Night:
     def say(self, *words: str) -> str:
         return self.start(*words).communicate(timeout=60)[0]
 
-    def end(self, seconds: float = 120) -> tuple[int, str]:
+    def end(self, seconds: float = 300) -> tuple[int, str]:
         """Its exit status and all that was shown."""
         text = self.shown.communicate(timeout=seconds)[0]
         if self.model.error:
@@ -105,7 +105,7 @@ class Night:
     def client(self) -> int:
         return next((int(p.split()[0]) for p in self.processes() if "-p start" in p), 0)
 
-    def wait_for(self, done, seconds: float = 60) -> None:
+    def wait_for(self, done, seconds: float = 180) -> None:
         deadline = time.monotonic() + seconds
         while not done():
             assert time.monotonic() < deadline, (self.processes(), self.project.read("runs/night.log"))
@@ -266,7 +266,7 @@ def test_a_second_stop_leaves_nothing_behind(measured, night, tmp_path):
     went.say("stop")
     assert went.client() and project.containers()
     assert "Everything is ended now" in went.say("stop")
-    status, text = went.end(60)
+    status, text = went.end()
     assert status == 0 and "the client was ended at once" not in text.splitlines()[-1], text
     assert not went.processes() and not project.containers()
     assert "time.sleep(100)" in project.read("train.py") and not list((project.path / "runs").glob("work.*"))
@@ -461,16 +461,12 @@ def test_reading_a_long_transcript_again_costs_nothing(quick, tmp_path):
     hook(quick, "UserPromptSubmit", prompt="start", transcript_path=str(transcript))
     meter = json.loads(quick.read("runs/session/s.tokens"))
     assert sum(meter["used"].values()) == 9000 and meter["at"] == {str(transcript): transcript.stat().st_size}
-    took = []
-    for n in range(5):
-        began = time.monotonic()
-        hook(quick, "Stop")
-        took.append(time.monotonic() - began)
-        hook(quick, "UserPromptSubmit", prompt=f"{n}")
-    transcript.write_text("")
-    began = time.monotonic()
+    with transcript.open("r+") as f:  # what was read is not looked at again, so that this does not show
+        f.write(message(f"message-{0:027}", input_tokens=7, output_tokens=2))
+    with transcript.open("a") as f:
+        f.write(message("another", input_tokens=1))
     hook(quick, "Stop")
-    assert min(took) < time.monotonic() - began + 0.05, took
+    assert sum(json.loads(quick.read("runs/session/s.tokens"))["used"].values()) == 9001
 
 
 def test_the_status_line_tells_the_cost(quick):
