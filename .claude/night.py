@@ -208,8 +208,6 @@ class Night:
         return [r for r in state.all if r.n > since and r.verdict != "unmeasured"]
 
     def sum_up(self, why: str) -> None:
-        drawn = subprocess.run([record.ROOT / "run.sh", "report"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True)
         with contextlib.suppress(Exception):
             state = record.State()
             verdicts = [r.verdict for r in state.counted if r.n > self.state["from"]]
@@ -217,6 +215,8 @@ class Night:
             tell(f"{len(verdicts)} experiments: {counts}; {state.plan.metric} {state.best_line()}")
         unpaid = f", and what {self.state['unpaid']} cost that did not tell" if self.state["unpaid"] else ""
         tell("{conversations} conversations, {tokens:,} tokens, {usd:.2f} USD".format(**self.state) + unpaid)
+        drawn = subprocess.run([record.ROOT / "run.sh", "report"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)
         tell("report.html shows it" if drawn.returncode == 0 else f"no report: {drawn.stderr.strip()[-200:]}")
         tell(f"The night has ended: {why}")
 
