@@ -2,11 +2,11 @@
 # run.sh: one experiment. Sandbox, metric, commit or revert. See ./run.sh help.
 # -p: bash reads neither BASH_ENV nor functions from the caller's environment.
 set -euo pipefail; shopt -s inherit_errexit # in $(...) too: a tree that could not be written is never recorded
-umask 022
-PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/run/current-system/sw/bin
+umask 022; THEIRS=$PATH PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/run/current-system/sw/bin
 ROOT=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 readonly ROOT RUNS=runs REFUSED=2
 SHOWN=0 KIND='' BLOB='' IDEA='' # whether the result was shown; what result.py plan says
+[[ ${1-} != night ]] || exec env PATH="$THEIRS" "$(command -v python3)" -I "$ROOT/.claude/night.py" "${@:2}" # it wants the person's own
 if [[ ${AR_CLEAN-} != "$$" ]]; then
   # Everything below runs with a clean environment: no keys, no sockets of the client, no GIT_* or PYTHON* variables.
   keep=()

@@ -159,6 +159,7 @@ usage() {
 ./run.sh test           all tests, with what they need
 ./run.sh data NAME [--odvg DIR]   draw prints, fetch ukiyo-e, or import your own ODVG lines and images
 ./run.sh status|log [N]|report   where things stand; the last N experiments; report.html for a browser
+./run.sh night [HH:MM|stop]       Claude Code at work until the plan ends or that hour, whatever happens meanwhile
 ./run.sh keep N         overrule a verdict: make experiment N the incumbent
 ./run.sh audit [K] [--ablate]     baseline against best on fresh pairs, K seeds each: the numbers to publish
 ./run.sh final          the best, trained longer on all but the test pairs, judged once on those

@@ -57,6 +57,7 @@ class Shown:
 
     results: list[Result] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    first: bool = False  # in its conversation, or after a compaction
 
     @property
     def text(self) -> str:
@@ -85,10 +86,14 @@ class Turn:
 
     blocks: list[dict]
     tokens: int = 10  # the size the client is told its request had; near the window it compacts
+    why: str = ""  # its stop_reason, where it is not tool_use or end_turn
 
     def send(self, http: BaseHTTPRequestHandler, body: dict) -> None:
+        respond(http, 200, self.text(body).encode(), "text/event-stream" if body.get("stream") else "application/json")
+
+    def text(self, body: dict) -> str:
         wants_tool = any(b["type"] == "tool_use" for b in self.blocks)
-        stop = {"stop_reason": "tool_use" if wants_tool else "end_turn", "stop_sequence": None}
+        stop = {"stop_reason": self.why or ("tool_use" if wants_tool else "end_turn"), "stop_sequence": None}
         usage = {
             "input_tokens": self.tokens,
             "output_tokens": 1,
@@ -106,8 +111,7 @@ class Turn:
             "usage": usage,
         }
         if not body.get("stream"):
-            respond(http, 200, json.dumps({**message, **stop, "content": self.blocks}).encode())
-            return
+            return json.dumps({**message, **stop, "content": self.blocks})
         events = [{"type": "message_start", "message": message}]
         for i, block in enumerate(self.blocks):
             if block["type"] == "text":
@@ -121,17 +125,18 @@ class Turn:
                 {"type": "content_block_stop", "index": i},
             ]
         events += [{"type": "message_delta", "delta": stop, "usage": usage}, {"type": "message_stop"}]
-        lines = (f"event: {e['type']}\ndata: {json.dumps(e)}\n\n" for e in events)
-        respond(http, 200, "".join(lines).encode(), "text/event-stream")
+        return "".join(f"event: {e['type']}\ndata: {json.dumps(e)}\n\n" for e in events)
 
 
 Script = Callable[[Shown], "Turn | list[dict] | dict"]
 
 
-def respond(http: BaseHTTPRequestHandler, status: int, body: bytes = b"{}", kind: str = "application/json") -> None:
+def respond(
+    http: BaseHTTPRequestHandler, status: int, body: bytes = b"{}", kind: str = "application/json", **headers: str
+) -> None:
     http.send_response(status)
-    http.send_header("content-type", kind)
-    http.send_header("content-length", str(len(body)))
+    for name, value in {"content-type": kind, "content-length": str(len(body)), **headers}.items():
+        http.send_header(name, value)
     http.end_headers()
     if http.command != "HEAD":
         http.wfile.write(body)
@@ -223,7 +228,8 @@ class Model:
         return SUBAGENT if "cc_is_subagent=true" in json.dumps(body.get("system")) else ""
 
     def _new(self, body: dict) -> Shown:
-        shown, before = Shown(), self._before
+        first = all(message["role"] != "assistant" for message in body["messages"])
+        shown, before = Shown(first=first), Counter() if first else self._before
         texts = [b["text"] for role, b in blocks_of(body) if b["type"] == "text" and role != "assistant"]
         self._before = Counter(texts)
         for text in texts:

@@ -4,13 +4,16 @@
 It also writes down what the planner said: PostToolUse of Agent.
 
 usage: loop.py            a hook call on standard input, the answer on standard output
-       loop.py statusline one line for the terminal
+       loop.py statusline the client's status on standard input, one line for the terminal on standard output
 
 The loop is on for the conversation in which a person typed "start", until program.md's `stop`, "stop", or three turns
-in a row that brought no experiment. What is on is kept in runs/session/<conversation>.json, nothing else.
+in a row that brought no experiment. What is on is kept in runs/session/<conversation>.json; what was read of its
+transcripts and what it cost beside it, in .tokens and .usd. In a night (night.py) `stop` counts all its conversations.
 """
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import re
@@ -25,6 +28,7 @@ import record  # noqa: E402
 
 os.environ.pop("AR_PLAN", None)  # run.sh's own; in a hook it could only be a planted one
 SESSIONS = record.ROOT / "runs" / "session"
+NIGHT, NIGHT_LOCK = record.ROOT / "runs" / "night.json", record.ROOT / "runs" / "night.lock"
 IDLE_TURNS = 3
 PAD = record.ROOT / "scratchpad.md"
 PLANNED = re.compile(r"^##[ \t]+Planned[ \t]*\r?$.*?(?=^##\s|\Z)", re.M | re.S | re.I)  # ends as in result.py
@@ -38,17 +42,67 @@ def session_file(call: dict) -> Path:
 
 
 def load(call: dict) -> dict:
-    try:
-        return json.loads(session_file(call).read_text())
-    except (OSError, ValueError):
-        return {}
+    return get(session_file(call), {})
 
 
 def save(call: dict, session: dict) -> None:
-    SESSIONS.mkdir(parents=True, exist_ok=True)
-    part = session_file(call).with_suffix(".new")
-    part.write_text(json.dumps(session))
-    part.replace(session_file(call))
+    put(session_file(call), session)
+
+
+def put(file: Path, value) -> None:
+    """Write JSON in one go; hooks of one conversation may run at the same time."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}.new")
+    part.write_text(json.dumps(value))
+    part.replace(file)
+
+
+def get(file: Path, default):
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return default
+
+
+def night() -> dict:
+    """The night that is under way in this worktree, {} when none is: its keeper holds the lock while it lives."""
+    with contextlib.suppress(OSError), NIGHT_LOCK.open() as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return get(NIGHT, {})
+    return {}
+
+
+def tokens(session: dict) -> int:
+    """Input, output and what was written into the cache, of every message of a conversation and its subagents.
+
+    Reads only what its transcripts have grown by. A message is written once for each of its blocks, and counts once.
+    """
+    if not session.get("transcript_path"):
+        return 0
+    meter, main = session_file(session).with_suffix(".tokens"), Path(session["transcript_path"])
+    known = get(meter, {"at": {}, "used": {}})
+    for file in (main, *main.with_suffix("").glob("subagents/*.jsonl")):
+        with contextlib.suppress(OSError), file.open("rb") as f:
+            f.seek(known["at"].get(str(file), 0))
+            for line in iter(f.readline, b""):
+                if not line.endswith(b"\n"):
+                    break  # it is being written
+                known["at"][str(file)] = f.tell()
+                if b'"usage"' in line:
+                    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+                        message = json.loads(line)["message"]
+                        n = sum(message["usage"].get(k) or 0 for k in
+                                ("input_tokens", "output_tokens", "cache_creation_input_tokens"))
+                        known["used"][message["id"]] = max(n, known["used"].get(message["id"], 0))
+    put(meter, known)
+    return sum(known["used"].values())
+
+
+def usd(session: dict) -> float:
+    """What a conversation cost, as the status line was told: 0 without a terminal."""
+    return get(session_file(session).with_suffix(".usd"), 0.0)
 
 
 def context(event: str, text: str) -> dict:
@@ -69,7 +123,11 @@ def prompt(call: dict) -> dict:
     session = load(call)
     if word == "start":
         state = record.State()
-        save(call, {"on": True, "from": state.newest, "seen": state.newest, "since": time.time(), "idle": 0})
+        who = {k: call.get(k, "") for k in ("session_id", "transcript_path")}
+        begin = {"from": state.newest, "since": time.time()}
+        begin |= {k: v for k, v in night().items() if k in begin}
+        save(call, {"on": True, "seen": state.newest, "idle": 0, **who, **begin,
+                    "tokens": tokens(who), "usd": usd(who)})
         return context("UserPromptSubmit", f"The loop is on. Phase {state.phase_line()}. {GO_ON}")
     if word in ("stop", "pause"):
         save(call, {**session, "on": False, "stopped": True})
@@ -133,21 +191,43 @@ def write_plan(said: str) -> None:
 
 def reason_to_end(session: dict, state: record.State) -> str:
     """Why the loop should end now, '' when it should not."""
+    since, limit, dark = session.get("since", 0), state.plan.stop, night()
+    dark = dark if dark.get("since") == since else {}  # the conversation is one of the night's
     ran = sum(r.n > session.get("from", 0) for r in state.counted)
-    hours = (time.time() - session.get("since", 0)) / 3600
-    limit = state.plan.stop
+    hours = (time.time() - since) / 3600
+    if dark.get("stop") or dark.get("clock") and time.time() >= at_clock(dark["clock"], since):
+        return dark.get("stop") or f"it is {dark['clock']}, as the person said"
     if ran >= limit.get("experiments", float("inf")):
         return f"{ran} experiments since start, as program.md's `stop` says"
     if hours >= limit.get("hours", float("inf")):
         return f"{hours:.1f} hours since start, as program.md's `stop` says"
+    if "clock" in limit and time.time() >= at_clock(limit["clock"], since):
+        return f"it is {limit['clock']}, as program.md's `stop` says"
+    if "tokens" in limit:
+        used = tokens(session) - session.get("tokens", 0) + dark.get("tokens", 0)
+        if used >= limit["tokens"]:
+            return f"{used:,} tokens since start, as program.md's `stop` says"
+    paid = usd(session) - session.get("usd", 0) + dark.get("usd", 0)
+    if paid >= limit.get("usd", float("inf")):
+        return f"{paid:.2f} USD since start, as program.md's `stop` says"
     if state.phase is None:
         return "all phases of program.md are done"
-    if session["idle"] >= IDLE_TURNS:
+    if session.get("idle", 0) >= IDLE_TURNS:
         return f"{IDLE_TURNS} turns in a row brought no experiment"
     return ""
 
 
-def statusline() -> str:
+def at_clock(clock: str, since: float) -> float:
+    """The first such local time after `since`."""
+    day, (hour, minute) = time.localtime(since), map(int, clock.split(":"))
+    today, tomorrow = (time.mktime((*day[:2], day.tm_mday + n, hour, minute, 0, 0, 0, -1)) for n in (0, 1))
+    return today if today > since else tomorrow
+
+
+def statusline(call: dict) -> str:
+    cost = (call.get("cost") or {}).get("total_cost_usd")
+    if isinstance(cost, (int, float)) and cost != usd(call):
+        put(session_file(call).with_suffix(".usd"), cost)
     state = record.State()
     parts = [f"#{state.newest}", f"{state.plan.metric} {state.best_line()}", f"phase {state.phase_line()}"]
     return " | ".join(filter(None, [*parts, record.running_line()]))
@@ -160,7 +240,7 @@ def main() -> None:
     event = ""
     try:
         if sys.argv[1:] == ["statusline"]:
-            print(statusline())
+            print(statusline({} if sys.stdin.isatty() else json.loads(sys.stdin.buffer.read() or b"{}")))
             return
         call = json.loads(sys.stdin.buffer.read())
         event = call["hook_event_name"]
