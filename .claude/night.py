@@ -55,7 +55,7 @@ def plan() -> record.program.Program:
 
 def running() -> int:
     """The process of the experiment that runs now, 0 when none does."""
-    return loop.get(record.ROOT / "runs" / "running.json", {}).get("pid", 0) if record.running() else 0
+    return record.running().get("pid", 0)
 
 
 def end(pid: int) -> None:
@@ -199,18 +199,18 @@ class Night:
             state = record.State()
         except Exception as e:
             return tell(f"the record cannot be read: {e}") or []
-        for r in state.all:
+        for r in state.own(state.all):
             if r.n > self.told:
                 value = record.show(record.geometric(state.values(r))) if state.values(r) else ""
                 row = f"#{r.n:<4} {r.verdict:<10} {value:>7} {r.change.split(' (')[0]:>9}  {r.hypothesis} {r.reason}"
                 tell(row.rstrip())
         self.told = state.newest
-        return [r for r in state.all if r.n > since and r.verdict != "unmeasured"]
+        return [r for r in state.own(state.all) if r.n > since and r.verdict != "unmeasured"]
 
     def sum_up(self, why: str) -> None:
         with contextlib.suppress(Exception):
             state = record.State()
-            verdicts = [r.verdict for r in state.counted if r.n > self.state["from"]]
+            verdicts = [r.verdict for r in state.here if r.n > self.state["from"]]
             counts = ", ".join(f"{verdicts.count(v)} {v}" for v in record.COUNTED)
             tell(f"{len(verdicts)} experiments: {counts}; {state.plan.metric} {state.best_line()}")
         unpaid = f", and what {self.state['unpaid']} cost that did not tell" if self.state["unpaid"] else ""
@@ -249,7 +249,7 @@ def follow(start: int) -> int:
                 alive = bool(loop.night())
                 print("\r\033[K" * live + log.read().decode("utf-8", "replace"), end="", flush=True)
                 if alive:
-                    print((" " * 13 + record.running()) * live, end="", flush=True)
+                    print((" " * 13 + record.running_line()) * live, end="", flush=True)
                     time.sleep(1)
     except KeyboardInterrupt:
         print("\nThe night goes on. ./run.sh night shows it again, ./run.sh night stop ends it.")

@@ -128,7 +128,8 @@ def prompt(call: dict) -> dict:
         begin |= {k: v for k, v in night().items() if k in begin}
         save(call, {"on": True, "seen": state.newest, "idle": 0, **who, **begin,
                     "tokens": tokens(who), "usd": usd(who)})
-        return context("UserPromptSubmit", f"The loop is on. Phase {state.phase_line()}. {GO_ON}")
+        ask = record.ASK if state.incumbent and state.planner_is_due() else ""
+        return context("UserPromptSubmit", f"The loop is on. Phase {state.phase_line()}. {ask}{GO_ON}")
     if word in ("stop", "pause"):
         save(call, {**session, "on": False, "stopped": True})
         return context("UserPromptSubmit", "The loop is off: do not run another experiment. Sum up in a few lines what "
@@ -148,7 +149,7 @@ def stop(call: dict) -> dict:
         return {}
     state = record.State()
     # a train.py in HEAD that does not run is recorded, but only a person can mend it
-    done = any(r.n > session.get("seen", 0) and r.verdict != "unmeasured" for r in state.all)
+    done = any(r.n > session.get("seen", 0) and r.verdict != "unmeasured" for r in state.own(state.all))
     session |= {"idle": 0 if done else session.get("idle", 0) + 1, "seen": state.newest}
     why = reason_to_end(session, state)
     save(call, {**session, "on": not why})
@@ -193,7 +194,7 @@ def reason_to_end(session: dict, state: record.State) -> str:
     """Why the loop should end now, '' when it should not."""
     since, limit, dark = session.get("since", 0), state.plan.stop, night()
     dark = dark if dark.get("since") == since else {}  # the conversation is one of the night's
-    ran = sum(r.n > session.get("from", 0) for r in state.counted)
+    ran = sum(r.n > session.get("from", 0) for r in state.here)
     hours = (time.time() - since) / 3600
     if dark.get("stop") or dark.get("clock") and time.time() >= at_clock(dark["clock"], since):
         return dark.get("stop") or f"it is {dark['clock']}, as the person said"

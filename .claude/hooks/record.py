@@ -30,6 +30,7 @@ MARGIN = 0.25  # sigmas by which a candidate must win, seen once or twice
 REMEASURE_AFTER = 10  # discards in a row
 MAX_INCUMBENT_RUNS = 4
 PLAN_AFTER = 5  # discards in a row; and at the start of a phase
+ASK = "Ask the planner first (Agent, subagent_type planner). "
 RENAMED = 0.6  # likeness of the texts of two phases from which on one is the other under a new name
 COUNTED = ("kept", "discarded", "failed")  # what a phase and `stop` count
 DATA_FORMAT = 2  # of info.json, as prepare_data.py writes it

@@ -30,7 +30,6 @@ MOST_HYPOTHESIS = 100  # characters
 MOST_BLOCK = 1990  # bytes of a result block
 LOG_LINES = 20  # of a failed run, in its block
 MOST_NEWS = 1000  # bytes of a block on what changed in the plan, and on what a new phase asks for
-ASK = "ask the planner (Agent, subagent_type planner) for ideas; then "
 TITLES = {"baseline": "baseline", "remeasured": "the incumbent, measured once more", "unmeasured": "the incumbent"}
 
 
@@ -270,7 +269,7 @@ def what_next(r: dict, state: State) -> str:
     if state.phase is None:
         return "all phases of program.md are done; say so and stop"
     step = "write the next hypothesis in scratchpad.md, edit train.py, run ./run.sh"
-    step = (ASK if state.planner_is_due() else "") + step
+    step = f"{record.ASK}Then {step}" if state.planner_is_due() else step
     if r["verdict"] == "failed" and r["chain"].endswith("goes on"):
         return f"mend it where it stands, or try something else on top; {step}"
     if r["verdict"] == "failed":
