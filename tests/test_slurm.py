@@ -166,7 +166,7 @@ def test_an_experiment_through_srun(base: Project, slurm: Slurm, tmp_path: Path)
     prepare(project, "srun -n1", CANDIDATES["kept"])
     done = project.run(env=slurm.env)
     shown = block(done.stdout)
-    assert (done.returncode, shown["verdict"]) == (0, "kept") and done.stderr == "", done.stdout + done.stderr
+    assert (done.returncode, shown["verdict"]) == (0, "kept"), done.stdout + done.stderr
     assert project.containers() == "" and slurm.call("squeue", "-h") == ""
 
 
