@@ -375,10 +375,10 @@ def under_way(project: Project, **state):
 
 def test_start_in_a_night_is_the_nights(quick):
     since = time.time() - 3 * 3600
-    quick.write("program.md", re.sub("stop: .*", "stop: 2 hours", quick.read("program.md")))
+    quick.write("program.md", re.sub("stop: .*", "stop: 2 hours, 50 USD", quick.read("program.md")))
     hook(quick, "UserPromptSubmit", prompt="start")
     assert hook(quick, "Stop")["decision"] == "block"
-    with under_way(quick, since=since):
+    with under_way(quick, since=since, usd=99):
         assert hook(quick, "Stop")["decision"] == "block", "begun before"
         hook(quick, "UserPromptSubmit", prompt="start")
         assert "3.0 hours since start" in hook(quick, "Stop")["systemMessage"]
