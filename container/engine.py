@@ -180,16 +180,11 @@ def kill(container: str) -> None:
             return
 
 
-def sweep() -> None:
-    """Remove containers that a killed run left. Only under the run lock: then none of them has an owner."""
-    left = run([*client(), "ps", "-aq", "--filter", f"label={label()}"]).stdout.split()
+def sweep(background: bool = False) -> None:
+    """Remove containers that a killed run left. Only under the lock of those who start them: they have no owner then."""
+    left = run([*client(), "ps", "-aq", "--filter", f"label={label(background)}"]).stdout.split()
     if left:
         run([*client(), "rm", "-f", *left])
-
-
-def in_background() -> bool:
-    """Whether a background container of this repository runs."""
-    return bool(run([*client(), "ps", "-q", "--filter", f"label={label(True)}"]).stdout.strip())
 
 
 def image_tag(base: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -173,9 +174,21 @@ def publish(contents: list) -> None:
             part.unlink(missing_ok=True)
 
 
+def make(wait: bool) -> None:
+    """Draw and publish. One drawing at a time in all worktrees: on a busy machine they would wait side by side.
+
+    Raises BlockingIOError when another is under way and it is not to be waited for.
+    """
+    common = record.git("rev-parse", "--path-format=absolute", "--git-common-dir").strip()
+    with open(f"{common}/autoresearch.report", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        engine.sweep(background=True)  # what a killed one left
+        publish(draw(*gather()))
+
+
 def main() -> None:
     try:
-        publish(draw(*gather()))
+        make(wait=True)
     except (record.Refused, program.ProgramError, engine.EngineError) as e:
         engine.say(f"run.sh: {e}")
         sys.exit(2)
@@ -183,12 +196,10 @@ def main() -> None:
 
 
 def refresh() -> None:
-    """Silent: a report that could not be drawn must not show in an agent's run. One at a time: on a machine that is
-    fully busy they would wait for a processor side by side."""
+    """Silent: a report that could not be drawn must not show in an agent's run."""
     os.nice(19)
     with contextlib.suppress(Exception):
-        if not engine.in_background():
-            publish(draw(*gather()))
+        make(wait=False)
 
 
 if __name__ == "__main__":
