@@ -5,7 +5,8 @@ usage: tests/.venv/bin/python tests/long/trust.py FIGURES [PYTEST ARGUMENTS]   r
 
 FIGURES is a file of JSON lines to which the tests themselves append what they counted. To have more engines in the
 table, run tests/test_sandbox.py with `--full --figures FIGURES` as another user (rootless podman) or with
-AR_ENGINE=docker, then write the table again. Takes about an hour and a half on two cores.
+AR_ENGINE=docker, then write the table again. Takes about two hours on two cores. The row of a night comes from
+tests/long/night.py, which leaves it in a file of its own: append that to FIGURES.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = ["sandbox", "lock", "planted", "cheats", "lost"]
+TESTS = ["sandbox", "lock", "planted", "cheats", "lost", "web", "worktrees"]
 OWN = (
     "sweep",
     "tried",
@@ -29,8 +30,9 @@ OWN = (
 HEAD = """# The three promises, tried
 
 Made by `tests/long/trust.py` from what the tests counted: nothing gets out (sandbox, lock, planted), nothing gets faked
-(cheats), nothing gets lost (kill points, accidents, data). *Wrong* is a probe that got through, a call wrongly allowed,
-a cheat rewarded, an inconsistency after a kill. `./run.sh test` tries a seeded sample of each.
+(cheats), nothing gets lost (kill points, accidents, data, worktrees side by side, a night of faults). *Wrong* is a probe
+that got through, a call wrongly allowed, a cheat rewarded, an inconsistency after a kill, an experiment lost or doubled.
+`./run.sh test` tries a seeded sample of each.
 
 | what | engine | tried | wrong | seconds | commit | date | note |
 |---|---|---|---|---|---|---|---|
