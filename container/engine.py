@@ -181,7 +181,7 @@ def kill(container: str) -> None:
 
 
 def sweep(background: bool = False) -> None:
-    """Remove containers that a killed run left. Only under the lock of those who start them: they have no owner then."""
+    """Remove containers that a killed run left. Only under the lock of who starts them: they have no owner then."""
     left = run([*client(), "ps", "-aq", "--filter", f"label={label(background)}"]).stdout.split()
     if left:
         run([*client(), "rm", "-f", *left])

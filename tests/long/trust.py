@@ -30,9 +30,9 @@ OWN = (
 HEAD = """# The three promises, tried
 
 Made by `tests/long/trust.py` from what the tests counted: nothing gets out (sandbox, lock, planted), nothing gets faked
-(cheats), nothing gets lost (kill points, accidents, data, worktrees side by side, a night of faults). *Wrong* is a probe
-that got through, a call wrongly allowed, a cheat rewarded, an inconsistency after a kill, an experiment lost or doubled.
-`./run.sh test` tries a seeded sample of each.
+(cheats), nothing gets lost (kill points, accidents, data, worktrees side by side, a night of faults). *Wrong* is a
+probe that got through, a call wrongly allowed, a cheat rewarded, an inconsistency after a kill, an experiment lost or
+doubled. `./run.sh test` tries a seeded sample of each.
 
 | what | engine | tried | wrong | seconds | commit | date | note |
 |---|---|---|---|---|---|---|---|
