@@ -48,7 +48,7 @@ take_lock() {
   mine=$(git_ rev-parse --path-format=absolute --git-dir)/autoresearch.lock
   mkdir -p "$RUNS/session" || refuse "cannot write $ROOT/$RUNS"
   { exec 9>>"$mine"; } 2>/dev/null || refuse "cannot write $mine; is .git read-only?"
-  flock -n 9 || refuse "another experiment is running: $(result status | sed -n 's/^running: *//p'); wait for it"
+  flock -n 9 || refuse "another experiment is running: $(result status | sed -n 's/^running: *//p' | sed 's/^nothing$/it has just begun/'); wait for it"
 }
 
 # usage: take_device COUNT: one of COUNT devices (0: every GPU, or the CPU) until this run ends. Waits while other
@@ -97,15 +97,16 @@ file() { printf '%s/%04d.%s' "$RUNS" "$1" "$2"; } # usage: file N log|diff
 # usage: progress N WHAT: for the status line, and so that no other worktree tries the same
 progress() {
   printf '{"pid": %d, "n": %d, "what": "%s", "started": %d, "budget": %d, "blob": "%s"}\n' \
-    "$$" "$1" "$2" "$(date +%s)" "$BUDGET" "$BLOB" >"$RUNS/running.json"
+    "$$" "$1" "$2" "$(date +%s)" "$BUDGET" "$BLOB" >"$RUNS/running.json.new"
+  mv "$RUNS/running.json.new" "$RUNS/running.json"
 }
 # Read what result.py plan prints into variables: KIND, N, BLOB, ... Exits when it refuses.
 read_plan() {
-  local key value plan
+  local key line plan
   cp -- program.md "$RUNS/program.new" || refuse "program.md cannot be read; put it back: git checkout program.md"
-  export AR_LAUNCH AR_PLAN=$ROOT/$RUNS/program.new # what is edited while this runs is for the next run
+  export AR_LAUNCH INCUMBENT AR_PLAN=$ROOT/$RUNS/program.new # what is edited while this runs is for the next run
   plan=$(result plan "${AGENT:-0}" "$IMAGE") || exit "$REFUSED"
-  while IFS='=' read -r key value; do printf -v "${key^^}" '%s' "$value"; done <<<"$plan"
+  while read -r line; do key=${line%%=*} && printf -v "${key^^}" '%s' "${line#*=}"; done <<<"$plan"
 }
 
 # usage: experiment [baseline]
@@ -115,8 +116,9 @@ experiment() {
   IMAGE=$(py container/engine.py image) || exit "$REFUSED"
   recover
   read_plan
-  take_device "$DEVICES"
+  progress "$N" 'begins'
   sleep "$COOLDOWN"
+  take_device "$DEVICES"
   if [[ $KIND != candidate || $REMEASURE == 1 ]]; then
     measure_incumbent
     [[ $BLOB != "$INCUMBENT" && ${1-} != baseline ]] || { show_block; exit 0; }

@@ -68,10 +68,10 @@ def end(pid: int) -> None:
     ours = {p for p, _, args in rows if p in tree and f"{record.ROOT}/run.sh" in args}
     for number, those in ((signal.SIGTERM, ours), (signal.SIGTERM, {pid}), (signal.SIGKILL, tree)):
         for p in those:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(OSError):
                 os.kill(p, number)
         until = time.monotonic() + DYING
-        while any(Path(f"/proc/{p}/exe").exists() for p in those) and time.monotonic() < until:
+        while any(os.path.exists(f"/proc/{p}/exe") for p in those) and time.monotonic() < until:
             time.sleep(0.2)
 
 
@@ -271,8 +271,8 @@ def main(word: str = "") -> int | str:
         if not now.get("pid"):
             return "no night is under way here"
         os.kill(now["pid"], signal.SIGTERM)
-        print("Everything is ended now." if now["stop"] else "No new experiment begins. ./run.sh night shows the end; "
-              "a second ./run.sh night stop does not wait for the running one.")
+        print("No new experiment begins. ./run.sh night shows the end; a second ./run.sh night stop does not wait for "
+              "the running experiment.")
         return 0
     if now:
         print(f"A night is under way here since {time.strftime('%H:%M', time.localtime(now['since']))}, until "
@@ -287,12 +287,14 @@ def main(word: str = "") -> int | str:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             last = loop.get(loop.NIGHT, {"status": 0})
+            loop.put(loop.NIGHT, {})  # whoever asks now must not find the last one's process
             night = Night(claude, word, start)
         except BlockingIOError:
             return "another night has just begun here; ./run.sh night shows it"
         except (ValueError, record.Refused) as e:
             return str(e)
         if why := night.ended():
+            loop.put(loop.NIGHT, last)
             return f"there is nothing to do: {why}"
         if "status" not in last:
             print("The last night was cut off (the machine went down, or its keeper was killed).")

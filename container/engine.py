@@ -168,7 +168,7 @@ def sandbox(container: str, image: str, command: list[str], *, memory: str, limi
         return [*client(), "run", *flags, *quirks(), *(gpu_flags() if gpu else ()), image, *command]
     there = ["sh", str(HERE / "on_node.sh"), str(folder.resolve()), "gpu" if gpu else "none",
              "" if "SLURM_JOB_ID" in os.environ else "own", " ".join(client()), *flags, *quirks(), image, *command]
-    return away + ([shlex.quote(word) for word in there] if Path(away[0]).name == "ssh" else there)
+    return away + ([shlex.quote(word) for word in there] if any(Path(word).name == "ssh" for word in away) else there)
 
 
 def kill(container: str) -> None:

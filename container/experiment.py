@@ -38,6 +38,7 @@ NOTICE_S = 10  # after which it is said that we wait for that
 IMPORT_LIMIT_S = 120  # until a sandbox has imported torch
 END_S = 5  # until a sandbox elsewhere, told to end, has done so
 BEAT, BEAT_S = b"%020d", 5  # sign of life to a sandbox, always as long, and the seconds from one to the next
+STILL_S = 45  # without one, after which a sandbox that is gone may have ended itself
 LOST = 75  # exit status of a sandbox that saw none for LIFELINE_S (stage.py)
 PROBE_LIMIT_S = 60  # load and encode a few training rows, where embedding failed
 EMBED_LIMIT_S = 120  # load and encode one side; no longer than training left of its budget, since `load` could train on
@@ -205,7 +206,7 @@ class Sandbox:
         if engine.launch() and self.process.poll() == -signal.SIGKILL:
             why = "the launch command was killed"
         # a client that was stopped with us does not know the status
-        elif self.process.poll() == LOST or max(self.silent, time.monotonic() - self.beaten) > 3 * BEAT_S:
+        elif self.process.poll() == LOST or max(self.silent, time.monotonic() - self.beaten) > STILL_S:
             why = "run.sh stood still, or its files were out of reach, for a minute"
         if why and not self.killed:
             raise Lost(f"{why}: {NOT_YOURS}")
@@ -338,9 +339,13 @@ def judge(work: Path, data: Path, image: str, split: str) -> dict:
         (work / f).chmod(0o644)
     mounts = {"/harness/judge.py": HERE / "judge.py", "/key.npy": data / f"{split}.key.npy",
               "/images.npy": work / "images.npy", "/captions.npy": work / "captions.npy"}
-    sandbox = Sandbox("judge", image, ["python", "-I", *mounts], work, memory=JUDGE_MEMORY, limit_s=JUDGE_LIMIT_S,
+    # it says that it is up, like the others: with a launch command it may have been queued
+    command = ["sh", "-c", """echo '{"up": true}'; exec python -I "$@" """, "sh", *mounts]
+    sandbox = Sandbox("judge", image, command, work, memory=JUDGE_MEMORY, limit_s=JUDGE_LIMIT_S,
                       gpu=False, mounts=mounts)
     sandbox.send(None)
+    if not sandbox.line(QUEUE_LIMIT_S if engine.launch() else JUDGE_LIMIT_S):
+        raise Lost(f"the sandbox of the judge did not start: {NOT_YOURS}")
     found = sandbox.line(JUDGE_LIMIT_S)
     arrays = io.BytesIO()
     sandbox.copy_to(arrays, ARRAY_MAX, JUDGE_LIMIT_S)

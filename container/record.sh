@@ -5,16 +5,15 @@
 # usage: record_attempt KIND BLOB SCRATCHPAD: commit object, ref, and for a kept one the branch, index and file
 record_attempt() {
   local -r kind=$1 blob=$2
-  local head tree pad=$3 theirs asked=()
+  local head tree pad=$3 theirs asked=("$RUNS"/web/*)
   head=$(git_ rev-parse HEAD) theirs=$(git_ rev-parse -q --verify HEAD:scratchpad.md || :)
   [[ ! -f scratchpad.md || $(git_ hash-object --no-filters scratchpad.md) != "$theirs" ]] || pad=$theirs # committed meanwhile
   if [[ $VERDICT == kept && $(git_ rev-parse HEAD:train.py) != "$INCUMBENT" ]]; then
     VERDICT=discarded
     say "run.sh: HEAD's train.py changed meanwhile, so experiment $N is not kept; ./run.sh keep $N overrules"
   fi
-  # what was asked of the web since the last experiment, a file each; removed only once it is recorded
-  [[ ! -d $RUNS/web ]] || asked=("$RUNS"/web/*)
-  [[ ! -f ${asked[0]-} ]] || cat -- "${asked[@]}" >"$WORK/web.log"
+  # what was asked of the web for this experiment, a file each; removed only once it is recorded
+  [[ $kind != candidate || ! -f ${asked[0]} ]] || printf '%s\0' "${asked[@]}" | xargs -0 cat -- >"$WORK/web.log"
   while :; do
     result write "$WORK" "$N" "$kind" "$VERDICT" "$blob" "$IMAGE" "${BY_HAND-}"
     tree=$(tree_with "$head" "$blob" "$pad" "$WORK"/{result.json,web.log} "$WORK"/run-*/{ranks,examples}.npy \
@@ -24,26 +23,32 @@ record_attempt() {
     mv -n "$(file "$N" log)" "$(file $((N + 1)) log)" # another worktree was faster
     N=$((N + 1))
   done
-  [[ ! -f $WORK/web.log ]] || rm -f -- "${asked[@]}"
+  [[ ! -f $WORK/web.log ]] || printf '%s\0' "${asked[@]}" | xargs -0 rm -f --
   git_ diff --no-color --no-ext-diff --no-textconv "$head:train.py" "$blob" | tr -d '\000-\010\013-\037\177' >"$(file "$N" diff)" || : # as clean as a log
   finish "$COMMIT"
 }
 
-# Until 7 is closed. git children keep it open while they live: the locks of git on these refs then have no owner.
+# Until 7 is closed. git children keep it open while they live: the locks of git on these refs then have no owner,
+# unless a person's git is at work.
 alone_with_the_record() {
   exec 7>>"$COMMON/autoresearch.record" && flock 7
-  find "$COMMON/refs/experiments" -name '*.lock' -delete 2>/dev/null || :
+  pgrep -x git >/dev/null || find "$COMMON/refs/experiments" -name '*.lock' -delete 2>/dev/null || :
 }
 
 # usage: claim N COMMIT: the record's number N is this commit's; 1 when another worktree was faster
 claim() {
-  local status=0
-  alone_with_the_record
-  git_write update-ref "refs/experiments/$1" "$2" 0000000000000000000000000000000000000000 2>/dev/null || status=1
-  exec 7>&-
-  ((status)) || return 0
-  git_ rev-parse -q --verify "refs/experiments/$1" >/dev/null || refuse "cannot write refs/experiments/$1 (disk full or read-only?)"
-  return 1
+  local try status
+  for try in 1 2 3 4 5; do # of a lock on it that may have an owner
+    status=0
+    alone_with_the_record
+    git_write update-ref "refs/experiments/$1" "$2" 0000000000000000000000000000000000000000 2>/dev/null || status=1
+    exec 7>&-
+    ((status)) || return 0
+    ! git_ rev-parse -q --verify "refs/experiments/$1" >/dev/null || return 1
+    [[ -e $COMMON/refs/experiments/$1.lock ]] || break
+    sleep "$try"
+  done
+  refuse "cannot write refs/experiments/$1 (disk full or read-only?)"
 }
 
 # usage: tree_with HEAD BLOB SCRATCHPAD [FILE...]: HEAD's tree, the two files replaced, FILEs under experiment/
@@ -141,7 +146,9 @@ recover() {
   # this worktree's last run, recorded (the number may have gone to another's), but never in its history file
   last=$(printf '%s\n' "$RUNS"/[0-9]*.log | sort -V | sed -n '$s|^.*/0*\([1-9][0-9]*\)\.log$|\1|p')
   if [[ -n $last ]] && ! grep -qs "^$last"$'\t' "$RUNS/experiments.tsv" && [[ $(git_ rev-parse -q --verify \
-    "refs/experiments/$last:experiment/train.log") == $(git_ hash-object --no-filters "$(file "$last" log)") ]]; then
+    "refs/experiments/$last:experiment/train.log") == $(git_ hash-object --no-filters "$(file "$last" log)") &&
+    $(git_ show -s --format='%(trailers:key=Branch,valueonly,separator=)' "refs/experiments/$last") == \
+      "$(git_ symbolic-ref --short -q HEAD || printf detached)" ]]; then
     WORK=$(mktemp -d "$RUNS/work.XXXXXX")
     finish "refs/experiments/$last"
     say "run.sh: completed experiment $last, which had been interrupted"

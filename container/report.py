@@ -83,10 +83,11 @@ def losses(log: bytes) -> list:
 def line_of_incumbents(mine: list, values, branch: str) -> dict:
     """{experiment: (this branch's incumbent's metric after it, its file)}: the mean of all runs of that file so far."""
     runs: dict = {}
-    train, found = "", {}
+    train, found, begun = "", {}, False
     for r in mine:
+        begun |= r.branch == branch  # what was kept before came with the branch
         runs.setdefault(r.train, []).extend(values(r))
-        if r.verdict in ("kept", "baseline") and runs[r.train] and r.branch in ("", branch):
+        if r.verdict in ("kept", "baseline") and runs[r.train] and (not begun or r.branch in ("", branch)):
             train = r.train
         found[r.n] = (record.geometric(runs[train]) if train else None, train)
     return found
@@ -110,7 +111,7 @@ def gather() -> tuple[dict, Path]:
     """All that the page shows, and the data folder. Raises Refused when there is nothing."""
     state = record.State()
     judged = [r for r in state.all if r.verdict not in LOOKS]
-    mine = [r for r in judged if r.comparable == judged[-1].comparable]
+    mine = [r for r in judged if r.comparable == state.comparable]
     line = line_of_incumbents(mine, state.values, state.branch)
     if not any(value for value, _ in line.values()):
         raise record.Refused("there is nothing to show: nothing was measured with today's data, judge, image and "

@@ -175,9 +175,12 @@ def test_a_clock_that_was_set_back(sweep: Sweep, tmp_path):
         project.git("update-ref", f"refs/experiments/{n}", done.stdout.strip())
     for file in (project.path / "runs").glob("*.*"):
         os.utime(file, (int(later), int(later)))
-    left = {"pid": os.getpid(), "n": 9, "what": "x", "started": int(later), "budget": 5}
+    runs = subprocess.Popen(["bash", "-c", "exec -a run.sh sleep 300"], cwd=project.path)
+    left = {"pid": runs.pid, "n": 9, "what": "run 1", "started": int(later), "budget": 5}
     project.write("runs/running.json", json.dumps(left))
-    assert re.search(r"running: +experiment 9 \(x\), at most [0-5] s left", project.run("status").stdout)
+    assert re.search(r"running: +experiment 9 \(run 1\), at most [0-5] s left", project.run("status").stdout)
+    runs.kill()
+    runs.wait()
     done = project.run(timeout=LIMIT_S)
     assert block(done.stdout)["verdict"] == "kept", done.stdout + done.stderr
     assert consistent(project, before, recovered=True) == [] and "nothing" in project.run("status").stdout

@@ -129,7 +129,7 @@ def test_a_renamed_phase_goes_on_where_it_was(plan: Plan, ideas: str):
 def test_another_phase_in_its_place_begins_at_nothing(plan: Plan):
     plan.add("discarded", "discarded")
     plan.edit("— optimiser\nuntil: 2 experiments\n\nLearning rate, warm-up, weight decay.",
-              "— data\nuntil: 2 experiments\n\nCrops that keep colour and place; shorter captions.")  # fmt: skip
+              "— data\nuntil: 2 experiments\n\nTry crops.")  # fmt: skip
     assert plan.line == "1 of 3 (data), 0 of 2 experiments"
 
 

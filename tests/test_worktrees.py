@@ -102,6 +102,16 @@ def test_one_device_is_waited_for_and_the_same_file_is_not_tried_twice(pair):
     assert done.returncode == 2 and "already judged: experiment 3" in done.stderr
 
 
+def test_a_branch_with_another_budget_changes_nothing_here(pair):
+    """Its records are newer, and compared with each other only; the phase here, and with it the web, stays."""
+    one, two = pair
+    before = one.run("status").stdout
+    two.edit("budget: 120", "budget: 60", "program.md")
+    assert block(two.run(timeout=LIMIT_S).stdout)["verdict"] == "baseline"
+    assert one.run("status").stdout == before and "not comparable" not in one.read("runs/experiments.tsv")
+    assert two.run("report").returncode == 0 and "not measured" not in two.run("status").stdout
+
+
 def test_a_killed_run_gives_its_device_back(pair):
     one, two = pair
     for project in pair:

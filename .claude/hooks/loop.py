@@ -17,6 +17,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import stat
 import sys
 import time
@@ -112,7 +113,8 @@ def context(event: str, text: str) -> dict:
 def session_start(call: dict) -> dict:
     """Tell a conversation that begins, resumes or was compacted where things stand."""
     on = load(call).get("on")
-    record.news_of_the_plan()  # CLAUDE.md shows the agent the plan as it is now
+    if on:
+        record.news_of_the_plan()  # with CLAUDE.md comes the plan as it is now
     tail = "The loop is on. " + GO_ON if on else "The loop is off until the person types: start"
     return context("SessionStart", record.brief(record.State()) + "\n" + tail)
 
@@ -123,6 +125,7 @@ def prompt(call: dict) -> dict:
     session = load(call)
     if word == "start":
         state = record.State()
+        record.news_of_the_plan()
         who = {k: call.get(k, "") for k in ("session_id", "transcript_path")}
         begin = {"from": state.newest, "since": time.time()}
         begin |= {k: v for k, v in night().items() if k in begin}
@@ -187,7 +190,7 @@ def write_plan(said: str) -> None:
     SESSIONS.mkdir(parents=True, exist_ok=True)
     part.write_bytes(pad.encode("utf-8", "surrogateescape"))
     part.chmod(stat.S_IMODE(status.st_mode))
-    part.replace(PAD)
+    shutil.move(part, PAD)  # runs/ may be a link to another disk
 
 
 def reason_to_end(session: dict, state: record.State) -> str:

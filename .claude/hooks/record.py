@@ -145,12 +145,13 @@ class State:
         self.all = records()
         self.newest = self.all[-1].n if self.all else 0
         self.data = data_folder(self.plan.data)
+        self.branch = git("symbolic-ref", "--short", "-q", "HEAD", check=False).strip() or "detached"
+        newest = [*reversed(self.own(self.all)), *reversed(self.all)]  # this branch's own settings, if it ever ran
         self.comparable = (comparable(self.plan, self.data, image) if image
-                           else next((r.comparable for r in reversed(self.all) if r.comparable), ""))
+                           else next((r.comparable for r in newest if r.comparable), ""))
         self.mine = [r for r in self.all if r.comparable == self.comparable]
         self.counted = [r for r in self.mine if r.verdict in COUNTED and "By-Hand" not in r.trailers]
         self.head_blob = git("rev-parse", "HEAD:train.py", check=False).strip()
-        self.branch = git("symbolic-ref", "--short", "-q", "HEAD", check=False).strip() or "detached"
         self.here = self.own(self.counted)
         self.groups: dict = {}  # every run of a train.py, by its blob
         for r in self.mine:
@@ -177,9 +178,9 @@ class State:
                 old = program.parse(git("cat-file", "blob", f"refs/experiments/{r.n}:experiment/program.md"))
             except (Refused, program.ProgramError):
                 continue
-            text = next((p.text for p in old.phases if p.name == r.phase), "")
+            text = next((prose(p) for p in old.phases if p.name == r.phase), "")
             new = [p for p in self.plan.phases if p.name not in [o.name for o in old.phases]]
-            likeness = {p.name: difflib.SequenceMatcher(None, text, p.text).ratio() for p in new}
+            likeness = {p.name: difflib.SequenceMatcher(None, text, prose(p)).ratio() for p in new if prose(p)}
             found |= {r.phase: max(likeness, key=likeness.get)} if max(likeness.values(), default=0) > RENAMED else {}
         return found
 
@@ -242,6 +243,10 @@ class State:
         # once, whether it succeeded or not: one that fails now must not keep every later candidate from running
         return (row > 0 and row % REMEASURE_AFTER == 0 and rows[-1].verdict in ("kept", "discarded")
                 and len(self.incumbent) < MAX_INCUMBENT_RUNS)
+
+
+def prose(p: program.Phase) -> str:
+    return "\n".join(line for line in p.text.splitlines() if not program.PAIR.match(line)).strip()
 
 
 def data_folder(name: str) -> Path:
@@ -313,11 +318,12 @@ def show(value: float) -> str:
 
 
 def running(root: Path = ROOT) -> dict:
-    """What runs.json says of the experiment that runs in a worktree now, {} when none does."""
+    """What running.json says of the experiment that runs in a worktree now, {} when none does."""
     try:
         now = json.loads((root / "runs" / "running.json").read_text())
-        os.kill(now["pid"], 0)
-        return now if now["budget"] and now["started"] and now["what"] else {}
+        process = Path(f"/proc/{int(now['pid'])}")  # a reboot or a kill leaves the file, and the number to another
+        ours = b"run.sh" in (process / "cmdline").read_bytes() and (process / "cwd").resolve() == root.resolve()
+        return now if ours and now["budget"] and now["started"] and now["what"] else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -328,7 +334,8 @@ def running_line() -> str:
     if not now:
         return ""
     left = min(now["budget"], now["started"] + now["budget"] - time.time())  # the clock may have been set back
-    return f"experiment {now['n']} ({now['what']}), " + (f"at most {left:.0f} s left" if left > 0 else "finishing")
+    limit = f", at most {left:.0f} s left" if left > 0 else ", finishing"
+    return f"experiment {now['n']} ({now['what']})" + (limit if "run" in now["what"] else "")
 
 
 def other_worktrees() -> list:

@@ -155,7 +155,8 @@ def chain(state: State, r: dict) -> str:
     '' outside a chain. It ends with a keep, with the phase's `patience`, and with the phase.
     """
     link, most = state.link + 1, state.phase.patience if state.phase else 0
-    if r["by_hand"] or most < 2 and link == 1:
+    moved = os.environ.get("INCUMBENT") != state.head_blob  # HEAD, while this ran: it was not built on that
+    if r["by_hand"] or moved or most < 2 and link == 1:
         return ""
     name = state.phase and state.phase.name
     state.counted.append(Record(r["experiment"], r["when"], {"Verdict": r["verdict"], "Phase": r["phase"]}))
