@@ -242,6 +242,7 @@ def detach(night: Night) -> None:
 def follow(start: int) -> int:
     """Show the log from byte `start` on, until the night ends; its exit status."""
     live, alive = sys.stdout.isatty(), True
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
     try:
         with LOG.open("rb") as log:
             log.seek(start)

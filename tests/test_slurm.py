@@ -37,6 +37,7 @@ def base(measured: Project, tmp_path_factory) -> Project:
     made = copy(measured, tmp_path_factory.mktemp("slurm") / "edited")
     made.edit(SWEEP, SWEEP.replace("left:", 'left and not os.environ.get("AR_LAUNCH"):'), "container/engine.py")
     made.edit("LIFELINE_S = 60", f"LIFELINE_S = {LIFELINE_S}", "container/stage.py")
+    made.edit("STILL_S = 45", f"STILL_S = {LIFELINE_S - 5}", "container/experiment.py")
     return quick(tmp_path_factory.mktemp("slurm") / "base", made)
 
 
@@ -82,12 +83,11 @@ class Running:
 
     def __init__(self, project: Project, launch: str, slurm: Slurm | None):
         self.project, self.slurm, self.out = project, slurm, project.path.parent / f"{project.path.name}.out"
-        prepare(project, launch, SLEEP)
+        prepare(project, launch, SLEEP, slurm)
         with self.out.open("w") as out:
             self.process = subprocess.Popen(
                 ["./run.sh"],
                 cwd=project.path,
-                env={**os.environ, **(slurm.env if slurm else {})},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -139,7 +139,10 @@ def name(container: str) -> str:
     return done.stdout.strip()
 
 
-def prepare(project: Project, launch: str, code: str) -> None:
+def prepare(project: Project, launch: str, code: str, slurm: Slurm | None = None) -> None:
+    """run.sh passes no SLURM_CONF on: what a planted one names would run programs of its own."""
+    if slurm and launch.startswith("srun"):
+        launch = f"env SLURM_CONF={slurm.env['SLURM_CONF']} {launch}"
     if launch:
         project.edit("stop:", f"launch: {launch}\nstop:", "program.md")
     project.write("train.py", code)
@@ -149,7 +152,7 @@ def prepare(project: Project, launch: str, code: str) -> None:
 def works(run: Running) -> None:
     """The next run, with another train.py, is as good as any."""
     run.project.write("train.py", CANDIDATES["kept"])
-    done, shown = run.project.experiment("the next one", env=run.slurm.env if run.slurm else None)
+    done, shown = run.project.experiment("the next one")
     assert (done.returncode, shown["verdict"]) == (0, "kept"), done.stdout + done.stderr
     assert run.project.containers() == ""
 
@@ -163,8 +166,8 @@ def failed_because(run: Running, reason: str) -> None:
 
 def test_an_experiment_through_srun(base: Project, slurm: Slurm, tmp_path: Path):
     project = copy(base, tmp_path / "repo")
-    prepare(project, "srun -n1", CANDIDATES["kept"])
-    done = project.run(env=slurm.env)
+    prepare(project, "srun -n1", CANDIDATES["kept"], slurm)
+    done = project.run()
     shown = block(done.stdout)
     assert (done.returncode, shown["verdict"]) == (0, "kept"), done.stdout + done.stderr
     assert project.containers() == "" and slurm.call("squeue", "-h") == ""
@@ -239,13 +242,13 @@ def test_a_node_that_is_full(base: Project, other_slurm: Slurm, tmp_path: Path):
               for n in (1, CPUS - 1)]  # fmt: skip
     wait_for(lambda: other_slurm.call("squeue", "-h", "-t", "R").count("\n") == 2, 20)
     project = copy(base, tmp_path / "repo")
-    prepare(project, "srun -n1", CANDIDATES["kept"])
-    run = subprocess.Popen(["./run.sh"], cwd=project.path, env={**os.environ, **other_slurm.env},
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    prepare(project, "srun -n1", CANDIDATES["kept"], other_slurm)
+    run = subprocess.Popen(["./run.sh"], cwd=project.path, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, text=True)  # fmt: skip
     time.sleep(12)
     others[0].terminate()
     out, err = run.communicate(timeout=120)
-    assert block(out)["verdict"] == "kept" and "waiting for 'srun -n1' to start train" in err, out + err
+    assert block(out)["verdict"] == "kept" and "srun -n1' to start train" in err, out + err
     assert "queued and waiting for resources" in project.read("runs/0003.log")
     assert float(re.match(r"(\d+) s of", block(out)["train"])[1]) < 10
     for job in others:
@@ -263,8 +266,8 @@ def test_a_job_that_never_starts(base: Project, slurm: Slurm, tmp_path: Path):
 
     def start(launch: str) -> subprocess.Popen:
         project.git("checkout", "program.md")
-        prepare(project, launch, SLEEP)
-        return subprocess.Popen(["./run.sh"], cwd=project.path, env={**os.environ, **slurm.env}, text=True,
+        prepare(project, launch, SLEEP, slurm)
+        return subprocess.Popen(["./run.sh"], cwd=project.path, text=True,
                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
 
     project = copy(base, tmp_path / "repo")
@@ -289,8 +292,8 @@ def test_a_job_that_never_starts(base: Project, slurm: Slurm, tmp_path: Path):
 def test_words_of_slurm_that_train_py_prints_change_nothing(base: Project, slurm: Slurm, tmp_path: Path):
     project = copy(base, tmp_path / "repo")
     said = "slurmstepd: error: *** STEP 5.0 ON node CANCELLED AT 2026-11-23T20:37:09 DUE TO TIME LIMIT ***"
-    prepare(project, "srun -n1", f"raise SystemExit('{said}')\n")
-    done = project.run(env=slurm.env)
+    prepare(project, "srun -n1", f"raise SystemExit('{said}')\n", slurm)
+    done = project.run()
     assert block(done.stdout)["reason"].startswith("crash after"), done.stdout + done.stderr
 
 

@@ -108,7 +108,7 @@ def test_a_branch_with_another_budget_changes_nothing_here(pair):
     before = one.run("status").stdout
     two.edit("budget: 120", "budget: 60", "program.md")
     assert block(two.run(timeout=LIMIT_S).stdout)["verdict"] == "baseline"
-    assert one.run("status").stdout == before and "not comparable" not in one.read("runs/experiments.tsv")
+    assert one.run("status").stdout == before
     assert two.run("report").returncode == 0 and "not measured" not in two.run("status").stdout
 
 

@@ -34,8 +34,8 @@ IDLE_TURNS = 3
 PAD = record.ROOT / "scratchpad.md"
 PLANNED = re.compile(r"^##[ \t]+Planned[ \t]*\r?$.*?(?=^##\s|\Z)", re.M | re.S | re.I)  # ends as in result.py
 MOST_PLANNED, MOST_PAD = 3000, 1 << 20  # bytes of the planner's answer that are kept, and of a scratchpad
-GO_ON = ("Next experiment: read what the last result taught, write one line under '## Next experiment' in "
-         "scratchpad.md, edit train.py, run ./run.sh. Do not ask; nobody is watching.")
+GO_ON = ("Next experiment: {}read what the last result taught, write one line under '## Next experiment' in "
+         "scratchpad.md, edit train.py, run ./run.sh. Do not ask the person; nobody is watching.")
 
 
 def session_file(call: dict) -> Path:
@@ -110,12 +110,16 @@ def context(event: str, text: str) -> dict:
     return {"hookSpecificOutput": {"hookEventName": event, "additionalContext": text}}
 
 
+def go_on(state: record.State) -> str:
+    return f"Phase {state.phase_line()}. {GO_ON.format(record.ASK if state.planner_is_due() else '')}"
+
+
 def session_start(call: dict) -> dict:
     """Tell a conversation that begins, resumes or was compacted where things stand."""
     on = load(call).get("on")
     if on:
         record.news_of_the_plan()  # with CLAUDE.md comes the plan as it is now
-    tail = "The loop is on. " + GO_ON if on else "The loop is off until the person types: start"
+    tail = f"The loop is on. {go_on(record.State())}" if on else "The loop is off until the person types: start"
     return context("SessionStart", record.brief(record.State()) + "\n" + tail)
 
 
@@ -131,8 +135,7 @@ def prompt(call: dict) -> dict:
         begin |= {k: v for k, v in night().items() if k in begin}
         save(call, {"on": True, "seen": state.newest, "idle": 0, **who, **begin,
                     "tokens": tokens(who), "usd": usd(who)})
-        ask = record.ASK if state.incumbent and state.planner_is_due() else ""
-        return context("UserPromptSubmit", f"The loop is on. Phase {state.phase_line()}. {ask}{GO_ON}")
+        return context("UserPromptSubmit", f"The loop is on. {go_on(state)}")
     if word in ("stop", "pause"):
         save(call, {**session, "on": False, "stopped": True})
         return context("UserPromptSubmit", "The loop is off: do not run another experiment. Sum up in a few lines what "
@@ -158,7 +161,7 @@ def stop(call: dict) -> dict:
     save(call, {**session, "on": not why})
     if why:
         return {"systemMessage": f"The loop has ended: {why}. Type start to go on, ./run.sh log for what was tried."}
-    return {"decision": "block", "reason": f"Phase {state.phase_line()}. {GO_ON}"}
+    return {"decision": "block", "reason": go_on(state)}
 
 
 def agent_answered(call: dict) -> dict:

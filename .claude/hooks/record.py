@@ -30,7 +30,7 @@ MARGIN = 0.25  # sigmas by which a candidate must win, seen once or twice
 REMEASURE_AFTER = 10  # discards in a row
 MAX_INCUMBENT_RUNS = 4
 PLAN_AFTER = 5  # discards in a row; and at the start of a phase
-ASK = "Ask the planner first (Agent, subagent_type planner). "
+ASK = "ask the planner (Agent, subagent_type planner), then "
 RENAMED = 0.6  # likeness of the texts of two phases from which on one is the other under a new name
 COUNTED = ("kept", "discarded", "failed")  # what a phase and `stop` count
 DATA_FORMAT = 2  # of info.json, as prepare_data.py writes it
@@ -246,7 +246,9 @@ class State:
 
 
 def prose(p: program.Phase) -> str:
-    return "\n".join(line for line in p.text.splitlines() if not program.PAIR.match(line)).strip()
+    """A phase's text without its keys: two short phases are alike by those alone."""
+    pairs = ((line, program.PAIR.match(line)) for line in p.text.splitlines())
+    return "\n".join(line for line, pair in pairs if not pair or pair[1] not in program.PHASE_KEYS).strip()
 
 
 def data_folder(name: str) -> Path:

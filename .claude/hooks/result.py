@@ -270,7 +270,7 @@ def what_next(r: dict, state: State) -> str:
     if state.phase is None:
         return "all phases of program.md are done; say so and stop"
     step = "write the next hypothesis in scratchpad.md, edit train.py, run ./run.sh"
-    step = f"{record.ASK}Then {step}" if state.planner_is_due() else step
+    step = record.ASK + step if state.planner_is_due() else step
     if r["verdict"] == "failed" and r["chain"].endswith("goes on"):
         return f"mend it where it stands, or try something else on top; {step}"
     if r["verdict"] == "failed":
