@@ -18,7 +18,7 @@ from conftest import Project, block, engine
 from sweep import ALONE, CANDIDATES, CRASH, LIMIT_S, STAGES, WHERE, Sweep, again, consistent, copy, next_run
 
 KILLS = 1  # kill points of each kind in an ordinary test run
-RECORDED, TIMES, SLOWER_S = 1000, 5, 0.3  # experiments; runs of which the fastest counts; what they may cost
+RECORDED, TIMES, SLOWER_S = 1000, 9, 0.3  # experiments; runs of which the fastest counts; what they may cost
 DISK_KIB, ROOMS = range(0, 241, 8), 2  # room left on a full disk; how many of them in an ordinary test run
 
 
