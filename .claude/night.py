@@ -83,7 +83,6 @@ class Night:
         self.told = record.State().newest
         self.state = {"since": time.time(), "from": self.told, "clock": clock, "log": log, "stop": "", "tokens": 0,
                       "usd": 0.0, "unpaid": 0, "conversations": 0}
-        self.save()
 
     def save(self) -> None:
         with contextlib.suppress(OSError):
@@ -284,16 +283,17 @@ def main(word: str = "") -> int | str:
         return "claude is not in PATH; install Claude Code, or add its folder to PATH"
     LOG.parent.mkdir(exist_ok=True)
     LOG.touch()
+    try:
+        night = Night(claude, word, start)
+    except (ValueError, record.Refused) as e:
+        return str(e)
     with loop.NIGHT_LOCK.open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            last = loop.get(loop.NIGHT, {"status": 0})
-            loop.put(loop.NIGHT, {})  # whoever asks now must not find the last one's process
-            night = Night(claude, word, start)
         except BlockingIOError:
             return "another night has just begun here; ./run.sh night shows it"
-        except (ValueError, record.Refused) as e:
-            return str(e)
+        last = loop.get(loop.NIGHT, {"status": 0})
+        night.save()  # at once: whoever asks now must not find the last one's process
         if why := night.ended():
             loop.put(loop.NIGHT, last)
             return f"there is nothing to do: {why}"

@@ -29,25 +29,26 @@ record_attempt() {
 }
 
 # Until 7 is closed. git children keep it open while they live: the locks of git on these refs then have no owner,
-# unless a person's git is at work.
+# unless a person's git is at work, which is waited for.
 alone_with_the_record() {
+  local seconds
   exec 7>>"$COMMON/autoresearch.record" && flock 7
-  pgrep -x git >/dev/null || find "$COMMON/refs/experiments" -name '*.lock' -delete 2>/dev/null || :
+  for ((seconds = 0; seconds < 10; seconds++)); do
+    [[ -n $(find "$COMMON/refs/experiments" -name '*.lock' -print -quit 2>/dev/null) ]] || return 0
+    pgrep -x git >/dev/null || break
+    sleep 1
+  done
+  find "$COMMON/refs/experiments" -name '*.lock' -delete 2>/dev/null || :
 }
 
 # usage: claim N COMMIT: the record's number N is this commit's; 1 when another worktree was faster
 claim() {
-  local try status
-  for try in 1 2 3 4 5; do # of a lock on it that may have an owner
-    status=0
-    alone_with_the_record
-    git_write update-ref "refs/experiments/$1" "$2" 0000000000000000000000000000000000000000 2>/dev/null || status=1
-    exec 7>&-
-    ((status)) || return 0
-    ! git_ rev-parse -q --verify "refs/experiments/$1" >/dev/null || return 1
-    [[ -e $COMMON/refs/experiments/$1.lock ]] || break
-    sleep "$try"
-  done
+  local status=0
+  alone_with_the_record
+  git_write -c core.filesRefLockTimeout=5000 update-ref "refs/experiments/$1" "$2" 0000000000000000000000000000000000000000 2>/dev/null || status=1
+  exec 7>&-
+  ((status)) || return 0
+  ! git_ rev-parse -q --verify "refs/experiments/$1" >/dev/null || return 1
   refuse "cannot write refs/experiments/$1 (disk full or read-only?)"
 }
 

@@ -86,9 +86,9 @@ JUDGE_BESIDE = (  # train.py is imported, and its model loaded, where the metric
     ),
     edit(
         "experiment.py",
-        "mounts=mounts)\n    sandbox.send(None)\n    found",
+        "mounts=mounts)\n    sandbox.send(None)\n",
         'mounts={**mounts, "/code/train.py": work / "train.py", "/out.tar": work / "out.tar"}, out_size=OUT_SIZE)\n'
-        "    sandbox.send(None)\n    found",
+        "    sandbox.send(None)\n",
     ),
 )
 SCORED_BY_TORCH = (
@@ -115,9 +115,11 @@ KEY_NAMED = (
     edit("experiment.py", '"embed", str(EMBED_LIMIT_S)]', '"embed", str(EMBED_LIMIT_S), "/srv/8c1f"]'),
 )
 HARNESS_MOUNT = '"/harness/stage.py": HERE / "stage.py"}'
-PRINTS_IN_REACH = (edit("experiment.py", HARNESS_MOUNT, '"/harness": HERE}'),)
+PRINTS_IN_REACH = (
+    edit("experiment.py", HARNESS_MOUNT, HARNESS_MOUNT.replace("}", ', "/harness/prints.py": HERE / "prints.py"}')),
+)
 WRITABLE = (  # as most containers are started: root inside, everything writable
-    *PRINTS_IN_REACH,
+    edit("experiment.py", HARNESS_MOUNT, '"/harness": HERE}'),
     edit("engine.py", 'flags += ["-v", f"{Path(host).resolve()}:{inside}:ro"]', 'flags += ["-v", f"{host}:{inside}"]'),
     edit("engine.py", '             "--read-only", "--cap-drop"', '             "--cap-drop"'),
     edit("engine.py", 'UID = "10001:10001"', 'UID = "0:0"'),

@@ -268,7 +268,7 @@ def test_a_second_stop_leaves_nothing_behind(measured, night, tmp_path):
     went.say("stop")
     status, text = went.end()
     assert status == 0 and "the client was ended at once" not in text.splitlines()[-1], text
-    assert not went.processes() and not project.containers()
+    went.wait_for(lambda: not went.processes() and not project.containers(), 30)  # the pictures may still be drawn
     assert "time.sleep(100)" in project.read("train.py") and not list((project.path / "runs").glob("work.*"))
 
 
