@@ -122,6 +122,7 @@ experiment() {
   if [[ $KIND != candidate || $REMEASURE == 1 ]]; then
     measure_incumbent
     [[ $BLOB != "$INCUMBENT" && ${1-} != baseline ]] || { show_block; exit 0; }
+    say "run.sh: experiment $N measured the incumbent first; yours is the next"
     N=$((N + 1))
   fi
   measure candidate "$BLOB" "$PAD" "$IDEA"

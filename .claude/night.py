@@ -201,8 +201,8 @@ class Night:
         for r in state.own(state.all):
             if r.n > self.told:
                 value = record.show(record.geometric(state.values(r))) if state.values(r) else ""
-                row = f"#{r.n:<4} {r.verdict:<10} {value:>7} {r.change.split(' (')[0]:>9}  {r.hypothesis} {r.reason}"
-                tell(row.rstrip())
+                text = " — ".join(filter(None, [r.hypothesis, r.reason]))
+                tell(f"#{r.n:<4} {r.verdict:<10} {value:>7} {r.change.split(' (')[0]:>9}  {text}")
         self.told = state.newest
         return [r for r in state.own(state.all) if r.n > since and r.verdict != "unmeasured"]
 

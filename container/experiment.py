@@ -54,6 +54,7 @@ LAST_WORDS = 64 << 10  # bytes of standard error in which Slurm's words are look
 SLURM = (("DUE TO TIME LIMIT", "Slurm: time limit"), ("(?i)node failure", "Slurm: node failure"),
          ("DUE TO PREEMPTION", "Slurm: preempted"), ("CANCELLED AT|Force Terminated", "Slurm cancelled the job"))
 NOT_YOURS = "not the edit's fault; the same idea may be tried again"
+MOST_EXCEPTION = 120  # characters of one in the reason of a failure
 LOG_HEAD, LOG_TAIL = 256 << 10, 256 << 10  # bytes of the log kept from either end
 
 
@@ -259,6 +260,12 @@ def last_step(log: Path) -> str:
     return f"{int(found[-1][0])} of {int(found[-1][1])} steps" if found else ""
 
 
+def last_exception(log: Path) -> str:
+    """': ValueError: ...', where that is the last line that train.py printed, else ''."""
+    line = log.read_bytes()[-LINE_MAX:].decode("utf-8", "replace").rstrip().rpartition("\n")[2]
+    return f": {line[:MOST_EXCEPTION]}" if re.match(r"[\w.]*(Error|Exception)\b", line) else ""
+
+
 def claims(log: Path) -> dict:
     """`key: value` lines after the last `---` that train.py printed: shown as its own claims, never used to decide."""
     text = log.read_bytes().decode("utf-8", "replace")
@@ -282,7 +289,7 @@ def why_training_ended(end: dict, sandbox: Sandbox, budget: int, memory: str, lo
         return f"out of memory on the GPU{after}"
     if status == "killed":
         return f"killed by its own signal {end.get('signal')}{after}"
-    return f"crash{after}" + ("; /out, /tmp or /dev/shm is full" if end.get("full") else "")
+    return f"crash{after}" + ("; /out, /tmp or /dev/shm is full" if end.get("full") else last_exception(log))
 
 
 def train(sandbox: Sandbox, work: Path, budget: int, memory: str, log: Path, on_ready) -> dict:

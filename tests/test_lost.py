@@ -149,6 +149,19 @@ def test_killed_between_record_and_branch_the_verdict_waits_for_this_worktrees_n
     assert project.git("show", "HEAD:train.py") + "\n" == before.candidate and "completed" not in again(project).stderr
 
 
+def test_a_stale_lock_on_the_record_goes_also_while_a_git_runs(sweep: Sweep, tmp_path):
+    """A log left open in a pager is a git that runs all night."""
+    project = copy(sweep.bases["discarded"], tmp_path / "repo")
+    n = project.experiments()[-1] + 1
+    (lock := project.path / f".git/refs/experiments/{n}.lock").touch()
+    with subprocess.Popen(["git", "cat-file", "--batch"], cwd=project.path, stdin=subprocess.PIPE) as left_open:
+        done = project.run()
+        assert left_open.poll() is None
+        left_open.stdin.close()
+    assert block(done.stdout)["verdict"] == "discarded" and project.experiments()[-1] == n, done.stdout + done.stderr
+    assert not lock.exists()
+
+
 def test_clones_shallow_and_without_the_record(sweep: Sweep, tmp_path):
     project = copy(sweep.bases["kept"], tmp_path / "repo")
     assert block(project.run(timeout=LIMIT_S).stdout)["verdict"] == "kept"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -65,7 +66,7 @@ def test_a_change_that_helps_is_kept_and_one_that_hurts_is_reverted(project: Pro
     assert project.git("show", "--stat", "--format=", "--name-only", "HEAD").split() == ["scratchpad.md", "train.py"]
     assert project.read("train.py") == edited == project.git("show", "HEAD:train.py") + "\n"
     kept = project.trailers("HEAD")
-    assert kept["Verdict"] == "kept" and kept["Experiment"] == "2" and "sigma" in kept["Change"]
+    assert kept["Verdict"] == "kept" and kept["Experiment"] == "2" and kept["Change"].endswith(" sigma better)")
     assert project.git("diff", "--cached", "--name-only") == "LICENSE"
     assert project.git("diff", "--name-only") == "README.md"
     project.git("commit", "-qm", "what the user staged")
@@ -121,6 +122,7 @@ def test_a_crash_shows_its_traceback_and_may_be_tried_again(project: Project):
     inject(project, "    assert STEPS < 0, 'no such luck'")
     done, shown = project.experiment("crash on purpose")
     assert (done.returncode, shown["verdict"]) == (1, "failed")
+    assert re.fullmatch(r"crash after [\d.]+ s(, .* steps)?: AssertionError: no such luck", shown["reason"])
     assert "| AssertionError: no such luck" in done.stdout and 'train.py", line' in done.stdout
     assert "runpy" not in done.stdout and len(done.stdout.encode()) <= 2048
     assert project.read("train.py") == before
@@ -349,6 +351,7 @@ def test_a_person_measures_the_incumbent_once_more_and_other_data_is_never_compa
     project.set("LR", "1e-9")
     done, shown = project.experiment("hardly learn, under another budget")
     assert shown["verdict"] == "discarded" and "2 runs" in shown["before"]
+    assert "experiment 3 measured the incumbent first" in done.stderr
     assert project.experiments() == [1, 2, 3, 4] and project.trailers("refs/experiments/3")["Verdict"] == "baseline"
 
 

@@ -184,11 +184,15 @@ def message(r: dict) -> str:
         if series:
             trailers |= {key: f"{geometric(series):.2f}", f"{key}-Runs": " ".join(f"{v:.4f}" for v in series)}
     if "percent" in r:
-        trailers["Change"] = f"{r['percent']:+.1f} % ({r['sigmas']:+.1f} sigma)"
+        trailers["Change"] = f"{r['percent']:+.1f} % ({in_sigmas(r)})"
     trailers |= {"Seed": " ".join(str(x["seed"]) for x in r["runs"]), "Phase": r["phase"], "Reason": r["reason"],
                  "Train": r["train"], "Comparable": r["comparable"], "Branch": r["branch"], "Chain": r["chain"],
                  "Web": r["web"], "By-Hand": "yes" if r["by_hand"] else ""}
     return subject + "\n\n" + "".join(f"{k}: {v}\n" for k, v in trailers.items() if v != "")
+
+
+def in_sigmas(r: dict) -> str:
+    return f"{abs(r['sigmas'])} sigma {'better' if r['sigmas'] > 0 else 'worse'}"
 
 
 def block(work: str, commit: str, log: str, image: str) -> None:
@@ -245,8 +249,7 @@ def metric_rows(r: dict) -> list:
     rows = [(r["metric"], f"{show(value)}   (validation, gallery {good[0]['gallery']}, random {good[0]['random']:.1f}, "
                           f"lower is better{twice})")]
     if "percent" in r:
-        side = "better" if r["sigmas"] > 0 else "worse"
-        noise = f"({abs(r['sigmas'])} sigma {side}, sigma {r['sigma'] * 100:.1f} %)"
+        noise = f"({in_sigmas(r)}, sigma {r['sigma'] * 100:.1f} %)"
         if r["verdict"] == "discarded" and 0 < r["sigmas"] < MARGIN:
             noise += f"; below {MARGIN} sigma nothing is kept"
         runs = "1 run" if len(r["before"]) == 1 else f"{len(r['before'])} runs"
@@ -299,8 +302,8 @@ def log(count: str = "20") -> None:
     for r in state.all[-int(count):]:
         value = show(geometric(state.values(r))) if state.values(r) else ""
         when = time.strftime("%m-%d %H:%M", time.localtime(r.when))
-        text = f"{r.hypothesis} {r.reason}{in_chain(r)}"
-        print(f"{r.n:>5}  {when}  {r.verdict:<10} {value:>8}  {r.change:<25} {text}".rstrip())
+        text = " — ".join(filter(None, [r.hypothesis, r.reason])) + in_chain(r)
+        print(f"{r.n:>5}  {when}  {r.verdict:<10} {value:>8}  {r.change:<27} {text}")
 
 
 def status() -> None:
