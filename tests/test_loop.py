@@ -155,7 +155,8 @@ def test_eight_experiments_and_a_compaction(project, home):
     ] == kept
     assert project.git("status", "--short", "train.py") == ""
     # Every turn ended in text; the Stop hook alone went on, until program.md's stop.
-    assert len(texts(talk, "^Stop hook feedback")) == 7 and len(talk.ends) == 1
+    went_on = texts(talk, "^Stop hook feedback")
+    assert ["Since start 1 of 8 experiments." in went_on[0], len(went_on), len(talk.ends)] == [True, 7, 1]
     assert notices(talk) == [
         "Stop says: The loop has ended: 8 experiments since start, as program.md's `stop` says. "
         "Type start to go on, ./run.sh log for what was tried."

@@ -480,7 +480,7 @@ def test_the_status_line_tells_the_cost(quick):
     assert status(1.5).startswith("#1 | ")
     hook(quick, "UserPromptSubmit", prompt="start")
     status(3.49)
-    assert hook(quick, "Stop")["decision"] == "block"
+    assert "Since start 1.99 of 2.00 USD." in hook(quick, "Stop")["reason"]
     status(3.5)
     assert "2.00 USD since start, as program.md's `stop` says" in hook(quick, "Stop")["systemMessage"]
 

@@ -215,7 +215,7 @@ def test_a_chain_that_loses_is_reverted_whole(bold: Project):
     for n in (1, 2, 3):
         bold.write("train.py", variant(bold.read("train.py") if n > 1 else CANDIDATES["discarded"], n))
         _, shown = bold.experiment(f"worse {n}")
-    assert "train.py is the incumbent again, the chain has ended" in shown["commit"]
+    assert "train.py is the incumbent again, the chain has ended)" in shown["commit"]
     assert bold.read("train.py") == QUICK and "chain" not in shown["phase"]
     bold.write("train.py", variant(CANDIDATES["discarded"], 4))
     _, shown = bold.experiment("the next begins at one")
@@ -226,7 +226,7 @@ def test_a_chain_ends_with_its_phase_and_the_new_one_is_told(bold: Project):
     bold.edit("until: 3 experiments", "until: 1 experiment", "program.md")
     bold.write("train.py", CANDIDATES["discarded"])
     done, shown = bold.experiment("worse")
-    assert "train.py is the incumbent again, the chain has ended" in shown["commit"]
+    assert "train.py is the incumbent again, the chain has ended with its phase)" in shown["commit"]
     assert bold.read("train.py") == QUICK and shown["phase"] == "2 of 2 (careful), 0 of 9 experiments"
     told = done.stdout.split("new phase:")[1]
     assert told.split()[0] == "careful" and "  Change one constant at a time.\n" in told

@@ -31,6 +31,7 @@ os.environ.pop("AR_PLAN", None)  # run.sh's own; in a hook it could only be a pl
 SESSIONS = record.ROOT / "runs" / "session"
 NIGHT, NIGHT_LOCK = record.ROOT / "runs" / "night.json", record.ROOT / "runs" / "night.lock"
 IDLE_TURNS = 3
+DIGITS = {"experiments": "d", "hours": ".1f", "tokens": ",d", "usd": ".2f"}  # of what `stop` limits
 PAD = record.ROOT / "scratchpad.md"
 PLANNED = re.compile(r"^##[ \t]+Planned[ \t]*\r?$.*?(?=^##\s|\Z)", re.M | re.S | re.I)  # ends as in result.py
 MOST_PLANNED, MOST_PAD = 3000, 1 << 20  # bytes of the planner's answer that are kept, and of a scratchpad
@@ -110,16 +111,17 @@ def context(event: str, text: str) -> dict:
     return {"hookSpecificOutput": {"hookEventName": event, "additionalContext": text}}
 
 
-def go_on(state: record.State) -> str:
-    return f"Phase {state.phase_line()}. {GO_ON.format(record.ASK if state.planner_is_due() else '')}"
+def go_on(state: record.State, session: dict) -> str:
+    ask = record.ASK if state.planner_is_due() else ""
+    return f"Phase {state.phase_line()}.{progress(session, state)} {GO_ON.format(ask)}"
 
 
 def session_start(call: dict) -> dict:
     """Tell a conversation that begins, resumes or was compacted where things stand."""
-    on = load(call).get("on")
-    if on:
+    session, tail = load(call), "The loop is off until the person types: start"
+    if session.get("on"):
         record.news_of_the_plan()  # with CLAUDE.md comes the plan as it is now
-    tail = f"The loop is on. {go_on(record.State())}" if on else "The loop is off until the person types: start"
+        tail = f"The loop is on. {go_on(record.State(), session)}"
     return context("SessionStart", record.brief(record.State()) + "\n" + tail)
 
 
@@ -133,9 +135,9 @@ def prompt(call: dict) -> dict:
         who = {k: call.get(k, "") for k in ("session_id", "transcript_path")}
         begin = {"from": state.newest, "since": time.time()}
         begin |= {k: v for k, v in night().items() if k in begin}
-        save(call, {"on": True, "seen": state.newest, "idle": 0, **who, **begin,
-                    "tokens": tokens(who), "usd": usd(who)})
-        return context("UserPromptSubmit", f"The loop is on. {go_on(state)}")
+        session = {"on": True, "seen": state.newest, "idle": 0, **who, **begin, "tokens": tokens(who), "usd": usd(who)}
+        save(call, session)
+        return context("UserPromptSubmit", f"The loop is on. {go_on(state, session)}")
     if word in ("stop", "pause"):
         save(call, {**session, "on": False, "stopped": True})
         return context("UserPromptSubmit", "The loop is off: do not run another experiment. Sum up in a few lines what "
@@ -161,7 +163,7 @@ def stop(call: dict) -> dict:
     save(call, {**session, "on": not why})
     if why:
         return {"systemMessage": f"The loop has ended: {why}. Type start to go on, ./run.sh log for what was tried."}
-    return {"decision": "block", "reason": go_on(state)}
+    return {"decision": "block", "reason": go_on(state, session)}
 
 
 def agent_answered(call: dict) -> dict:
@@ -196,27 +198,44 @@ def write_plan(said: str) -> None:
     shutil.move(part, PAD)  # runs/ may be a link to another disk
 
 
+def nights_share(session: dict) -> dict:
+    """The night's state, when this conversation is one of its own."""
+    dark = night()
+    return dark if dark.get("since") == session.get("since", 0) else {}
+
+
+def spent(session: dict, state: record.State) -> dict:
+    """What program.md's `stop` limits, counted since start: of a night over all its conversations."""
+    dark = nights_share(session)
+    meters = {"experiments": lambda: sum(r.n > session.get("from", 0) for r in state.here),
+              "hours": lambda: (time.time() - session.get("since", 0)) / 3600,
+              "tokens": lambda: tokens(session) - session.get("tokens", 0) + dark.get("tokens", 0),
+              "usd": lambda: usd(session) - session.get("usd", 0) + dark.get("usd", 0)}
+    return {unit: meters[unit]() for unit in state.plan.stop if unit in meters}
+
+
+def amount(unit: str, n: float, of: str = "") -> str:
+    return f"{n:{DIGITS[unit]}}{of} {'USD' if unit == 'usd' else unit}"
+
+
+def progress(session: dict, state: record.State) -> str:
+    """'Since start 12 of 100 experiments, 3.2 of 9.5 hours.': how near `stop` is; '' where it has no such limit."""
+    limit = state.plan.stop
+    near = [amount(unit, n, f" of {limit[unit]:{DIGITS[unit]}}") for unit, n in spent(session, state).items()]
+    return f" Since start {', '.join(near)}." if near else ""
+
+
 def reason_to_end(session: dict, state: record.State) -> str:
     """Why the loop should end now, '' when it should not."""
-    since, limit, dark = session.get("since", 0), state.plan.stop, night()
-    dark = dark if dark.get("since") == since else {}  # the conversation is one of the night's
-    ran = sum(r.n > session.get("from", 0) for r in state.here)
-    hours = (time.time() - since) / 3600
-    if dark.get("stop") or dark.get("clock") and time.time() >= at_clock(dark["clock"], since):
-        return dark.get("stop") or f"it is {dark['clock']}, as the person said"
-    if ran >= limit.get("experiments", float("inf")):
-        return f"{ran} experiments since start, as program.md's `stop` says"
-    if hours >= limit.get("hours", float("inf")):
-        return f"{hours:.1f} hours since start, as program.md's `stop` says"
-    if "clock" in limit and time.time() >= at_clock(limit["clock"], since):
-        return f"it is {limit['clock']}, as program.md's `stop` says"
-    if "tokens" in limit:
-        used = tokens(session) - session.get("tokens", 0) + dark.get("tokens", 0)
-        if used >= limit["tokens"]:
-            return f"{used:,} tokens since start, as program.md's `stop` says"
-    paid = usd(session) - session.get("usd", 0) + dark.get("usd", 0)
-    if paid >= limit.get("usd", float("inf")):
-        return f"{paid:.2f} USD since start, as program.md's `stop` says"
+    dark, limit, since = nights_share(session), state.plan.stop, session.get("since", 0)
+    if dark.get("stop"):
+        return dark["stop"]
+    for clock, whose in ((dark.get("clock"), "the person said"), (limit.get("clock"), "program.md's `stop` says")):
+        if clock and time.time() >= at_clock(clock, since):
+            return f"it is {clock}, as {whose}"
+    for unit, n in spent(session, state).items():
+        if n >= limit[unit]:
+            return f"{amount(unit, n)} since start, as program.md's `stop` says"
     if state.phase is None:
         return "all phases of program.md are done"
     if session.get("idle", 0) >= IDLE_TURNS:

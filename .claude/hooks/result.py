@@ -223,7 +223,11 @@ def what_became_of_it(r: dict) -> str:
         return f" (the whole chain of {r['chain'].split()[0]})" if r["chain"] else ""
     if r["chain"].endswith("goes on"):
         return f" (in the record; train.py keeps your edit, build on it: {r['chain'].split(' on ')[0]} in this chain)"
-    return f" (in the record; train.py is the incumbent again{', the chain has ended' if r['chain'] else ''})"
+    ended = ""
+    if r["chain"]:
+        link, _, most = r["chain"].split()[:3]
+        ended = ", the chain has ended" + (" with its phase" if int(link) < int(most) else "")
+    return f" (in the record; train.py is the incumbent again{ended})"
 
 
 def news(r: dict, state: State) -> list:
