@@ -91,6 +91,12 @@ class Project:
     def __init__(self, path: Path):
         self.path = path
 
+    def copy(self, path: Path) -> Project:
+        """Another one there. Data files are hard links: they are only read."""
+        shutil.copytree(self.path, path, symlinks=True, ignore=shutil.ignore_patterns("data"))
+        shutil.copytree(self.path / "data", path / "data", copy_function=os.link)
+        return Project(path)
+
     def run(self, *args: str, env: dict | None = None, timeout: int = 600, **kw) -> subprocess.CompletedProcess:
         """./run.sh ARGS, as a person would, with its output captured."""
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("CLAUDE", "AR_"))}
@@ -217,7 +223,19 @@ def measured(tmp_path_factory) -> Project:
 
 @pytest.fixture
 def project(measured: Project, tmp_path: Path) -> Project:
-    """A copy of `measured`, to be used up by one test. Data files are hard links: they are only read."""
-    shutil.copytree(measured.path, tmp_path / "repo", symlinks=True, ignore=shutil.ignore_patterns("data"))
-    shutil.copytree(measured.path / "data", tmp_path / "repo" / "data", copy_function=os.link)
-    return Project(tmp_path / "repo")
+    """A copy of `measured`, to be used up by one test."""
+    return measured.copy(tmp_path / "repo")
+
+
+@pytest.fixture(scope="session")
+def quick_base(measured: Project, tmp_path_factory) -> Project:
+    """`measured` with a train.py that takes no time, sweep.QUICK. Not to be changed: use `fast`."""
+    from sweep import quick
+
+    return quick(tmp_path_factory.mktemp("quick") / "base", measured)
+
+
+@pytest.fixture
+def fast(quick_base: Project, tmp_path: Path) -> Project:
+    """A copy of `quick_base`, to be used up by one test."""
+    return quick_base.copy(tmp_path / "repo")

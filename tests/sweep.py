@@ -85,9 +85,7 @@ CRASH = "raise SystemExit('the next run')\n"
 
 def quick(path: Path, measured: Project) -> Project:
     """A copy of `measured` whose incumbent is QUICK, measured anew, with work of the user's own under way."""
-    shutil.copytree(measured.path, path, symlinks=True, ignore=shutil.ignore_patterns("data"))
-    shutil.copytree(measured.path / "data", path / "data", copy_function=os.link)
-    project = Project(path)
+    project = measured.copy(path)
     project.write("train.py", QUICK)
     imports = next(x for x in project.read("container/stage.py").splitlines() if x.startswith("import open_clip"))
     project.edit(imports, "", "container/stage.py")  # half of the time that a container takes to start
@@ -98,13 +96,6 @@ def quick(path: Path, measured: Project) -> Project:
     project.write("LICENSE", project.read("LICENSE") + "staged\n")
     project.git("add", "LICENSE")
     return project
-
-
-def copy(project: Project, path: Path) -> Project:
-    """Another, with the same data files as hard links."""
-    shutil.copytree(project.path, path, symlinks=True, ignore=shutil.ignore_patterns("data"))
-    shutil.copytree(project.path / "data", path / "data", copy_function=os.link)
-    return Project(path)
 
 
 @dataclass
@@ -204,19 +195,20 @@ def next_run(project: Project, before: Before) -> list[str]:
 class Sweep:
     """A project for each verdict, the calls of its run, and one kill after the other in copies of it."""
 
-    def __init__(self, measured: Project, folder: Path):
+    def __init__(self, base: Project, folder: Path):
+        """base: one of quick()'s, as it is."""
         self.folder, self.shims = folder, Shims(folder / "shims")
-        base = quick(folder / "base", measured)
+        base = base.copy(folder / "base")
         self.shims.install(base)
         base.git("commit", "-qm", "stand-ins", "run.sh")
         self.bases, self.before, self.calls, self.seconds = {}, {}, {}, {}
         for verdict, candidate in CANDIDATES.items():
-            at = self.bases[verdict] = copy(base, folder / verdict)
+            at = self.bases[verdict] = base.copy(folder / verdict)
             at.write("train.py", candidate)
             at.hypothesis(f"to be {verdict}")
             head, last = at.git("rev-parse", "HEAD"), at.experiments()[-1]
             self.before[verdict] = Before(head, last, QUICK, candidate)
-            dry = copy(at, folder / "dry")
+            dry = at.copy(folder / "dry")
             self.shims.arm()
             started = time.monotonic()
             done = dry.run(timeout=LIMIT_S)
@@ -252,7 +244,7 @@ class Sweep:
 
     def kill(self, verdict: str, call: int | str, side: str, whom: str, delay: float = 0) -> list[str]:
         """One point: what is wrong afterwards."""
-        project, before = copy(self.bases[verdict], self.folder / "point"), self.before[verdict]
+        project, before = self.bases[verdict].copy(self.folder / "point"), self.before[verdict]
         self.shims.arm(call, side, whom, delay)
         run = subprocess.Popen(["./run.sh"], cwd=project.path, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True, start_new_session=True)  # fmt: skip

@@ -56,17 +56,10 @@ def in_image(script: str, writable: Path, **mounts: Path) -> str:
     return done.stdout
 
 
-def copy_of(project: Project, to: Path) -> Project:
-    """With the data as hard links, which are only read."""
-    shutil.copytree(project.path, to, symlinks=True, ignore=shutil.ignore_patterns("data"))
-    shutil.copytree(project.path / "data", to / "data", copy_function=os.link)
-    return Project(to)
-
-
 @pytest.fixture(scope="session")
 def constant(measured: Project, tmp_path_factory) -> Project:
     """A measured project where every run gets the same seed: what changes nothing gives the very same metric."""
-    made = copy_of(measured, tmp_path_factory.mktemp("constant") / "repo")
+    made = measured.copy(tmp_path_factory.mktemp("constant") / "repo")
     made.edit('"$((RANDOM << 15 | RANDOM))"', str(SEED), "run.sh")
     made.edit("EMBED_LIMIT_S = 120 ", f"EMBED_LIMIT_S = {EMBED_LIMIT_S} ", "container/experiment.py")
     made.set("STEPS", str(STEPS))
@@ -113,7 +106,7 @@ def through_run_sh(project: Project, cheat: Cheat, captions: list[str]) -> Found
 
 def in_a_loop(constant: Project, cheat: Cheat, captions: list[str], folder: Path, edits: tuple[Edit, ...]) -> Found:
     """A project of its own, since the cheat is about what ./run.sh makes of it, or about other data."""
-    project = copy_of(constant, folder / "repo")
+    project = constant.copy(folder / "repo")
     change(project.path, (*cheat.loop, *edits))
     project.git("commit", "--allow-empty", "-qam", "for this cheat")
     if cheat.data:
@@ -161,7 +154,7 @@ def prints_of(folder: Path) -> dict:
 
 
 def test_no_cheat_is_rewarded(constant: Project, captions: list[str], tmp_path: Path, sample, figure):
-    arena, started, wrong = copy_of(constant, tmp_path / "arena"), time.monotonic(), {}
+    arena, started, wrong = constant.copy(tmp_path / "arena"), time.monotonic(), {}
     files = [prints_of(arena.path / part) for part in ("container", "data")]
     for cheat, number in zip(tried := sample(CHEATS, SAMPLE), itertools.count()):
         (own := tmp_path / str(number)).mkdir()
@@ -247,7 +240,7 @@ def test_no_hidden_caption_is_seen_through_train_py(
     constant: Project, captions: list[str], tmp_path: Path, raises: bool
 ):
     """Neither in its log nor in anything that ./run.sh shows or records."""
-    project = copy_of(constant, tmp_path / "repo")
+    project = constant.copy(tmp_path / "repo")
     name, failed = "look everywhere", r"embedding the validation captions failed: Exception at line \d+ of train.py"
     cheat = Cheat(name, EVERYWHERE.replace("RAISES", str(raises)), (), verdict="failed" if raises else "discarded")
     found = through_run_sh(project, cheat, captions)

@@ -15,7 +15,7 @@ from pathlib import Path
 import made_up
 import pytest
 from conftest import Project, block, engine
-from sweep import ALONE, CANDIDATES, CRASH, LIMIT_S, STAGES, WHERE, Sweep, again, consistent, copy, next_run
+from sweep import ALONE, CANDIDATES, CRASH, LIMIT_S, STAGES, WHERE, Sweep, again, consistent, next_run
 
 KILLS = 1  # kill points of each kind in an ordinary test run
 RECORDED, TIMES, SLOWER_S = 1000, 9, 0.3  # experiments; runs of which the fastest counts; what they may cost
@@ -23,8 +23,8 @@ DISK_KIB, ROOMS = range(0, 241, 8), 2  # room left on a full disk; how many of t
 
 
 @pytest.fixture(scope="module")
-def sweep(measured: Project, tmp_path_factory) -> Sweep:
-    return Sweep(measured, tmp_path_factory.mktemp("sweep"))
+def sweep(quick_base: Project, tmp_path_factory) -> Sweep:
+    return Sweep(quick_base, tmp_path_factory.mktemp("sweep"))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ EDIT = "sed -i 's/takes no time/is edited/' train.py"
 )
 def test_what_the_user_does_meanwhile(sweep: Sweep, tmp_path, verdict, at, script, ends, head, file):
     """Never lost and never overwritten, whatever a run under way then decides."""
-    project, before = copy(sweep.bases[verdict], tmp_path / "repo"), sweep.before[verdict]
+    project, before = sweep.bases[verdict].copy(tmp_path / "repo"), sweep.before[verdict]
     if "val.key" in script:  # its own copy: the data of all projects here are hard links
         key = project.path / "data/prints/val.key.npy"
         key.write_bytes((key.read_bytes(), key.unlink())[0])
@@ -130,7 +130,7 @@ def test_in_the_middle_of_something_nothing_runs(project: Project, state: str):
 
 
 def test_killed_between_record_and_branch_the_verdict_waits_for_this_worktrees_next_run(sweep: Sweep, tmp_path):
-    project, before = copy(sweep.bases["kept"], tmp_path / "repo"), sweep.before["kept"]
+    project, before = sweep.bases["kept"].copy(tmp_path / "repo"), sweep.before["kept"]
     project.git("worktree", "add", "-q", "-b", "second", str(tmp_path / "second"))
     other, n = Project(tmp_path / "second"), before.last + 1
     sweep.shims.arm(sweep.call("kept", "update-ref -m"), "before", "self")
@@ -151,7 +151,7 @@ def test_killed_between_record_and_branch_the_verdict_waits_for_this_worktrees_n
 
 def test_a_stale_lock_on_the_record_goes_also_while_a_git_runs(sweep: Sweep, tmp_path):
     """A log left open in a pager is a git that runs all night."""
-    project = copy(sweep.bases["discarded"], tmp_path / "repo")
+    project = sweep.bases["discarded"].copy(tmp_path / "repo")
     n = project.experiments()[-1] + 1
     (lock := project.path / f".git/refs/experiments/{n}.lock").touch()
     with subprocess.Popen(["git", "cat-file", "--batch"], cwd=project.path, stdin=subprocess.PIPE) as left_open:
@@ -163,7 +163,7 @@ def test_a_stale_lock_on_the_record_goes_also_while_a_git_runs(sweep: Sweep, tmp
 
 
 def test_clones_shallow_and_without_the_record(sweep: Sweep, tmp_path):
-    project = copy(sweep.bases["kept"], tmp_path / "repo")
+    project = sweep.bases["kept"].copy(tmp_path / "repo")
     assert block(project.run(timeout=LIMIT_S).stdout)["verdict"] == "kept"
     for name, *options in (("plain",), ("shallow", "--depth=1")):
         subprocess.run(["git", "clone", "-q", *options, f"file://{project.path}", tmp_path / name], check=True)
@@ -178,7 +178,7 @@ def test_clones_shallow_and_without_the_record(sweep: Sweep, tmp_path):
 
 def test_a_clock_that_was_set_back(sweep: Sweep, tmp_path):
     """Records, and what is left of a killed run, from next year: numbers count, not times."""
-    project, before = copy(sweep.bases["kept"], tmp_path / "repo"), sweep.before["kept"]
+    project, before = sweep.bases["kept"].copy(tmp_path / "repo"), sweep.before["kept"]
     later = f"{time.time() + 366 * 86400:.0f}"
     for n in project.experiments():
         text = project.git("cat-file", "commit", f"refs/experiments/{n}")
@@ -203,7 +203,7 @@ def test_a_thousand_experiments_cost_no_time(sweep: Sweep, tmp_path, monkeypatch
     """All that run.sh itself does for an experiment, with an engine that refuses to train, against two records."""
     seconds: dict = {2: [], RECORDED: []}
     for count in seconds:
-        project = copy(sweep.bases["kept"], tmp_path / str(count))
+        project = sweep.bases["kept"].copy(tmp_path / str(count))
         project.git("checkout", "-q", "HEAD", "train.py")  # the made-up baseline
         if count > 2:
             mark, real = project.trailers("refs/experiments/2")["Comparable"], made_up.Day.add
@@ -357,7 +357,7 @@ def test_damaged_data_are_named_and_never_give_a_number(project: Project):
 
 
 def test_other_data_or_another_image_of_the_same_tag_are_not_compared(sweep: Sweep, tmp_path):
-    project = copy(sweep.bases["discarded"], tmp_path / "repo")
+    project = sweep.bases["discarded"].copy(tmp_path / "repo")
 
     def python(*words: str) -> str:
         done = subprocess.run(["python3", *words], cwd=project.path, capture_output=True, text=True)

@@ -19,7 +19,6 @@ from client import CLIENT, Conversation, Model, Turn, call, environment, prepare
 from conftest import Project
 from faults import ALL, OVERLOADED, Silence
 from sweep import CANDIDATES
-from sweep import quick as with_a_quick_train
 from test_loop import STUB, forever, hook, notices
 
 sys.dont_write_bytecode = True
@@ -164,11 +163,10 @@ def test_a_night_goes_through_every_fault(quick, night):
     assert not went.processes() and went.state["status"] == 0
 
 
-def test_real_experiments_and_a_client_that_is_killed(measured, night, tmp_path):
+def test_real_experiments_and_a_client_that_is_killed(fast, night):
     """A discarded, a repeated, a kept and a crashing one; two clients die, one of them while a training runs."""
-    project = with_a_quick_train(tmp_path / "repo", measured)
-    constants(project)
-    project.edit("stop: 100 experiments", "stop: 4 experiments", "program.md")
+    constants(fast)
+    fast.edit("stop: 100 experiments", "stop: 4 experiments", "program.md")
     slow = CANDIDATES["discarded"].replace("    table =", "    import time; time.sleep(6)\n    table =")
     ideas = {"words turned": CANDIDATES["discarded"], "words": CANDIDATES["kept"], "crash": "1 / 0\n", "wait": slow}
     told = []
@@ -196,19 +194,19 @@ def test_real_experiments_and_a_client_that_is_killed(measured, night, tmp_path)
     steps = script()
     next(steps)
     first = [call("Read", file_path="train.py"), call("Read", file_path="scratchpad.md")]
-    went = night(project, lambda shown: first if not told and not told.append(None) else steps.send(shown))
-    went.wait_for(lambda: (project.path / "runs/running.json").exists() and "wait" in project.read("scratchpad.md"))
+    went = night(fast, lambda shown: first if not told and not told.append(None) else steps.send(shown))
+    went.wait_for(lambda: (fast.path / "runs/running.json").exists() and "wait" in fast.read("scratchpad.md"))
     time.sleep(1)
     os.kill(went.client(), signal.SIGKILL)
     status, text = went.end()
     assert status == 0 and text.count("was killed by signal 9") == 2, text
-    verdicts = [project.trailers(f"refs/experiments/{n}")["Verdict"] for n in project.experiments()]
+    verdicts = [fast.trailers(f"refs/experiments/{n}")["Verdict"] for n in fast.experiments()]
     assert verdicts[-4:] == ["discarded", "kept", "failed", "discarded"], text
     assert "was already judged" in "".join(r.content for r in went.model.results if r.is_error)
-    assert project.git("status", "--short", "train.py") == "" and project.read("train.py") == CANDIDATES["kept"]
-    assert (project.path / "report.html").stat().st_size > 10_000 and "report.html shows it" in text
+    assert fast.git("status", "--short", "train.py") == "" and fast.read("train.py") == CANDIDATES["kept"]
+    assert (fast.path / "report.html").stat().st_size > 10_000 and "report.html shows it" in text
     assert "1 kept, 2 discarded, 1 failed" in text and "what 2 cost that did not tell" in text
-    assert not went.processes() and not project.containers()
+    assert not went.processes() and not fast.containers()
 
 
 # --- its ends --------------------------------------------------------------------------------------------------------
@@ -255,21 +253,20 @@ def test_ctrl_c_leaves_it_and_stop_waits_for_the_experiment(quick, night):
     assert "no night is under way here" in went.say("stop")
 
 
-def test_a_second_stop_leaves_nothing_behind(measured, night, tmp_path):
-    project = with_a_quick_train(tmp_path / "repo", measured)
-    constants(project)
-    project.write("train.py", "import time\ntime.sleep(100)\n")
-    project.hypothesis("wait")
-    went = night(project, forever(RUN, DONE))
-    went.wait_for(project.containers)
+def test_a_second_stop_leaves_nothing_behind(fast, night):
+    constants(fast)
+    fast.write("train.py", "import time\ntime.sleep(100)\n")
+    fast.hypothesis("wait")
+    went = night(fast, forever(RUN, DONE))
+    went.wait_for(fast.containers)
     time.sleep(1)
     went.say("stop")
-    assert went.client() and project.containers()
+    assert went.client() and fast.containers()
     went.say("stop")
     status, text = went.end()
     assert status == 0 and "the client was ended at once" not in text.splitlines()[-1], text
-    went.wait_for(lambda: not went.processes() and not project.containers(), 30)  # the pictures may still be drawn
-    assert "time.sleep(100)" in project.read("train.py") and not list((project.path / "runs").glob("work.*"))
+    went.wait_for(lambda: not went.processes() and not fast.containers(), 30)  # the pictures may still be drawn
+    assert "time.sleep(100)" in fast.read("train.py") and not list((fast.path / "runs").glob("work.*"))
 
 
 def test_the_morning_comes(quick, night):

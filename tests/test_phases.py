@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, Project, block
-from sweep import CANDIDATES, CRASH, QUICK, copy, quick
+from sweep import CANDIDATES, CRASH, QUICK
 
 sys.path.insert(0, str(ROOT / ".claude" / "hooks"))
 import record
@@ -168,16 +168,10 @@ Change one constant at a time.
 """
 
 
-@pytest.fixture(scope="module")
-def base(measured: Project, tmp_path_factory) -> Project:
-    return quick(tmp_path_factory.mktemp("phases") / "base", measured)
-
-
 @pytest.fixture
-def bold(base: Project, tmp_path) -> Project:
-    project = copy(base, tmp_path / "repo")
-    project.write("program.md", PHASES)
-    return project
+def bold(fast: Project) -> Project:
+    fast.write("program.md", PHASES)
+    return fast
 
 
 def variant(text: str, n: int) -> str:

@@ -1,4 +1,4 @@
-"""audit and final: real trainings, recorded, counted, and out of the loop's sight."""
+"""audit and final: recorded, counted, and out of the loop's sight."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import tarfile
 
 import pytest
 from conftest import Project
+from sweep import CANDIDATES
 
 
 @pytest.fixture
-def improved(project: Project) -> Project:
-    """One change is kept: more steps."""
-    project.edit("stop: 100 experiments", "stop: 100 experiments\nfinal_budget: 120", "program.md")
-    project.set("STEPS", "120")
-    done, shown = project.experiment("more steps")
+def improved(fast: Project) -> Project:
+    """One change is kept: experiment 3."""
+    fast.edit("stop: 100 experiments", "stop: 100 experiments\nfinal_budget: 120", "program.md")
+    fast.write("train.py", CANDIDATES["kept"])
+    done, shown = fast.experiment("words fitted to pixels")
     assert shown["verdict"] == "kept", done.stdout + done.stderr
-    return project
+    return fast
 
 
 def result(project: Project, n: int) -> dict:
@@ -30,30 +31,30 @@ def test_audit_and_final(improved: Project):
     done = improved.run("audit", "2", "--ablate")
     assert done.returncode == 0, done.stderr
     assert "200 fresh pairs (random 100.5)" in done.stdout and "2 seeds each" in done.stdout
-    audit = result(improved, 3)["audit"]
-    sides, runs = audit["sides"], result(improved, 3)["runs"]
+    audit = result(improved, 4)["audit"]
+    sides, runs = audit["sides"], result(improved, 4)["runs"]
     assert len({r["seed"] for r in runs}) == len(runs) == 6
     assert sides["best"]["mean"] < sides["baseline"]["mean"] and audit["difference"]["percent"] < 0
     (row,) = audit["ablation"]  # without its one change the best is the baseline again
-    assert row["experiment"] == 2 and row["percent"] > 0 and abs(row["values"][0] / sides["baseline"]["mean"] - 1) < 0.4
-    assert "Test-Look" not in improved.trailers("refs/experiments/3")
+    assert row["experiment"] == 3 and row["percent"] > 0 and abs(row["values"][0] / sides["baseline"]["mean"] - 1) < 0.4
+    assert "Test-Look" not in improved.trailers("refs/experiments/4")
 
     for look in (1, 2):
         done = improved.run("final")
         assert done.returncode == 0, done.stderr
         assert f"test look:   {look} " in done.stdout and "gallery 100, random 50.5" in done.stdout
-        assert improved.trailers(f"refs/experiments/{3 + look}")["Test-Look"] == str(look)
-    final = result(improved, 4)
+        assert improved.trailers(f"refs/experiments/{4 + look}")["Test-Look"] == str(look)
+    final = result(improved, 5)
     assert final["final"]["split"] == "test" and len(final["final"]["metrics"]["t2i"]) == 3
-    with tarfile.open(improved.path / "final/0004/run-1/out.tar") as left:
-        assert "./checkpoint.pt" in left.getnames()
+    with tarfile.open(improved.path / "final/0005/run-1/out.tar") as left:
+        assert "./model.pt" in left.getnames()
 
     # what the loop goes by has not moved, and nothing of it can be read where the agent reads
     assert improved.git("rev-parse", "HEAD") == head and improved.run("status").stdout == status
-    assert not any("Comparable" in improved.trailers(f"refs/experiments/{n}") for n in (3, 4, 5))
-    improved.set("STEPS", "2")
-    done, shown = improved.experiment("far too few steps")
-    assert shown["experiment"] == "6" and shown["verdict"] == "discarded" and "(1 run)" in shown["before"]
+    assert not any("Comparable" in improved.trailers(f"refs/experiments/{n}") for n in (4, 5, 6))
+    improved.write("train.py", CANDIDATES["discarded"])
+    done, shown = improved.experiment("the wrong sign")
+    assert shown["experiment"] == "7" and shown["verdict"] == "discarded" and "(1 run)" in shown["before"]
     assert improved.read(history).startswith(before.rstrip("\n")) and "audit" not in improved.read(history)
     assert "final" not in improved.read(history)
     assert improved.git("diff", "--name-only").split() == ["program.md", "scratchpad.md"]

@@ -11,8 +11,9 @@ import time
 
 import pytest
 from conftest import PROGRAM, ROOT, Project, block
+from sweep import CANDIDATES, QUICK
 
-BUDGET = 20  # seconds, for tests that run into it
+BUDGET = 10  # seconds, for tests that run into it
 HANG = """
     import signal
     for s in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}:
@@ -25,15 +26,15 @@ HANG = """
 
 
 def inject(project: Project, code: str) -> None:
-    """Put code at the beginning of train.py's main()."""
-    project.edit("def main() -> None:\n", "def main() -> None:\n" + code.strip("\n") + "\n")
+    """Put code where train.py begins to train."""
+    project.edit('if __name__ == "__main__":\n', 'if __name__ == "__main__":\n' + code.strip("\n") + "\n")
 
 
 def small_budget(project: Project) -> None:
     """A plan with a short hard limit; its baseline is measured anew, since the budget is part of what is compared."""
     project.edit("budget: 120", f"budget: {BUDGET}", "program.md")
-    project.set("STEPS", "2")
-    project.git("commit", "-qam", "short")
+    project.git("commit", "-qm", "short", "program.md")
+    project.git("checkout", "-q", "train.py")
     assert project.run().returncode == 0
 
 
@@ -50,89 +51,89 @@ def test_baseline_is_run_twice_and_recorded(measured: Project):
     assert measured.git("rev-parse", "HEAD^{tree}") != "" and measured.git("status", "--porcelain") == ""
 
 
-def test_a_change_that_helps_is_kept_and_one_that_hurts_is_reverted(project: Project):
+def test_a_change_that_helps_is_kept_and_one_that_hurts_is_reverted(fast: Project):
     """And the user's own uncommitted and staged work survives both, and the next commit holds only what was staged."""
-    project.write("notes.txt", "mine, untracked")
-    project.write("README.md", project.read("README.md") + "an uncommitted line\n")
-    project.write("LICENSE", project.read("LICENSE") + "a staged line\n")
-    project.git("add", "LICENSE")
+    fast.write("notes.txt", "mine, untracked")
+    fast.write("README.md", fast.read("README.md") + "an uncommitted line\n")
+    fast.write("LICENSE", fast.read("LICENSE") + "a staged line\n")
+    fast.git("add", "LICENSE")
 
-    project.set("STEPS", "120")
-    edited = project.read("train.py")
-    done, shown = project.experiment("more steps: four times as long")
+    edited, turned = CANDIDATES.values()
+    fast.write("train.py", edited)
+    done, shown = fast.experiment("words: fitted to rough pixels")
     assert (done.returncode, shown["verdict"]) == (0, "kept"), done.stdout + done.stderr
     assert len(done.stdout.encode()) <= 2048
-    assert project.git("log", "-1", "--format=%s").startswith("more steps: four times as long (")
-    assert project.git("show", "--stat", "--format=", "--name-only", "HEAD").split() == ["scratchpad.md", "train.py"]
-    assert project.read("train.py") == edited == project.git("show", "HEAD:train.py") + "\n"
-    kept = project.trailers("HEAD")
-    assert kept["Verdict"] == "kept" and kept["Experiment"] == "2" and kept["Change"].endswith(" sigma better)")
-    assert project.git("diff", "--cached", "--name-only") == "LICENSE"
-    assert project.git("diff", "--name-only") == "README.md"
-    project.git("commit", "-qm", "what the user staged")
-    assert project.git("show", "--format=", "--name-only", "HEAD").split() == ["LICENSE"]
+    assert fast.git("log", "-1", "--format=%s").startswith("words: fitted to rough pixels (")
+    assert fast.git("show", "--stat", "--format=", "--name-only", "HEAD").split() == ["scratchpad.md", "train.py"]
+    assert fast.read("train.py") == edited == fast.git("show", "HEAD:train.py") + "\n"
+    kept = fast.trailers("HEAD")
+    assert kept["Verdict"] == "kept" and kept["Experiment"] == "3" and kept["Change"].endswith(" sigma better)")
+    assert fast.git("diff", "--cached", "--name-only") == "LICENSE"
+    assert fast.git("diff", "--name-only") == "README.md"
+    fast.git("commit", "-qm", "what the user staged")
+    assert fast.git("show", "--format=", "--name-only", "HEAD").split() == ["LICENSE"]
 
-    project.set("LR", "1e-9")
-    done, shown = project.experiment("hardly learn at all")
+    fast.write("train.py", turned)
+    done, shown = fast.experiment("the sign turned")
     assert (done.returncode, shown["verdict"]) == (0, "discarded"), done.stdout + done.stderr
-    assert project.read("train.py") == edited
-    record = "refs/experiments/3"
-    assert "LR = 1e-9" in project.git("show", f"{record}:train.py")
-    assert "step " in project.git("show", f"{record}:experiment/train.log")
+    assert fast.read("train.py") == edited
+    record = "refs/experiments/4"
+    assert "SIGN = -1" in fast.git("show", f"{record}:train.py")
+    assert "what train.py printed" in fast.git("show", f"{record}:experiment/train.log")
     assert (
         len(
             subprocess.run(
-                ["git", "show", f"{record}:experiment/ranks.npy"], cwd=project.path, capture_output=True
+                ["git", "show", f"{record}:experiment/ranks.npy"], cwd=fast.path, capture_output=True
             ).stdout
         )
         == 128 + 2 * 200 * 4
     )
-    assert "+LR = 1e-9" in project.git("show", record)
-    assert project.git("log", "-1", "--format=%s") == "what the user staged"
-    assert "an uncommitted line" in project.read("README.md") and project.read("notes.txt") == "mine, untracked"
-    assert "hardly learn" in project.read("runs/experiments.tsv")
+    assert "+SIGN = -1" in fast.git("show", record)
+    assert fast.git("log", "-1", "--format=%s") == "what the user staged"
+    assert "an uncommitted line" in fast.read("README.md") and fast.read("notes.txt") == "mine, untracked"
+    assert "the sign turned" in fast.read("runs/experiments.tsv")
 
-    project.set("LR", "1e-9")
-    done, _ = project.experiment("the same file again")
-    assert done.returncode == 2 and "experiment 3, discarded" in done.stderr
+    fast.write("train.py", turned)
+    done, _ = fast.experiment("the same file again")
+    assert done.returncode == 2 and "experiment 4, discarded" in done.stderr
 
-    done = project.run("keep", "3")
+    done = fast.run("keep", "4")
     assert done.returncode == 2 and "uncommitted changes" in done.stderr
-    project.git("checkout", "train.py")
-    done = project.run("keep", "3")
+    fast.git("checkout", "train.py")
+    done = fast.run("keep", "4")
     assert done.returncode == 0, done.stderr
-    assert "LR = 1e-9" in project.read("train.py") and "kept by hand" in project.git("log", "-1", "--format=%s")
-    assert project.git("diff", "--name-only").split() == ["README.md"]
-    assert "best" in project.run("status").stdout and "hardly learn" in project.run("log").stdout
-    assert project.containers() == ""
+    assert "SIGN = -1" in fast.read("train.py") and "kept by hand" in fast.git("log", "-1", "--format=%s")
+    assert fast.git("diff", "--name-only").split() == ["README.md"]
+    assert "best" in fast.run("status").stdout and "the sign turned" in fast.run("log").stdout
+    assert fast.containers() == ""
 
 
-def test_a_small_gain_is_run_twice(project: Project):
-    project.edit("stop:", "confirm_below: 99\nstop:", "program.md")
-    project.set("STEPS", "120")
-    done, shown = project.experiment("more steps, under a rule that always wants to see it twice")
+def test_a_small_gain_is_run_twice(fast: Project):
+    fast.edit("stop:", "confirm_below: 99\nstop:", "program.md")
+    fast.write("train.py", CANDIDATES["kept"].replace("5 * torch.eye", "(5 + int(os.environ['SEED']) % 9) * torch.eye"))
+    done, shown = fast.experiment("words fitted to rough pixels, under a rule that always wants to see it twice")
     assert (done.returncode, shown["verdict"]) == (0, "kept"), done.stdout + done.stderr
     assert "mean of 2 runs" in shown["mean_rank"]
-    runs = project.trailers("HEAD")["Mean-Rank-Runs"].split()
-    assert len(runs) == 2 and len(set(project.trailers("HEAD")["Seed"].split())) == 2
+    runs = fast.trailers("HEAD")["Mean-Rank-Runs"].split()
+    assert len(runs) == 2 and len(set(fast.trailers("HEAD")["Seed"].split())) == 2
 
 
-def test_a_crash_shows_its_traceback_and_may_be_tried_again(project: Project):
-    before = project.read("train.py")
-    inject(project, "    assert STEPS < 0, 'no such luck'")
-    done, shown = project.experiment("crash on purpose")
+def test_a_crash_shows_its_traceback_and_may_be_tried_again(fast: Project):
+    before = QUICK
+    inject(fast, "    assert SIGN < 0, 'no such luck'")
+    done, shown = fast.experiment("crash on purpose")
     assert (done.returncode, shown["verdict"]) == (1, "failed")
     assert re.fullmatch(r"crash after [\d.]+ s(, .* steps)?: AssertionError: no such luck", shown["reason"])
     assert "| AssertionError: no such luck" in done.stdout and 'train.py", line' in done.stdout
     assert "runpy" not in done.stdout and len(done.stdout.encode()) <= 2048
-    assert project.read("train.py") == before
-    assert "no such luck" in project.git("show", "refs/experiments/2:train.py")
-    assert "no such luck" in project.read("runs/0002.diff") and "no such luck" in project.read("runs/0002.log")
+    assert fast.read("train.py") == before
+    assert "no such luck" in fast.git("show", "refs/experiments/3:train.py")
+    assert "no such luck" in fast.read("runs/0003.diff") and "no such luck" in fast.read("runs/0003.log")
 
-    inject(project, "    print('\\x1b[2J' + 'x' * 5_000_000); raise SystemExit('gave up')")
-    done, shown = project.experiment("crash on purpose")  # the same hypothesis, after a failure
+    inject(fast, "    print('\\x1b[2J' + 'x' * 5_000_000); raise SystemExit('gave up')")
+    done, shown = fast.experiment("crash on purpose")  # the same hypothesis, after a failure
     assert shown["verdict"] == "failed" and "gave up" in done.stdout and "\x1b" not in done.stdout
-    assert os.path.getsize(project.path / "runs/0003.log") < 530_000  # 256 KiB from either end
+    assert os.path.getsize(fast.path / "runs/0004.log") < 530_000  # 256 KiB from either end
 
 
 def test_load_is_probed_where_its_traceback_may_be_shown(project: Project):
@@ -156,20 +157,20 @@ def test_what_cannot_be_judged_fails(project: Project):
     assert shown["reason"] == "invalid output: image and text embeddings differ in width: 64 and 8"
 
 
-def test_an_endless_loop_that_ignores_signals_is_killed_at_the_limit(project: Project):
-    small_budget(project)
-    inject(project, HANG)
+def test_an_endless_loop_that_ignores_signals_is_killed_at_the_limit(fast: Project):
+    small_budget(fast)
+    inject(fast, HANG)
     started = time.monotonic()
-    done, shown = project.experiment("never end")
+    done, shown = fast.experiment("never end")
     assert (done.returncode, shown["verdict"]) == (1, "failed")
     assert shown["reason"] == f"time limit: killed at the budget of {BUDGET} s, 7 of 300 steps"
     assert time.monotonic() - started < BUDGET + 60
-    assert project.containers() == ""
+    assert fast.containers() == ""
 
 
-def test_out_of_memory_is_named(project: Project):
-    inject(project, "    hog = [torch.ones(1 << 26) for _ in range(64)]")
-    done, shown = project.experiment("allocate 16 GB")
+def test_out_of_memory_is_named(fast: Project):
+    inject(fast, "    hog = [torch.ones(1 << 26) for _ in range(64)]")
+    done, shown = fast.experiment("allocate 16 GB")
     assert (done.returncode, shown["verdict"]) == (1, "failed")
     assert shown["reason"].startswith("out of memory: more than 3g of main memory after")
 
@@ -245,40 +246,39 @@ def test_refusals_name_the_next_step(project: Project):
     assert "unknown verb" in project.run("fly").stderr and "exit status" in project.run("help").stdout
 
 
-def test_two_runs_at_once_and_a_killed_one(project: Project):
+def test_two_runs_at_once_and_a_killed_one(fast: Project):
     """The second is refused; after a SIGKILL the next run sweeps the container and works."""
-    inject(project, "    time.sleep(60)")
-    project.hypothesis("sleep")
+    inject(fast, "    import time; time.sleep(60)")
+    fast.hypothesis("sleep")
     first = subprocess.Popen(
-        ["./run.sh"], cwd=project.path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        ["./run.sh"], cwd=fast.path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     deadline = time.monotonic() + 90
-    while not project.containers() and time.monotonic() < deadline:
+    while not fast.containers() and time.monotonic() < deadline:
         time.sleep(0.2)
-    done = project.run()
-    assert done.returncode == 2 and "another experiment is running: experiment 2 (candidate, run 1)" in done.stderr
-    assert "experiment 2" in project.run("status").stdout
+    done = fast.run()
+    assert done.returncode == 2 and "another experiment is running: experiment 3 (candidate, run 1)" in done.stderr
+    assert "experiment 3" in fast.run("status").stdout
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
-    assert project.containers() != ""
-    project.git("checkout", "train.py")
-    project.set("LR", "1e-9")
-    done, shown = project.experiment("hardly learn")
-    assert (done.returncode, shown["experiment"], shown["verdict"]) == (0, "2", "discarded"), done.stderr
-    assert project.containers() == "" and "fatal" not in project.git("fsck")
+    assert fast.containers() != ""
+    fast.write("train.py", CANDIDATES["discarded"])
+    done, shown = fast.experiment("the sign turned")
+    assert (done.returncode, shown["experiment"], shown["verdict"]) == (0, "3", "discarded"), done.stderr
+    assert fast.containers() == "" and "fatal" not in fast.git("fsck")
 
 
 @pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGKILL])
-def test_when_run_sh_alone_is_ended_its_containers_go_too(project: Project, signal_: int):
-    inject(project, "    time.sleep(90)")
-    project.hypothesis("sleep")
-    first = subprocess.Popen(["./run.sh"], cwd=project.path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(lambda: len(project.containers().split()) == 3)  # training, and both sides wait to embed
+def test_when_run_sh_alone_is_ended_its_containers_go_too(fast: Project, signal_: int):
+    inject(fast, "    import time; time.sleep(90)")
+    fast.hypothesis("sleep")
+    first = subprocess.Popen(["./run.sh"], cwd=fast.path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: len(fast.containers().split()) == 3)  # training, and both sides wait to embed
     first.send_signal(signal_)
     first.wait(timeout=30)
-    wait_for(lambda: project.containers() == "")
-    project.git("checkout", "train.py")
-    assert "nothing" in project.run("status").stdout and project.experiments() == [1]
+    wait_for(lambda: fast.containers() == "")
+    fast.git("checkout", "train.py")
+    assert "nothing" in fast.run("status").stdout and fast.experiments() == [1, 2]
 
 
 def wait_for(condition, seconds: float = 90) -> None:
@@ -315,44 +315,42 @@ def test_bytes_are_the_same_in_file_run_hash_and_record(project: Project):
     assert after == (text.encode() if project.trailers("refs/experiments/2")["Verdict"] == "kept" else incumbent)
 
 
-def test_odd_places(measured: Project, tmp_path):
+def test_odd_places(quick_base: Project, tmp_path):
     """Spaces, quotes and unicode in the path, umask 077, a detached HEAD, no identity, a worktree that shares data."""
     odd = tmp_path / 'it\'s a "répo" dir'
-    shutil.copytree(measured.path, odd, ignore=shutil.ignore_patterns("data"))
-    shutil.copytree(measured.path / "data", odd / "data", copy_function=os.link)
-    project = Project(odd)
+    project = quick_base.copy(odd)
     project.git("config", "--unset", "user.name")
     project.git("config", "--unset", "user.email")
     project.git("checkout", "-q", "--detach")
     project.git("worktree", "add", "-q", str(tmp_path / "second"))
     other = Project(tmp_path / "second")
-    other.set("STEPS", "120")
-    other.hypothesis("more steps, from a worktree")
+    other.write("train.py", CANDIDATES["kept"])
+    other.hypothesis("words fitted to rough pixels, from a worktree")
     env = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
     done = subprocess.run(
         ["sh", "-c", "umask 077; exec ./run.sh"], cwd=other.path, env=env, capture_output=True, text=True
     )
     assert block(done.stdout)["verdict"] == "kept", done.stdout + done.stderr
     assert other.git("log", "-1", "--format=%an") == "autoresearch"
-    project.set("LR", "1e-9")
-    project.hypothesis("hardly learn")
+    project.write("train.py", CANDIDATES["discarded"])
+    project.hypothesis("the sign turned")
     done = subprocess.run(["sh", "-c", "umask 077; exec ./run.sh"], cwd=odd, env=env, capture_output=True, text=True)
     assert block(done.stdout)["verdict"] == "discarded", done.stdout + done.stderr
-    assert project.experiments() == [1, 2, 3]
+    assert project.experiments() == [1, 2, 3, 4]
 
 
-def test_a_person_measures_the_incumbent_once_more_and_other_data_is_never_compared(project: Project):
-    done = project.run()
+def test_a_person_measures_the_incumbent_once_more_and_other_data_is_never_compared(fast: Project):
+    done = fast.run()
     assert block(done.stdout)["verdict"] == "remeasured"
-    assert len(project.trailers("refs/experiments/2")["Mean-Rank-Runs"].split()) == 1
-    done = project.run("data", "prints")
+    assert len(fast.trailers("refs/experiments/3")["Mean-Rank-Runs"].split()) == 1
+    done = fast.run("data", "prints")
     assert done.returncode == 2 and "exists already" in done.stderr
-    project.edit("budget: 120", "budget: 119", "program.md")
-    project.set("LR", "1e-9")
-    done, shown = project.experiment("hardly learn, under another budget")
+    fast.edit("budget: 120", "budget: 119", "program.md")
+    fast.write("train.py", CANDIDATES["discarded"])
+    done, shown = fast.experiment("the sign turned, under another budget")
     assert shown["verdict"] == "discarded" and "2 runs" in shown["before"]
-    assert "experiment 3 measured the incumbent first" in done.stderr
-    assert project.experiments() == [1, 2, 3, 4] and project.trailers("refs/experiments/3")["Verdict"] == "baseline"
+    assert "experiment 4 measured the incumbent first" in done.stderr
+    assert fast.experiments() == [1, 2, 3, 4, 5] and fast.trailers("refs/experiments/4")["Verdict"] == "baseline"
 
 
 def test_own_data(measured: Project, tmp_path):

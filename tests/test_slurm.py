@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Project, block
 from slurm import CPUS, Slurm, wait_for
-from sweep import CANDIDATES, QUICK, copy, quick
+from sweep import CANDIDATES, QUICK, quick
 
 LIFELINE_S = 20  # in most of these tests; 60 in the one that takes it as it is
 SWEEP = "    if left:\n        run([*client()"
@@ -34,7 +34,7 @@ NOT_YOURS = "not the edit's fault; the same idea may be tried again"
 @pytest.fixture(scope="module")
 def base(measured: Project, tmp_path_factory) -> Project:
     """A project whose incumbent's training takes no time; sandboxes that lost their lifeline wait less."""
-    made = copy(measured, tmp_path_factory.mktemp("slurm") / "edited")
+    made = measured.copy(tmp_path_factory.mktemp("slurm") / "edited")
     made.edit(SWEEP, SWEEP.replace("left:", 'left and not os.environ.get("AR_LAUNCH"):'), "container/engine.py")
     made.edit("LIFELINE_S = 60", f"LIFELINE_S = {LIFELINE_S}", "container/stage.py")
     made.edit("STILL_S = 45", f"STILL_S = {LIFELINE_S - 5}", "container/experiment.py")
@@ -63,7 +63,7 @@ def start(base: Project, tmp_path: Path):
     runs = []
 
     def make(launch: str = "", slurm: Slurm | None = None, stage: str = "captions") -> Running:
-        runs.append(Running(copy(base, tmp_path / f"p{len(runs)}"), launch, slurm))
+        runs.append(Running(base.copy(tmp_path / f"p{len(runs)}"), launch, slurm))
         runs[-1].wait_for(stage)
         return runs[-1]
 
@@ -165,7 +165,7 @@ def failed_because(run: Running, reason: str) -> None:
 
 
 def test_an_experiment_through_srun(base: Project, slurm: Slurm, tmp_path: Path):
-    project = copy(base, tmp_path / "repo")
+    project = base.copy(tmp_path / "repo")
     prepare(project, "srun -n1", CANDIDATES["kept"], slurm)
     done = project.run()
     shown = block(done.stdout)
@@ -241,7 +241,7 @@ def test_a_node_that_is_full(base: Project, other_slurm: Slurm, tmp_path: Path):
     others = [subprocess.Popen(["srun", f"-n{n}", "sleep", "600"], env={**os.environ, **other_slurm.env})
               for n in (1, CPUS - 1)]  # fmt: skip
     wait_for(lambda: other_slurm.call("squeue", "-h", "-t", "R").count("\n") == 2, 20)
-    project = copy(base, tmp_path / "repo")
+    project = base.copy(tmp_path / "repo")
     prepare(project, "srun -n1", CANDIDATES["kept"], other_slurm)
     run = subprocess.Popen(["./run.sh"], cwd=project.path, stdout=subprocess.PIPE,
                            stderr=subprocess.PIPE, text=True)  # fmt: skip
@@ -270,7 +270,7 @@ def test_a_job_that_never_starts(base: Project, slurm: Slurm, tmp_path: Path):
         return subprocess.Popen(["./run.sh"], cwd=project.path, text=True,
                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
 
-    project = copy(base, tmp_path / "repo")
+    project = base.copy(tmp_path / "repo")
     run = start("srun -n1 -p nowhere")
     refused("invalid partition specified: nowhere")
     run = start("srun -n1 -w elsewhere")
@@ -290,7 +290,7 @@ def test_a_job_that_never_starts(base: Project, slurm: Slurm, tmp_path: Path):
 
 
 def test_words_of_slurm_that_train_py_prints_change_nothing(base: Project, slurm: Slurm, tmp_path: Path):
-    project = copy(base, tmp_path / "repo")
+    project = base.copy(tmp_path / "repo")
     said = "slurmstepd: error: *** STEP 5.0 ON node CANCELLED AT 2026-11-23T20:37:09 DUE TO TIME LIMIT ***"
     prepare(project, "srun -n1", f"raise SystemExit('{said}')\n", slurm)
     done = project.run()
@@ -301,7 +301,7 @@ def test_through_a_shell_as_ssh_does(base: Project, tmp_path: Path):
     """ssh joins the words that it is given, and another machine's shell takes them apart."""
     odd = tmp_path / "it's a path"
     odd.mkdir()
-    project = copy(base, odd / "repo")
+    project = base.copy(odd / "repo")
     ssh = tmp_path / "ssh"
     ssh.write_text('#!/bin/sh\nshift\ncd /\nexec sh -c "$*"\n')
     ssh.chmod(0o755)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, Project, block, engine
-from sweep import CANDIDATES, QUICK, copy, quick
+from sweep import CANDIDATES, QUICK
 
 DEVICES = "memory: 3 GB"  # the line of the plan that `devices` stands under
 LIMIT_S = 240
@@ -19,15 +19,10 @@ SAMPLE = (3, 2, 2)  # worktrees, runs of each, devices
 FULL = (8, 25, 3)
 
 
-@pytest.fixture(scope="module")
-def base(measured: Project, tmp_path_factory) -> Project:
-    return quick(tmp_path_factory.mktemp("worktrees") / "base", measured)
-
-
 @pytest.fixture
-def pair(base: Project, tmp_path: Path) -> tuple[Project, Project]:
+def pair(quick_base: Project, tmp_path: Path) -> tuple[Project, Project]:
     """A repository and a second worktree of it on a branch of its own, with two devices."""
-    project = copy(base, tmp_path / "one")
+    project = quick_base.copy(tmp_path / "one")
     project.edit(DEVICES, f"{DEVICES}\ndevices: 2", "program.md")
     project.git("commit", "-qm", "two devices", "program.md")
     project.git("worktree", "add", "-q", "-b", "second", str(tmp_path / "two"))
@@ -162,9 +157,9 @@ def test_a_result_tells_that_another_branch_is_better_and_it_can_be_taken_over(p
     )  # no new baseline
 
 
-def test_no_experiment_is_lost_or_doubled(base: Project, tmp_path: Path, request, figure):
+def test_no_experiment_is_lost_or_doubled(quick_base: Project, tmp_path: Path, request, figure):
     count, runs, devices = FULL if request.config.getoption("full") else SAMPLE
-    one = copy(base, tmp_path / "w0")
+    one = quick_base.copy(tmp_path / "w0")
     one.edit(DEVICES, f"{DEVICES}\ndevices: {devices}", "program.md")
     one.git("commit", "-qm", "devices", "program.md")
     for i in range(1, count):
