@@ -112,11 +112,12 @@ restore_file() {
   git_ cat-file blob HEAD:train.py >"$RUNS/train.py.new"; mv -f "$RUNS/train.py.new" train.py
 }
 
-# usage: clean_up STATUS: at the beginning and the end; a failure that nobody foresaw is "nothing ran", not "failed"
+# usage: clean_up STATUS: at the beginning and the end; a failure that nobody foresaw, such as a git that the kernel
+# killed, is "nothing ran", not "failed"; 130 and 143 are Ctrl-C and a kill
 clean_up() {
   rm -rf -- "$RUNS"/{work.*,*.new,running.json}
   py container/engine.py sweep
-  (($1 == 0 || $1 == REFUSED || $1 > 128 || SHOWN)) || refuse "stopped by the error above; mend that and run it again, which completes what is recorded"
+  (($1 == 0 || $1 == REFUSED || $1 == 130 || $1 == 143 || SHOWN)) || refuse "stopped by the error above; mend that and run it again, which completes what is recorded"
 }
 
 # usage: git_runs_here LOCK: whether a git that could own it works in this worktree; packed-refs belong to all of them
