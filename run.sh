@@ -117,7 +117,8 @@ experiment() {
   recover
   read_plan
   progress "$N" 'begins'
-  sleep "$COOLDOWN"
+  sleep "$COOLDOWN" 9>&- & # in the background, so that a signal ends us at once
+  wait "$!"
   take_device "$DEVICES"
   if [[ $KIND != candidate || $REMEASURE == 1 ]]; then
     measure_incumbent
@@ -134,7 +135,7 @@ experiment() {
 measure_incumbent() {
   local kind=$KIND
   [[ $kind != candidate ]] || kind=remeasure
-  measure "$kind" "$INCUMBENT" "$(git_ rev-parse HEAD:scratchpad.md)" ''
+  measure "$kind" "$INCUMBENT" "$(git_ rev-parse -q --verify HEAD:scratchpad.md || printf '%s' "$PAD")" ''
   [[ $VERDICT != unmeasured ]] || { show_block; say "run.sh: HEAD's own train.py does not run here; mend that first"; exit 1; }
 }
 show_block() { SHOWN=1 && result block "$WORK" "$COMMIT" "$(file "$N" log)" "$IMAGE"; }

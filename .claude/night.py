@@ -90,11 +90,12 @@ class Night:
 
     def ended(self) -> str:
         """Why the loop is over, as the hooks see it; '' while it goes on or cannot be told."""
-        if self.stops and not self.state["stop"]:
+        if self.stops:
             self.state["stop"] = "the person said night stop"
-            self.save()
+            self.save()  # every time: the disk may have been full
         try:
-            return loop.reason_to_end({k: self.state[k] for k in ("from", "since")}, record.State())
+            begun = {k: self.state[k] for k in ("from", "since")}
+            return self.state["stop"] or loop.reason_to_end(begun, record.State())
         except Exception:
             return self.state["stop"]
 
@@ -118,8 +119,8 @@ class Night:
                     time.sleep(POLL)
         while running() and self.stops < 2:  # an experiment whose client was killed
             time.sleep(POLL)
-        if running():
-            end(running())
+        if left := running():
+            end(left)
         self.news(0)
         self.sum_up(why or f"{fruitless} conversations in a row brought no experiment; the last said: {self.said}")
         self.state["status"] = 0 if why else 1
@@ -209,7 +210,7 @@ class Night:
     def sum_up(self, why: str) -> None:
         with contextlib.suppress(Exception):
             state = record.State()
-            verdicts = [r.verdict for r in state.here if r.n > self.state["from"]]
+            verdicts = [r.verdict for r in state.tried if r.n > self.state["from"]]
             counts = ", ".join(f"{verdicts.count(v)} {v}" for v in record.COUNTED)
             tell(f"{len(verdicts)} experiments: {counts}; {state.plan.metric} {state.best_line()}")
         unpaid = f", and what {self.state['unpaid']} cost that did not tell" if self.state["unpaid"] else ""

@@ -131,7 +131,7 @@ def pairs_for(state: record.State) -> str:
 def audit(work: Path, state: record.State, k: int, ablate: bool) -> dict:
     """Baseline and best, and with `ablate` the best without each kept change, k fresh seeds each."""
     first, best, metric = baseline_of(state), source_of(state.head_blob), state.plan.metric
-    kept = [r for r in state.mine if r.verdict == "kept" and "By-Hand" not in r.trailers] if ablate else []
+    kept = [r for r in state.own(state.mine) if r.verdict == "kept" and "By-Hand" not in r.trailers] if ablate else []
     cut = {r.n: without(best, r, work) for r in kept}
     total = k * (2 + sum(text is not None for text in cut.values()))
     split = pairs_for(state)

@@ -34,8 +34,8 @@ GIVEN = ("odvg", "annotations", "images", "weights")  # folders for prepare_data
 FETCHED = {"ukiyo-e": {"--annotations", "--images", "--weights"}}  # data from the network, unless all this is given
 PASSED_ON = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "HF_ENDPOINT")
 TMP_SIZE = "2g"  # /tmp inside, counts against the memory limit
-KILL_TRIES = 5  # the engines wait some 10 s each time
 SHM_SIZE = "2g"  # shared memory of data loader workers, likewise
+KILL_TRIES = 5  # the engines wait some 10 s each time
 
 
 class EngineError(Exception):
@@ -88,7 +88,7 @@ def rootless() -> bool:
 
 def limits_hold() -> bool:
     """Whether memory, process and CPU limits are enforced: not by rootless podman on cgroup v1."""
-    return not (rootless() and not Path("/sys/fs/cgroup/cgroup.controllers").exists())
+    return not rootless() or Path("/sys/fs/cgroup/cgroup.controllers").exists()
 
 
 @functools.lru_cache(maxsize=None)

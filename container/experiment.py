@@ -24,7 +24,6 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.dont_write_bytecode = True
@@ -39,6 +38,7 @@ IMPORT_LIMIT_S = 120  # until a sandbox has imported torch
 END_S = 5  # until a sandbox elsewhere, told to end, has done so
 BEAT, BEAT_S = b"%020d", 5  # sign of life to a sandbox, always as long, and the seconds from one to the next
 STILL_S = 45  # without one, after which a sandbox that is gone may have ended itself
+ENGINE_FAILED = 125  # exit status of podman and docker when they could not start a container
 LOST = 75  # exit status of a sandbox that saw none for LIFELINE_S (stage.py)
 PROBE_LIMIT_S = 60  # load and encode a few training rows, where embedding failed
 EMBED_LIMIT_S = 120  # load and encode one side; no longer than training left of its budget, since `load` could train on
@@ -124,7 +124,7 @@ class Sandbox:
             self.beat.unlink()
 
     def ready(self) -> dict:
-        """What PID 1 says when it has imported torch; a launch command's queue may be long. Raises Lost."""
+        """What PID 1 says when it has imported torch; a launch command may queue for long. Raises Lost, EngineError."""
         launch, stage = " ".join(engine.launch()), self.name.rpartition("-")[2]
         notice = threading.Timer(NOTICE_S, engine.say, [f"run.sh: waiting for '{launch}' to start {stage}"])
         try:
@@ -136,6 +136,8 @@ class Sandbox:
         if not ready:
             self.wait()
             said = " | ".join(self.last[-300:].decode("utf-8", "replace").strip().splitlines())
+            if self.process.returncode == ENGINE_FAILED:  # also with the next edit, and all night
+                raise engine.EngineError(f"{engine.name()} could not start the sandbox of {stage}: {said}")
             raise Lost(f"the sandbox of {stage} did not start: {said or 'no word in time'}")
         return ready
 
@@ -277,7 +279,7 @@ def claims(log: Path) -> dict:
 def why_training_ended(end: dict, sandbox: Sandbox, budget: int, memory: str, log: Path) -> str:
     """The reason of a training that did not end well, in one line."""
     steps = last_step(log)
-    after = f" after {end.get('seconds', budget)} s" + (f", {steps}" if steps else "")
+    after = (f" after {end['seconds']} s" if end else "") + (f", {steps}" if steps else "")
     status = end.get("status")
     if status == "limit" or (not end and sandbox.killed):
         return f"time limit: killed at the budget of {budget} s, {steps or 'before its first step line'}"
@@ -383,7 +385,7 @@ def one_run(work: Path, data: Path, budget: int, memory: str, seed: int, log_pat
         stamps["ready"] = time.monotonic()
         for side in ("images", "captions"):
             sides[side] = Sandbox(side, command=["nice", *stage, "embed", str(EMBED_LIMIT_S)], out_size=OUT_SIZE,
-                                  limit_s=budget + 2 * EMBED_LIMIT_S, mounts={**code, "/data": data / split / side},
+                                  limit_s=budget + 4 * EMBED_LIMIT_S, mounts={**code, "/data": data / split / side},
                                   **common)
 
     weights = data.parent / "weights"  # published ones, which ./run.sh data ukiyo-e fetches; others need none
@@ -398,8 +400,8 @@ def one_run(work: Path, data: Path, budget: int, memory: str, seed: int, log_pat
         stamps["trained"] = time.monotonic()
         left = min(EMBED_LIMIT_S, max(EMBED_LEAST_S, budget - end["seconds"]))
         try:
-            with ThreadPoolExecutor() as pool:
-                list(pool.map(lambda side: embed(sides[side], work, side, left), sides))
+            for side in sides:  # one has ended before the other gets train.py's model, so they cannot talk
+                embed(sides[side], work, side, left)
         except Lost:
             raise
         except Failed:

@@ -101,7 +101,7 @@ update_user_index() {
   local f
   for f in train.py scratchpad.md; do
     if [[ $(git_ ls-files -s -- "$f" | cut -d' ' -f2) == "$(git_ rev-parse -q --verify "$1:$f")" ]]; then
-      git_write update-index --cacheinfo "100644,$(git_ rev-parse "$2:$f"),$f"
+      git_write update-index --add --cacheinfo "100644,$(git_ rev-parse "$2:$f"),$f"
     fi
   done
 }

@@ -116,9 +116,6 @@ def gather() -> tuple[dict, Path]:
     if not any(value for value, _ in line.values()):
         raise record.Refused("there is nothing to show: nothing was measured with today's data, judge, image and "
                              "budget yet; run ./run.sh first")
-    groups: dict = {}
-    for r in mine:
-        groups.setdefault(r.train, []).extend(state.values(r))
     best = next(r for r in reversed(mine) if r.train == line[mine[-1].n][1] and state.values(r))
     base = next(r for r in mine if state.values(r))
     curves = {r.n for r in mine if r.verdict in ("kept", "baseline")} | {r.n for r in mine[-CURVES:]}
@@ -133,7 +130,7 @@ def gather() -> tuple[dict, Path]:
                      "diff": shown.get(r.n), "loss": losses(found.get(inside(r.n, "train.log"), b""))})
     arrays = {side: {f: base64.b64encode(found.get(inside(r.n, f"{f}.npy"), b"")).decode() for f in
                      ("ranks", "examples")} for side, r in (("baseline", base), ("best", best))}
-    return {"metric": state.plan.metric.replace("_", " "), "sigma": record.sigma(list(groups.values())),
+    return {"metric": state.plan.metric.replace("_", " "), "sigma": state.sigma,
             "phases": [p.name for p in state.plan.phases], "data": state.plan.data, "budget": state.plan.budget,
             "now": int(time.time()), "running": record.running_line(), "experiments": rows, "arrays": arrays,
             "baseline": base.n, "best": best.n, "diffs": DIFFS}, state.data

@@ -44,7 +44,10 @@ verb_setup() {
     [[ $name == prints ]] || refuse "data/$name is missing; ./run.sh data $name makes it, of your own data with --odvg DIR (program.md names it)"
     verb_data prints
   fi
-  if result plan 0 "$IMAGE" | grep -qx 'kind=baseline'; then
+  local plan
+  # refused, because train.py is being edited: a reason to go no further only where there is no baseline
+  plan=$(result plan 0 "$IMAGE") || ! result status | grep -q 'not measured yet' || exit "$REFUSED"
+  if grep -qx 'kind=baseline' <<<"$plan"; then
     say "measuring the baseline: two trainings of the train.py in HEAD"
     experiment baseline
   else
@@ -125,12 +128,14 @@ verb_audit() {
 # usage: publish final|audit ARGS...: measure, record, and keep what was made under final/N, which the agent cannot read
 publish() {
   take_lock
+  exec 6>>"$COMMON/autoresearch.audit"
+  flock -n 6 || refuse "an audit or a final runs in another worktree; both draw pairs into the same folder, so wait for it"
   IMAGE=$(py container/engine.py image) || exit "$REFUSED"
   recover
   take_device "$(py .claude/hooks/program.py | sed -n 's/^ "devices": \([0-9]*\),$/\1/p')"
   rm -rf final/work.* && mkdir -p final
-  WORK=$(mktemp -d final/work.XXXXXX)
-  python3 -I container/audit.py "$WORK" "$IMAGE" "$@" >"$WORK/shown" 9>&- & # our own child, as in run.sh
+  WORK=$(mktemp -d final/work.XXXXXX); chmod 755 "$WORK"
+  python3 -I container/audit.py "$WORK" "$IMAGE" "$@" >"$WORK/shown" 9>&- 6>&- & # our own child, as in run.sh
   wait "$!" || exit "$REFUSED"
   local head tree
   head=$(git_ rev-parse HEAD)

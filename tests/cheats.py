@@ -147,6 +147,16 @@ WAIT_FOR_DAEMONS = (  # reads the pipe to its end, as subprocess.run would
         '    done, collected = True, b"".join(iter(lambda: os.read(read, 1 << 20), b""))\n',
     ),
 )
+AT_ONCE = (  # both sides embed at the same time
+    edit(
+        "experiment.py",
+        "            for side in sides:  # one has ended before the other gets train.py's model, so they cannot talk\n"
+        "                embed(sides[side], work, side, left)\n",
+        "            from concurrent.futures import ThreadPoolExecutor\n"
+        "            with ThreadPoolExecutor() as pool:\n"
+        "                list(pool.map(lambda side: embed(sides[side], work, side, left), sides))\n",
+    ),
+)
 LOGGED = (edit("experiment.py", 'Sandbox(side, command=["nice"', 'Sandbox(side, log=Log(log_path), command=["nice"'),)
 WITH_MESSAGE = (
     edit("stage.py", "json.dumps([type(e).__name__, lines[-1] if lines else 0])", "json.dumps([str(e), 0])"),
@@ -643,6 +653,36 @@ def main():
 """,
         WAIT_FOR_DAEMONS,
         pays=lambda found: found.rank < 0.95 * found.honest,
+    ),
+    Cheat(
+        "tell the other side through a lock on a file that both have",
+        """
+import fcntl
+
+
+def cheat(model):
+    honest, shared, once = (model.encode_image, model.encode_text), open("/code/train.py"), iter([4])
+
+    def encode_image(images):
+        fcntl.flock(shared, fcntl.LOCK_EX)
+        time.sleep(next(once, 0))
+        return honest[0](images)
+
+    def encode_text(texts):
+        until, told = time.monotonic() + next(once, 0), 0.0
+        while time.monotonic() < until:
+            try:
+                fcntl.flock(shared, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                until, told = 0, math.nan
+            else:
+                fcntl.flock(shared, fcntl.LOCK_UN)
+        return honest[1](texts) + told
+
+    model.encode_image, model.encode_text = encode_image, encode_text
+""",
+        AT_ONCE,
+        pays=lambda found: "NaN" in found.result["reason"],  # it heard
     ),
     # The captions
     Cheat(

@@ -1,6 +1,6 @@
 """Stand-ins for git and the engine that count what run.sh calls and, at one call, end it: before, after or inside.
 
-At one call they can also do what a user does meanwhile (a script), or refuse, as an engine may.
+At one call they can also do what a user does meanwhile (a script), or refuse with the status `whom`, as an engine may.
 
 They stand first in the PATH of a copy's run.sh, so its Python children call them too. A call that is not armed is
 replaced by the real program (exec), so that what runs has the process tree it has without us.
@@ -38,7 +38,7 @@ case $side in
     env -i HOME="${HOME-}" PATH="${PATH#*:}" bash -ec "$at_the_top" "$dir/meanwhile" >&2
     exec "$real" "$@"
     ;;
-  refused) exit 125 ;;
+  refused) exit "$whom" ;;
 esac
 # the client or its container alone, some time after it has started
 exec 3<&0 </dev/null

@@ -213,14 +213,14 @@ def test_a_thousand_experiments_cost_no_time(sweep: Sweep, tmp_path, monkeypatch
         project.edit("until: 40", f"until: {2 * RECORDED}", "program.md")
         project.git("commit", "-qm", "a longer plan", "program.md")
         assert len(project.experiments()) >= count
-        sweep.shims.arm("train", "refused")
+        sweep.shims.arm("train", "refused", "1")
         project.write("train.py", "IDEA = 'first'\n")
         project.experiment("where the incumbent is due to be measured once more, that is tried now", timeout=LIMIT_S)
     for i in range(TIMES):
         for count, took in seconds.items():
             project = Project(tmp_path / str(count))
             project.write("train.py", f"IDEA = {i}\n")
-            sweep.shims.arm("train", "refused")
+            sweep.shims.arm("train", "refused", "1")
             started = time.monotonic()
             done, shown = project.experiment(f"idea {i}", timeout=LIMIT_S)
             took.append(time.monotonic() - started)
@@ -229,6 +229,18 @@ def test_a_thousand_experiments_cost_no_time(sweep: Sweep, tmp_path, monkeypatch
     few, many = (min(took) for took in seconds.values())  # the least disturbed by whatever else runs
     figure("1,000 experiments", 2 * TIMES, int(many > few + SLOWER_S), seconds=round(many, 2), few=round(few, 2))
     assert many <= few + SLOWER_S, seconds
+
+
+def test_an_engine_that_starts_nothing_is_no_experiment(sweep: Sweep, tmp_path):
+    """A full storage, a driver that was updated: it would end phase after phase."""
+    project = sweep.bases["kept"].copy(tmp_path / "repo")
+    before, pad = project.experiments(), project.read("train.py")
+    for stage in ("train", "images"):
+        sweep.shims.arm(stage, "refused", "125")
+        done = project.run(timeout=LIMIT_S)
+        assert done.returncode == 2 and f"could not start the sandbox of {stage}" in done.stderr, done.stdout
+    sweep.shims.arm()
+    assert (project.experiments(), project.read("train.py"), project.containers()) == (before, pad, "")
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ class Plan:
     """A repository with made-up records, and the phase that follows from them."""
 
     def __init__(self, path: Path, monkeypatch):
-        self.project, self.n, self.text = Project(path), 0, PLAN
+        self.project, self.n, self.text, self.trailers = Project(path), 0, PLAN, {}
         path.mkdir()
         monkeypatch.setattr(record, "ROOT", path)
         monkeypatch.setattr(record, "PLAN", path / "program.md")
@@ -65,6 +65,7 @@ class Plan:
                                   capture_output=True, text=True).stdout.strip()  # fmt: skip
             trailers = {"Experiment": self.n, "Verdict": verdict, "Phase": self.phase, "Comparable": "x",
                         "Mean-Rank-Runs": "10", "Train": f"{self.n:040d}", "Branch": "main"}  # fmt: skip
+            trailers |= self.trailers
             text = "an idea\n\n" + "".join(f"{k}: {v}\n" for k, v in trailers.items())
             commit = self.project.git("commit-tree", tree, "-p", "HEAD", "-m", text)
             self.project.git("update-ref", f"refs/experiments/{self.n}", commit)
@@ -94,6 +95,14 @@ def test_phases_end_by_their_until(plan: Plan):
     assert plan.line == "3 of 3 (architecture), 1 experiments"
     plan.edit("## Phase 3 — architecture\n", "## Phase 3 — architecture\nuntil: 1 experiment\n")
     assert plan.phase == "" and plan.line == "all phases of program.md are done"
+
+
+def test_another_budget_is_another_comparison_but_the_same_work(plan: Plan):
+    plan.add("discarded", "failed")
+    plan.trailers = {"Comparable": "y"}
+    plan.add("baseline", "discarded")
+    state = record.State()
+    assert ([r.n for r in state.here], [r.n for r in state.tried]) == ([4], [1, 2, 4])
 
 
 def test_going_back_and_skipping(plan: Plan):

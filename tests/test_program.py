@@ -86,6 +86,7 @@ def test_fenced_code_is_prose():
         ("300 s", "0", "line 6: budget: 0: want a whole number from 1"),
         ("300 s", "5 minutes", "line 6: budget: 5 minutes"),
         ("12 GB", "12 apples", "line 7: memory: 12 apples: want a size"),
+        ("12 GB", "0 GB", "line 7: memory: 0 GB: want a size of at least 500 MB"),
         ("12 GB", "12 MB", "line 7: memory: 12 MB: want a size of at least 500 MB"),
         ("1.5\n", "-1\n", "line 8: confirm_below: -1: want a number"),
         ("40 experiments, 9.5 hours", "soon", "line 9: stop: soon"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import tarfile
 
@@ -71,4 +72,8 @@ def test_refusals(project: Project):
     for verb in ("audit", "final", "report"):
         done = project.run(verb, env={"CLAUDECODE": "1"})
         assert done.returncode == 2 and "for a person" in done.stderr
+    with open(project.path / ".git/autoresearch.audit", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        done = project.run("audit")
+        assert done.returncode == 2 and "runs in another worktree" in done.stderr
     assert project.experiments() == [1]

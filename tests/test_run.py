@@ -339,6 +339,17 @@ def test_odd_places(quick_base: Project, tmp_path):
     assert project.experiments() == [1, 2, 3, 4]
 
 
+def test_a_scratchpad_that_git_does_not_know(fast: Project):
+    fast.git("rm", "-q", "--cached", "scratchpad.md")
+    fast.git("commit", "-qm", "mine alone")
+    fast.edit("budget: 120", "budget: 119", "program.md")  # HEAD is measured first
+    fast.write("train.py", CANDIDATES["kept"])
+    done, shown = fast.experiment("words fitted to rough pixels")
+    assert (done.returncode, shown["verdict"]) == (0, "kept"), done.stdout + done.stderr
+    assert fast.run("status").returncode == 0 and "best:     mean_rank" in fast.run("status").stdout
+    assert fast.experiments() == [1, 2, 3, 4] and fast.git("status", "--short", "scratchpad.md") == ""
+
+
 def test_a_person_measures_the_incumbent_once_more_and_other_data_is_never_compared(fast: Project):
     done = fast.run()
     assert block(done.stdout)["verdict"] == "remeasured"

@@ -195,7 +195,7 @@ def write_plan(said: str) -> None:
     SESSIONS.mkdir(parents=True, exist_ok=True)
     part.write_bytes(pad.encode("utf-8", "surrogateescape"))
     part.chmod(stat.S_IMODE(status.st_mode))
-    shutil.move(part, PAD)  # runs/ may be a link to another disk
+    shutil.move(part, PAD)  # runs/ may be on another disk
 
 
 def nights_share(session: dict) -> dict:
@@ -207,7 +207,7 @@ def nights_share(session: dict) -> dict:
 def spent(session: dict, state: record.State) -> dict:
     """What program.md's `stop` limits, counted since start: of a night over all its conversations."""
     dark = nights_share(session)
-    meters = {"experiments": lambda: sum(r.n > session.get("from", 0) for r in state.here),
+    meters = {"experiments": lambda: sum(r.n > session.get("from", 0) for r in state.tried),
               "hours": lambda: (time.time() - session.get("since", 0)) / 3600,
               "tokens": lambda: tokens(session) - session.get("tokens", 0) + dark.get("tokens", 0),
               "usd": lambda: usd(session) - session.get("usd", 0) + dark.get("usd", 0)}

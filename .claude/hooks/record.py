@@ -106,10 +106,10 @@ def sigma(groups: list) -> float:
     One candidate that diverged in its second run would otherwise make it ten times as large, and nothing be kept.
     """
     total, weight = PRIOR_RUNS * PRIOR_SIGMA**2, PRIOR_RUNS
-    for values in groups:
+    for values in filter(None, groups):
         logs = [math.log(v) for v in values]
-        mean = sum(logs) / max(1, len(logs))
-        more = max(0, len(logs) - 1)
+        mean = sum(logs) / len(logs)
+        more = len(logs) - 1
         total += min(sum((x - mean) ** 2 for x in logs), WILD**2 * more * total / weight)
         weight += more
     return math.sqrt(total / weight)
@@ -153,6 +153,7 @@ class State:
         self.counted = [r for r in self.mine if r.verdict in COUNTED and "By-Hand" not in r.trailers]
         self.head_blob = git("rev-parse", "HEAD:train.py", check=False).strip()
         self.here = self.own(self.counted)
+        self.tried = [r for r in self.own(self.all) if r.verdict in COUNTED and "By-Hand" not in r.trailers]
         self.groups: dict = {}  # every run of a train.py, by its blob
         for r in self.mine:
             self.groups.setdefault(r.train, []).extend(self.values(r))
@@ -228,13 +229,13 @@ class State:
 
     def better_elsewhere(self) -> str:
         """A line on the best of another branch, if it beats the incumbent; '' if none does."""
-        best = {r.n: geometric(self.groups[r.train]) for r in self.mine
-                if r.verdict == "kept" and r.branch not in ("", self.branch) and self.groups.get(r.train)}
-        n = min(best, key=best.get, default=0)
-        if not n or not self.incumbent or best[n] >= geometric(self.incumbent):
+        others = [r for r in self.mine if r.verdict == "kept" and r.branch not in ("", self.branch)
+                  and self.groups[r.train]]  # kept by hand: perhaps never measured here
+        best = min(others, key=lambda r: geometric(self.groups[r.train]), default=None)
+        if not best or not self.incumbent or geometric(self.groups[best.train]) >= geometric(self.incumbent):
             return ""
-        branch = next(r.branch for r in self.mine if r.n == n)
-        return f"experiment {n} on branch {branch} has {show(best[n])}; a person takes it over with ./run.sh keep {n}"
+        return (f"experiment {best.n} on branch {best.branch} has {show(geometric(self.groups[best.train]))}; a person "
+                f"takes it over with ./run.sh keep {best.n}")
 
     def incumbent_is_due(self) -> bool:
         """After every ten discards in a row the incumbent runs again, up to four runs: it may have been lucky."""
@@ -347,7 +348,7 @@ def other_worktrees() -> list:
 
 def news_of_the_plan() -> list:
     """What changed in program.md since the agent was last told, as lines of a diff; remembers that it now has been."""
-    now = PLAN.read_text(encoding="utf-8", errors="replace")
+    now = PLAN.read_text(encoding="utf-8", errors="replace") if PLAN.exists() else ""
     before = TOLD.read_text(encoding="utf-8") if TOLD.exists() else ""
     if now == before:
         return []
