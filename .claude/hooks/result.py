@@ -174,7 +174,7 @@ def web(work: str) -> str:
 def message(r: dict) -> str:
     """The commit's message: subject for people, trailers for the next decision."""
     values, subject = metrics(r["runs"], r["metric"]), r["hypothesis"]
-    if r["verdict"] == "kept" and values:
+    if r["verdict"] == "kept" and values and r["before"]:
         subject += f" ({show(geometric(r['before']))} → {show(geometric(values))})"
     elif r["verdict"] != "baseline" and not r["by_hand"]:
         subject = f"{r['verdict']}: {subject}"
