@@ -5,7 +5,7 @@ set -euo pipefail; shopt -s inherit_errexit # in $(...) too: a tree that could n
 umask 022; THEIRS=$PATH PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/run/current-system/sw/bin
 ROOT=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 readonly ROOT RUNS=runs REFUSED=2
-SHOWN=0 KIND='' BLOB='' IDEA='' # whether the result was shown; what result.py plan says
+SHOWN=0 CHILD='' KIND='' BLOB='' IDEA='' # was the result shown; who trains; what result.py plan says
 [[ ${1-} != night ]] || exec env PATH="$THEIRS" "$(command -v python3)" -I "$ROOT/.claude/night.py" "${@:2}" # it wants the person's own
 if [[ ${AR_CLEAN-} != "$$" ]]; then
   # Everything below runs with a clean environment: no keys, no sockets of the client, no GIT_* or PYTHON* variables.
@@ -87,7 +87,9 @@ measure() {
     # in the background, so that a signal ends us at once; our own child, so that it goes when we are killed
     python3 -I container/experiment.py "$WORK/run-$run" "$DATA" "$BUDGET" "$MEMORY" "$((RANDOM << 15 | RANDOM))" \
       "$(file "$N" log)" "$IMAGE" 9>&- &
-    wait "$!" || refuse "experiment $N could not run (see above)"
+    CHILD=$!
+    wait "$CHILD" || refuse "experiment $N could not run (see above)"
+    CHILD=''
     rm -f "$WORK/run-$run"/{out.tar,images.npy,captions.npy}
     VERDICT=$(result decide "$WORK" "$kind" "$IMAGE" "$COMPARABLE")
   done

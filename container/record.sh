@@ -115,10 +115,13 @@ restore_file() {
 # usage: clean_up STATUS: at the beginning and the end; a failure that nobody foresaw, such as a git that the kernel
 # killed, is "nothing ran", not "failed"; 130 and 143 are Ctrl-C and a kill
 clean_up() {
-  rm -rf -- "$RUNS"/{work.*,*.new,running.json}
   py container/engine.py sweep
+  rm -rf -- "$RUNS"/{work.*,*.new,running.json}
   (($1 == 0 || $1 == REFUSED || $1 == 130 || $1 == 143 || SHOWN)) || refuse "stopped by the error above; mend that and run it again, which completes what is recorded"
 }
+
+# Before what it works on is cleaned up: it would write there, and start the next sandbox.
+end_child() { [[ -z $CHILD ]] || { kill "$CHILD" 2>/dev/null && wait "$CHILD"; } || :; }
 
 # usage: git_runs_here LOCK: whether a git that could own it works in this worktree; packed-refs belong to all of them
 git_runs_here() {
@@ -136,7 +139,7 @@ recover() {
   [[ -z $state ]] || refuse "git is in the middle of a ${state%[-_]*}; finish or abort it first"
   clean_up 0
   trap 'clean_up $?' EXIT
-  trap 'exit 143' INT TERM HUP
+  trap 'end_child; exit 143' INT TERM HUP
   alone_with_the_record && exec 7>&-
   # our lock is held, and git children keep it open while they live: these locks have no owner, unless a person's git
   for lock in "$(git_ rev-parse --git-path index.lock)" "$(git_ rev-parse --git-path HEAD.lock)" \

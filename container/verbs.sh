@@ -136,7 +136,8 @@ publish() {
   rm -rf final/work.* && mkdir -p final
   WORK=$(mktemp -d final/work.XXXXXX); chmod 755 "$WORK"
   python3 -I container/audit.py "$WORK" "$IMAGE" "$@" >"$WORK/shown" 9>&- 6>&- & # our own child, as in run.sh
-  wait "$!" || exit "$REFUSED"
+  CHILD=$!
+  wait "$CHILD" || exit "$REFUSED"
   local head tree
   head=$(git_ rev-parse HEAD)
   tree=$(tree_with "$head" "$(git_ rev-parse HEAD:train.py)" "$(git_ rev-parse HEAD:scratchpad.md)" "$WORK/result.json")

@@ -32,7 +32,8 @@ HEAD = """# The three promises, tried
 Made by `tests/long/trust.py` from what the tests counted: nothing gets out (sandbox, lock, planted), nothing gets faked
 (cheats), nothing gets lost (kill points, accidents, data, worktrees side by side, a night of faults). *Wrong* is a
 probe that got through, a call wrongly allowed, a cheat rewarded, an inconsistency after a kill, an experiment lost or
-doubled. `./run.sh test` tries a seeded sample of each.
+doubled; of *cheats without their defence*, one that did not pay, so that its trial proves nothing. `./run.sh test`
+tries a seeded sample of each.
 
 | what | engine | tried | wrong | seconds | commit | date | note |
 |---|---|---|---|---|---|---|---|
