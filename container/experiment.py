@@ -127,6 +127,7 @@ class Sandbox:
         """What PID 1 says when it has imported torch; a launch command may queue for long. Raises Lost, EngineError."""
         launch, stage = " ".join(engine.launch()), self.name.rpartition("-")[2]
         notice = threading.Timer(NOTICE_S, engine.say, [f"run.sh: waiting for '{launch}' to start {stage}"])
+        notice.daemon = True
         try:
             if launch:
                 notice.start()
@@ -181,6 +182,7 @@ class Sandbox:
     @contextlib.contextmanager
     def killed_after(self, limit_s: float):
         timer = threading.Timer(limit_s, self.kill)
+        timer.daemon = True  # a signal may end us before it is cancelled
         timer.start()
         try:
             yield
