@@ -142,8 +142,10 @@ def read_odvg(file: Path, images: Path, used: dict[Path, str], problems: list[st
             problems.append(f"{where}: not JSON ({error}); write one object per line")
             continue
         except (KeyError, TypeError) as error:
-            problems.append(f"{where}: write filename, width, height, grounding: {{caption, regions: "
-                            f"[{{phrase, bbox}}]}}, the list empty where there are none ({error!r:.80})")
+            problems.append(
+                f"{where}: write filename, width, height, grounding: {{caption, regions: "
+                f"[{{phrase, bbox}}]}}, the list empty where there are none ({error!r:.80})"
+            )
             continue
         path = (images / str(name)).resolve()
         faults = list(check_line(size, caption, regions))
@@ -243,13 +245,21 @@ def write_data_set(options: argparse.Namespace, folder: Path) -> list[str]:
     info |= {split: len(tables[split]) for split in SPLITS} | report
     for what, count in report.items():
         print(f"{what.replace('_', ' ')}: {count}", file=sys.stderr, flush=True)
-    info |= {"source": source, "licence": licence, "hash": content.hexdigest(), "made_by": {
-        "python": platform.python_version(), **{name: version(name) for name in ("numpy", "pillow", "datasets")}}}
+    info |= {
+        "source": source,
+        "licence": licence,
+        "hash": content.hexdigest(),
+        "made_by": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("numpy", "pillow", "datasets")},
+        },
+    }
     for file in folder.rglob("state.json"):  # the random mark in it would make the same data differ
         mark = hashlib.sha256(f"{content.hexdigest()} {file.relative_to(folder)}".encode()).hexdigest()[:16]
         file.write_text(json.dumps(json.loads(file.read_text()) | {"_fingerprint": mark}, indent=2) + "\n")
-    info["files"] = dict(describe(file, folder) for file in sorted(folder.rglob("*"))
-                         if file.is_file() and file.suffix != ".png")
+    info["files"] = dict(
+        describe(file, folder) for file in sorted(folder.rglob("*")) if file.is_file() and file.suffix != ".png"
+    )
     (folder / "info.json").write_text(json.dumps(info, indent=2) + "\n")
     return []
 
@@ -270,8 +280,9 @@ def is_like_one_of(others: np.ndarray, mine: np.ndarray) -> bool:
     return bool(np.any(np.bitwise_count(others ^ mine).sum(axis=1) <= HASH_BITS))
 
 
-def watch_doubles(rows: Iterator[tuple[str, Row | str]], split: str, hashes: list[np.ndarray],
-                  report: dict) -> Iterator[tuple[str, Row | str]]:
+def watch_doubles(
+    rows: Iterator[tuple[str, Row | str]], split: str, hashes: list[np.ndarray], report: dict
+) -> Iterator[tuple[str, Row | str]]:
     """Leaves out training images that look like one of validation or test, which come first, test before validation.
 
     Those of validation that look like one of test are only counted. `hashes` are those of the images so far, (4,)
@@ -291,8 +302,13 @@ def watch_doubles(rows: Iterator[tuple[str, Row | str]], split: str, hashes: lis
         report["training_doubles_left_out" if split == "train" else "validation_like_test"] = doubles
 
 
-def store_rows(rows: Iterator[tuple[str, Row | str]], file: Path, size: int, seen: dict[bytes, tuple[Path, str]],
-               problems: list[str]) -> tuple[datasets.Dataset, str]:
+def store_rows(
+    rows: Iterator[tuple[str, Row | str]],
+    file: Path,
+    size: int,
+    seen: dict[bytes, tuple[Path, str]],
+    problems: list[str],
+) -> tuple[datasets.Dataset, str]:
     """Streams a split into an Arrow file, so that it need not fit into memory; the table and a hash of all rows.
 
     `seen` says where a picture was found first, as the same picture must not be in two splits.

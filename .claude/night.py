@@ -6,6 +6,7 @@ the scratchpad are the memory. The terminal only follows runs/night.log. program
 night, whose state is in runs/night.json; runs/night.lock is held while the keeper lives. Exit status: 0 the loop ended
 as planned or was stopped, 1 the night gave up or was cut off, 2 refused.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -81,8 +82,17 @@ class Night:
     def __init__(self, claude: str, clock: str, log: int):
         self.claude, self.stops, self.session, self.said, self.result = claude, 0, "", "", {}
         self.told = record.State().newest
-        self.state = {"since": time.time(), "from": self.told, "clock": clock, "log": log, "stop": "", "tokens": 0,
-                      "usd": 0.0, "unpaid": 0, "conversations": 0}
+        self.state = {
+            "since": time.time(),
+            "from": self.told,
+            "clock": clock,
+            "log": log,
+            "stop": "",
+            "tokens": 0,
+            "usd": 0.0,
+            "unpaid": 0,
+            "conversations": 0,
+        }
 
     def save(self) -> None:
         with contextlib.suppress(OSError):
@@ -137,8 +147,14 @@ class Night:
         if "usd" in plan().stop:
             command += ["--max-budget-usd", f"{plan().stop['usd'] - self.state['usd']:.6f}"]
         try:
-            client = subprocess.Popen(command, cwd=record.ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                      stderr=subprocess.STDOUT, start_new_session=True)
+            client = subprocess.Popen(
+                command,
+                cwd=record.ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         except OSError as e:
             return f"the client cannot be started: {e}"
         lines: queue.Queue = queue.Queue()
@@ -215,8 +231,13 @@ class Night:
             tell(f"{len(verdicts)} experiments: {counts}; {state.plan.metric} {state.best_line()}")
         unpaid = f", and what {self.state['unpaid']} cost that did not tell" if self.state["unpaid"] else ""
         tell("{conversations} conversations, {tokens:,} tokens, {usd:.2f} USD".format(**self.state) + unpaid)
-        drawn = subprocess.run([record.ROOT / "run.sh", "report"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True)
+        drawn = subprocess.run(
+            [record.ROOT / "run.sh", "report"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         tell("report.html shows it" if drawn.returncode == 0 else f"no report: {drawn.stderr.strip()[-200:]}")
         tell(f"The night has ended: {why}")
 
@@ -272,12 +293,16 @@ def main(word: str = "") -> int | str:
         if not now.get("pid"):
             return "no night is under way here"
         os.kill(now["pid"], signal.SIGTERM)
-        print("No new experiment begins. ./run.sh night shows the end; a second ./run.sh night stop does not wait for "
-              "the running experiment.")
+        print(
+            "No new experiment begins. ./run.sh night shows the end; a second ./run.sh night stop does not wait for "
+            "the running experiment."
+        )
         return 0
     if now:
-        print(f"A night is under way here since {time.strftime('%H:%M', time.localtime(now['since']))}, until "
-              f"{now['clock'] or 'the plan ends'}.\n{HINT}")
+        print(
+            f"A night is under way here since {time.strftime('%H:%M', time.localtime(now['since']))}, until "
+            f"{now['clock'] or 'the plan ends'}.\n{HINT}"
+        )
         return follow(now["log"])
     claude = shutil.which("claude")
     if not claude:

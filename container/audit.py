@@ -8,6 +8,7 @@ WORK receives result.json, the commit's message, the logs, and for `final` the a
 numbers are for people: the record keeps them without the mark that makes records comparable, so that neither the keep
 rule nor the history that the agent reads ever sees them.
 """
+
 from __future__ import annotations
 
 import json
@@ -50,8 +51,16 @@ class Trainings:
         work.mkdir(mode=0o755)
         (work / "train.py").write_text(source)
         seed = random.SystemRandom().randrange(1 << 30)
-        result = experiment.one_run(work, self.state.data, self.budget, self.state.plan.memory, seed,
-                                    work / "train.log", self.state.image, **self.how)
+        result = experiment.one_run(
+            work,
+            self.state.data,
+            self.budget,
+            self.state.plan.memory,
+            seed,
+            work / "train.log",
+            self.state.image,
+            **self.how,
+        )
         self.took.append(result["timing"]["total"])
         return {"side": name, **result}
 
@@ -59,8 +68,13 @@ class Trainings:
         """For the status line, and for the person who waits."""
         each = statistics.mean(self.took) if self.took else self.budget + AROUND_S
         left = (self.total - self.done + 1) * each / 60
-        now = {"pid": os.getppid(), "n": self.state.newest + 1, "budget": self.budget,
-               "what": f"training {self.done} of {self.total}, {name}", "started": int(time.time())}
+        now = {
+            "pid": os.getppid(),
+            "n": self.state.newest + 1,
+            "budget": self.budget,
+            "what": f"training {self.done} of {self.total}, {name}",
+            "started": int(time.time()),
+        }
         (record.ROOT / "runs" / "running.json").write_text(json.dumps(now))
         most = "" if self.took else "at most "
         engine.say(f"training {self.done} of {self.total} ({name}), {most}{left:.0f} min left")
@@ -82,8 +96,11 @@ def difference(before: list, after: list) -> dict:
 
 
 def summary(values: list) -> dict:
-    return {"values": values, "mean": statistics.mean(values),
-            "se": statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0}
+    return {
+        "values": values,
+        "mean": statistics.mean(values),
+        "se": statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0,
+    }
 
 
 def source_of(blob: str) -> str:
@@ -95,8 +112,12 @@ def without(best: str, kept: record.Record, folder: Path) -> str | None:
     names = {"best": best, "with": source_of(kept.train), "without": source_of(f"refs/experiments/{kept.n}^:train.py")}
     for name, text in names.items():
         (folder / name).write_text(text)
-    merged = subprocess.run(["git", "merge-file", "-p", *(str(folder / name) for name in names)],
-                            stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    merged = subprocess.run(
+        ["git", "merge-file", "-p", *(str(folder / name) for name in names)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
     return merged.stdout if merged.returncode == 0 and merged.stdout != best else None
 
 
@@ -151,11 +172,23 @@ def audit(work: Path, state: record.State, k: int, ablate: bool) -> dict:
         failed = next((x["reason"] for x in runs[-k:] if x["outcome"] != "ok"), None)
         taken = [] if failed else values_of(runs[-k:], metric, "")
         rows.append(row | ({"failed": failed} if failed else {"values": taken, **difference(values["best"], taken)}))
-    found = {"metric": metric, "gallery": runs[0]["metrics"]["gallery"], "random": runs[0]["metrics"]["random"],
-             "split": split, "seeds": k, "sides": {name: summary(v) for name, v in values.items()},
-             "difference": difference(values["baseline"], values["best"]), "ablation": rows}
-    return {"verdict": "audit", "hypothesis": f"audit: baseline against best, {k} seeds each", "audit": found,
-            "values": values["best"], "runs": runs}
+    found = {
+        "metric": metric,
+        "gallery": runs[0]["metrics"]["gallery"],
+        "random": runs[0]["metrics"]["random"],
+        "split": split,
+        "seeds": k,
+        "sides": {name: summary(v) for name, v in values.items()},
+        "difference": difference(values["baseline"], values["best"]),
+        "ablation": rows,
+    }
+    return {
+        "verdict": "audit",
+        "hypothesis": f"audit: baseline against best, {k} seeds each",
+        "audit": found,
+        "values": values["best"],
+        "runs": runs,
+    }
 
 
 def final(work: Path, state: record.State) -> dict:
@@ -166,20 +199,31 @@ def final(work: Path, state: record.State) -> dict:
     if not made and engine.data(str(state.data.parent), state.data.name, "--add", "trainval"):
         raise Refused("training and validation pairs could not be joined (see above)")
     budget = state.plan.final_budget or FINAL_BUDGETS * state.plan.budget
-    trainings = Trainings(work, state, 1, split="test", table="trainval", budget=budget,
-                          scale=budget / state.plan.budget)
+    trainings = Trainings(
+        work, state, 1, split="test", table="trainval", budget=budget, scale=budget / state.plan.budget
+    )
     run = trainings.one("best, final", source_of(state.head_blob))
     values = values_of([run], state.plan.metric, "the final training")
-    return {"verdict": "final", "hypothesis": "final: best, trained on training and validation pairs",
-            "final": {"split": "test", "metrics": run["metrics"], "budget": budget}, "values": values, "runs": [run]}
+    return {
+        "verdict": "final",
+        "hypothesis": "final: best, trained on training and validation pairs",
+        "final": {"split": "test", "metrics": run["metrics"], "budget": budget},
+        "values": values,
+        "runs": [run],
+    }
 
 
 def message(result: dict) -> str:
     """The commit's message. No `Comparable`: see the top of this file."""
     d = result.get("audit", {}).get("difference")
-    trailers = {"Experiment": 0, "Verdict": result["verdict"], "Hypothesis": result["hypothesis"],
-                record.SERIES[result["metric"]]: " ".join(f"{v:.4f}" for v in result["values"]),
-                "Train": result["train"], "Split": result["split"]}
+    trailers = {
+        "Experiment": 0,
+        "Verdict": result["verdict"],
+        "Hypothesis": result["hypothesis"],
+        record.SERIES[result["metric"]]: " ".join(f"{v:.4f}" for v in result["values"]),
+        "Train": result["train"],
+        "Split": result["split"],
+    }
     if d:
         trailers["Change"] = f"{d['percent']:+.1f} % (95 %: {d['low']:+.1f} to {d['high']:+.1f})"
     if "test_look" in result:
@@ -189,15 +233,24 @@ def message(result: dict) -> str:
 
 def show_audit(a: dict) -> list:
     pairs = "fresh pairs" if a["split"] == "audit" else "test pairs"
-    lines = [f"audit:       {a['metric']}, {a['gallery']} {pairs} (random {a['random']:.1f}), lower is better, "
-             f"{a['seeds']} seeds each"]
-    lines += [f"{name + ':':12} {show(s['mean'])} ± {show(s['se'])}   ({', '.join(show(v) for v in s['values'])})"
-              for name, s in a["sides"].items()]
+    lines = [
+        f"audit:       {a['metric']}, {a['gallery']} {pairs} (random {a['random']:.1f}), lower is better, "
+        f"{a['seeds']} seeds each"
+    ]
+    lines += [
+        f"{name + ':':12} {show(s['mean'])} ± {show(s['se'])}   ({', '.join(show(v) for v in s['values'])})"
+        for name, s in a["sides"].items()
+    ]
     d = a["difference"]
     lines.append(f"difference:  {d['percent']:+.1f} %   (95 % interval {d['low']:+.1f} to {d['high']:+.1f})")
     for row in a["ablation"]:
-        end = (f"{row['percent']:+6.1f} %   ({row['low']:+.1f} to {row['high']:+.1f})" if "percent" in row
-               else "fails: " + row["failed"][:60] if "failed" in row else "not separable")
+        end = (
+            f"{row['percent']:+6.1f} %   ({row['low']:+.1f} to {row['high']:+.1f})"
+            if "percent" in row
+            else "fails: " + row["failed"][:60]
+            if "failed" in row
+            else "not separable"
+        )
         lines.append(f"without {row['experiment']:>3}  {row['hypothesis'][:50]:50} {end}")
     return lines
 
@@ -205,12 +258,14 @@ def show_audit(a: dict) -> list:
 def show_final(f: dict, look: int) -> list:
     m = f["metrics"]
     at = {side: " / ".join(f"{x:.1f}" for x in m[side]) for side in ("i2t", "t2i")}
-    return [f"final:       test split, gallery {m['gallery']}, random {m['random']:.1f}, one training of at most "
-            f"{f['budget']} s",
-            f"mean_rank:   {show(m['mean_rank'])}   (percentile {m['mean_rank'] / m['gallery'] * 100:.1f})",
-            f"median_rank: {show(m['median_rank'])}",
-            f"recall:      i2t {at['i2t']}   t2i {at['t2i']}   (R@1 / 5 / 10, %)",
-            f"test look:   {look}   (times anybody has looked at this split; quote it)"]
+    return [
+        f"final:       test split, gallery {m['gallery']}, random {m['random']:.1f}, one training of at most "
+        f"{f['budget']} s",
+        f"mean_rank:   {show(m['mean_rank'])}   (percentile {m['mean_rank'] / m['gallery'] * 100:.1f})",
+        f"median_rank: {show(m['median_rank'])}",
+        f"recall:      i2t {at['i2t']}   t2i {at['t2i']}   (R@1 / 5 / 10, %)",
+        f"test look:   {look}   (times anybody has looked at this split; quote it)",
+    ]
 
 
 def main(work: str, image: str, kind: str, k: str = "3", ablate: str = "") -> None:
@@ -218,8 +273,12 @@ def main(work: str, image: str, kind: str, k: str = "3", ablate: str = "") -> No
     os.environ["AR_LAUNCH"] = " ".join(state.plan.launch)
     experiment.end_with_the_caller()
     result = final(folder, state) if kind == "final" else audit(folder, state, int(k), bool(ablate))
-    result |= {"metric": state.plan.metric, "train": state.head_blob, "when": int(time.time()),
-               "split": result[kind]["split"]}
+    result |= {
+        "metric": state.plan.metric,
+        "train": state.head_blob,
+        "when": int(time.time()),
+        "split": result[kind]["split"],
+    }
     if result["split"] == "test":
         result["test_look"] = sum(bool(r.trailers.get("Test-Look")) for r in state.all) + 1
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -6,6 +6,7 @@ usage: engine.py name | gpus | image | sweep | data FOLDER NAME ...
 `name` prints podman or docker, `image` builds what is missing and prints its id, `sweep` removes what a killed
 run left behind, `data` makes data/NAME. When something is missing: one line, exit 2 (3 where ./run.sh setup helps).
 """
+
 from __future__ import annotations
 
 import functools
@@ -51,8 +52,11 @@ def name() -> str:
     """podman or docker, whichever answers first. Raises EngineError when neither does."""
     asked = os.environ.get("AR_ENGINE")
     for engine in ENGINES:
-        if asked in (None, engine) and shutil.which(engine) and (
-                engine == "podman" or run([engine, "version"]).returncode == 0):
+        if (
+            asked in (None, engine)
+            and shutil.which(engine)
+            and (engine == "podman" or run([engine, "version"]).returncode == 0)
+        ):
             return engine
     raise EngineError(f"no container engine: {asked or 'neither podman nor docker'} answers; run ./run.sh setup")
 
@@ -126,10 +130,22 @@ def label(whole_repository: bool = False) -> str:
     return "autoresearch=" + hashlib.sha256(folder.encode()).hexdigest()[:12] + "-background" * whole_repository
 
 
-def sandbox(container: str, image: str, command: list[str], *, memory: str, limit_s: int, mounts: dict,
-            out_size: str | None = None, gpu: bool = True, writable: Path | None = None,
-            background: bool = False, network: str = "none", environment: dict | None = None,
-            folder: Path | None = None) -> list[str]:
+def sandbox(
+    container: str,
+    image: str,
+    command: list[str],
+    *,
+    memory: str,
+    limit_s: int,
+    mounts: dict,
+    out_size: str | None = None,
+    gpu: bool = True,
+    writable: Path | None = None,
+    background: bool = False,
+    network: str = "none",
+    environment: dict | None = None,
+    folder: Path | None = None,
+) -> list[str]:
     """argv of a locked-down `run`: no network, read-only, no privileges; memory, processes and tmpfs are limited.
 
     mounts: path inside -> path on the host, all read-only. out_size: size of a tmpfs at /out. writable: a folder of
@@ -139,16 +155,52 @@ def sandbox(container: str, image: str, command: list[str], *, memory: str, limi
     The run limit here is only the third line of defence: PID 1 inside keeps the time, and the caller kills.
     """
     away = launch() if folder else []
-    flags = ["--rm", "-i", "--name", container, "--network", network,
-             "--stop-signal", "SIGKILL",  # PID 1 ignores any other, and podman rm -f would wait 10 s for it
-             "--label", label(background),
-             "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges",
-             "--security-opt", f"seccomp={HERE / 'seccomp.json'}", "--user", caller() if writable else UID,
-             "--pids-limit", str(PIDS), "--memory", memory, "--memory-swap", memory,
-             "--ipc", "private", "--shm-size", SHM_SIZE, "--ulimit", "core=0:0", "--hostname", "sandbox",
-             # threads that wait sleep: spinning, a busy machine trained 6 and 9 times slower (two pairs)
-             "--env", "OMP_WAIT_POLICY=PASSIVE", "--workdir", "/tmp", "--log-driver", "none", "--pull", "never",
-             "--tmpfs", f"/tmp:rw,nosuid,nodev,size={TMP_SIZE},mode=1777,exec"]  # exec: what torch.compile builds
+    flags = [
+        "--rm",
+        "-i",
+        "--name",
+        container,
+        "--network",
+        network,
+        "--stop-signal",
+        "SIGKILL",  # PID 1 ignores any other, and podman rm -f would wait 10 s for it
+        "--label",
+        label(background),
+        "--read-only",
+        "--cap-drop",
+        "ALL",
+        "--security-opt",
+        "no-new-privileges",
+        "--security-opt",
+        f"seccomp={HERE / 'seccomp.json'}",
+        "--user",
+        caller() if writable else UID,
+        "--pids-limit",
+        str(PIDS),
+        "--memory",
+        memory,
+        "--memory-swap",
+        memory,
+        "--ipc",
+        "private",
+        "--shm-size",
+        SHM_SIZE,
+        "--ulimit",
+        "core=0:0",
+        "--hostname",
+        "sandbox",
+        # threads that wait sleep: spinning, a busy machine trained 6 and 9 times slower (two pairs)
+        "--env",
+        "OMP_WAIT_POLICY=PASSIVE",
+        "--workdir",
+        "/tmp",
+        "--log-driver",
+        "none",
+        "--pull",
+        "never",
+        "--tmpfs",
+        f"/tmp:rw,nosuid,nodev,size={TMP_SIZE},mode=1777,exec",
+    ]  # exec: what torch.compile builds
     if not away:
         flags += ["--cpus", "1" if background else str(os.cpu_count())]
     if background:
@@ -156,8 +208,14 @@ def sandbox(container: str, image: str, command: list[str], *, memory: str, limi
     if out_size:
         flags += ["--tmpfs", f"/out:rw,nosuid,nodev,noexec,size={out_size},mode=1777"]
     if name() == "podman":
-        flags += ["--read-only-tmpfs=false", "--http-proxy=false", "--security-opt", "label=disable",
-                  "--timeout", str(limit_s + 30)]
+        flags += [
+            "--read-only-tmpfs=false",
+            "--http-proxy=false",
+            "--security-opt",
+            "label=disable",
+            "--timeout",
+            str(limit_s + 30),
+        ]
     for inside, host in mounts.items():
         flags += ["-v", f"{Path(host).resolve()}:{inside}:ro"]
     for key, value in (environment or {}).items():
@@ -166,8 +224,18 @@ def sandbox(container: str, image: str, command: list[str], *, memory: str, limi
         flags += ["-v", f"{writable.resolve()}:/writable:rw"]
     if not away:
         return [*client(), "run", *flags, *quirks(), *(gpu_flags() if gpu else ()), image, *command]
-    there = ["sh", str(HERE / "on_node.sh"), str(folder.resolve()), "gpu" if gpu else "none",
-             "" if "SLURM_JOB_ID" in os.environ else "own", " ".join(client()), *flags, *quirks(), image, *command]
+    there = [
+        "sh",
+        str(HERE / "on_node.sh"),
+        str(folder.resolve()),
+        "gpu" if gpu else "none",
+        "" if "SLURM_JOB_ID" in os.environ else "own",
+        " ".join(client()),
+        *flags,
+        *quirks(),
+        image,
+        *command,
+    ]
     return away + ([shlex.quote(word) for word in there] if any(Path(word).name == "ssh" for word in away) else there)
 
 
@@ -221,8 +289,12 @@ def image() -> str:
         argv = [*client(), "build", "--build-arg", f"BASE={base}", "-t", image_tag(base)]
         for key, path in files.items():
             argv += ["--secret", f"id={key},src={path}"]
-        done = subprocess.run([*argv, *(quirks() if name() == "podman" else ()), str(HERE)], stdin=subprocess.DEVNULL,
-                              stdout=sys.stderr, env={**os.environ, "DOCKER_BUILDKIT": "1"})
+        done = subprocess.run(
+            [*argv, *(quirks() if name() == "podman" else ()), str(HERE)],
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr,
+            env={**os.environ, "DOCKER_BUILDKIT": "1"},
+        )
     finally:
         shutil.rmtree(secrets)
     if done.returncode:
@@ -287,9 +359,18 @@ def data(folder: str, *args: str) -> int:
         mounts["/ca.pem"] = os.environ.get("SSL_CERT_FILE") or certificates()
     Path(folder).mkdir(exist_ok=True)
     command = ["python", "/repo/prepare_data.py", *options, "--out", f"/writable/{args[0]}"]
-    argv = sandbox(f"ar-{os.getpid()}-data", image(), command,
-                   memory=DATA_MEMORY, limit_s=DATA_LIMIT_S, mounts=mounts, gpu=False, writable=Path(folder),
-                   network="host" if online else "none", environment=environment)
+    argv = sandbox(
+        f"ar-{os.getpid()}-data",
+        image(),
+        command,
+        memory=DATA_MEMORY,
+        limit_s=DATA_LIMIT_S,
+        mounts=mounts,
+        gpu=False,
+        writable=Path(folder),
+        network="host" if online else "none",
+        environment=environment,
+    )
     return subprocess.run(argv, stdin=subprocess.DEVNULL).returncode
 
 
@@ -297,8 +378,13 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-COMMANDS = {"name": lambda: print(name()), "gpus": lambda: print(gpus()), "image": lambda: print(image()),
-            "sweep": sweep, "data": lambda *args: sys.exit(data(*args))}
+COMMANDS = {
+    "name": lambda: print(name()),
+    "gpus": lambda: print(gpus()),
+    "image": lambda: print(image()),
+    "sweep": sweep,
+    "data": lambda *args: sys.exit(data(*args)),
+}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:

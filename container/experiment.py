@@ -8,6 +8,7 @@ sandboxes send is untrusted: it is capped, never opened here, and passed on to t
 answer is read.
 result.json: {"outcome": "ok" | "failed", "reason": "...", "metrics": {...}, "train": {...}, "seed": n, "timing": {...}}
 """
+
 from __future__ import annotations
 
 import codecs
@@ -51,8 +52,12 @@ ARRAY_MAX = 512 << 20  # bytes of one side's embeddings
 LINE_MAX = 4096  # bytes of a JSON line from a sandbox
 PR_SET_PDEATHSIG = 1
 LAST_WORDS = 64 << 10  # bytes of standard error in which Slurm's words are looked for
-SLURM = (("DUE TO TIME LIMIT", "Slurm: time limit"), ("(?i)node failure", "Slurm: node failure"),
-         ("DUE TO PREEMPTION", "Slurm: preempted"), ("CANCELLED AT|Force Terminated", "Slurm cancelled the job"))
+SLURM = (
+    ("DUE TO TIME LIMIT", "Slurm: time limit"),
+    ("(?i)node failure", "Slurm: node failure"),
+    ("DUE TO PREEMPTION", "Slurm: preempted"),
+    ("CANCELLED AT|Force Terminated", "Slurm cancelled the job"),
+)
 NOT_YOURS = "not the edit's fault; the same idea may be tried again"
 MOST_EXCEPTION = 120  # characters of one in the reason of a failure
 LOG_HEAD, LOG_TAIL = 256 << 10, 256 << 10  # bytes of the log kept from either end
@@ -79,8 +84,9 @@ class Sandbox:
 
     started: list[Sandbox] = []
 
-    def __init__(self, stage: str, image: str, command: list[str], work: Path, log: Log | None = None, *, mounts: dict,
-                 **limits):
+    def __init__(
+        self, stage: str, image: str, command: list[str], work: Path, log: Log | None = None, *, mounts: dict, **limits
+    ):
         # elsewhere, sandboxes of other machines may have our process id
         self.name = f"ar-{os.getpid()}{time.time_ns() if engine.launch() else ''}-{stage}"
         self.beat = work / "alive" / stage / "beat"
@@ -89,8 +95,9 @@ class Sandbox:
         mounts = {**mounts, "/harness/alive": self.beat.parent}
         argv = engine.sandbox(self.name, image, command, mounts=mounts, folder=work, **limits)
         # in work: when memory runs out, podman leaves a file "oom" in the folder that it was started in
-        self.process = subprocess.Popen(argv, cwd=work, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.PIPE)
+        self.process = subprocess.Popen(
+            argv, cwd=work, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
         self.killed, self.log, self.last = False, log, b""
         self.beaten, self.silent = time.monotonic(), 0.0  # when it last saw us alive, and how long it once did not
         self.started.append(self)
@@ -348,12 +355,17 @@ def judge(work: Path, data: Path, image: str, split: str) -> dict:
     """Metrics of the two arrays; stores the ranks and examples. Raises Failed with the judge's reason."""
     for f in ("images.npy", "captions.npy"):
         (work / f).chmod(0o644)
-    mounts = {"/harness/judge.py": HERE / "judge.py", "/key.npy": data / f"{split}.key.npy",
-              "/images.npy": work / "images.npy", "/captions.npy": work / "captions.npy"}
+    mounts = {
+        "/harness/judge.py": HERE / "judge.py",
+        "/key.npy": data / f"{split}.key.npy",
+        "/images.npy": work / "images.npy",
+        "/captions.npy": work / "captions.npy",
+    }
     # it says that it is up, like the others: with a launch command it may have been queued
     command = ["sh", "-c", """echo '{"up": true}'; exec python -I "$@" """, "sh", *mounts]
-    sandbox = Sandbox("judge", image, command, work, memory=JUDGE_MEMORY, limit_s=JUDGE_LIMIT_S,
-                      gpu=False, mounts=mounts)
+    sandbox = Sandbox(
+        "judge", image, command, work, memory=JUDGE_MEMORY, limit_s=JUDGE_LIMIT_S, gpu=False, mounts=mounts
+    )
     sandbox.send(None)
     if not sandbox.line(QUEUE_LIMIT_S if engine.launch() else JUDGE_LIMIT_S):
         raise Lost(f"the sandbox of the judge did not start: {NOT_YOURS}")
@@ -368,8 +380,19 @@ def judge(work: Path, data: Path, image: str, split: str) -> dict:
     return found["metrics"]
 
 
-def one_run(work: Path, data: Path, budget: int, memory: str, seed: int, log_path: Path, image: str, *,
-            split: str = "val", table: str = "train", scale: float = 1.0) -> dict:
+def one_run(
+    work: Path,
+    data: Path,
+    budget: int,
+    memory: str,
+    seed: int,
+    log_path: Path,
+    image: str,
+    *,
+    split: str = "val",
+    table: str = "train",
+    scale: float = 1.0,
+) -> dict:
     """Train on a table, embed and judge a split. Returns what result.json holds; containers are gone afterwards.
 
     scale: how much longer than usual train.py should train. WORK keeps the archive of what training left.
@@ -386,16 +409,34 @@ def one_run(work: Path, data: Path, budget: int, memory: str, seed: int, log_pat
         """Start the embedding sandboxes now: their imports then happen while training runs."""
         stamps["ready"] = time.monotonic()
         for side in ("images", "captions"):
-            sides[side] = Sandbox(side, command=["nice", *stage, "embed", str(EMBED_LIMIT_S)], out_size=OUT_SIZE,
-                                  limit_s=budget + 4 * EMBED_LIMIT_S, mounts={**code, "/data": data / split / side},
-                                  **common)
+            sides[side] = Sandbox(
+                side,
+                command=["nice", *stage, "embed", str(EMBED_LIMIT_S)],
+                out_size=OUT_SIZE,
+                limit_s=budget + 4 * EMBED_LIMIT_S,
+                mounts={**code, "/data": data / split / side},
+                **common,
+            )
 
     weights = data.parent / "weights"  # published ones, which ./run.sh data ukiyo-e fetches; others need none
     mounts = {**code, "/data": data / table} | ({"/weights": weights} if weights.is_dir() else {})
-    environment = [f"BUDGET_S={budget}", f"SEED={seed}", "DATA=/data", "OUT=/out", "WEIGHTS=/weights",
-                   f"SCALE={scale:g}"]
-    trainer = Sandbox("train", command=["env", *environment, *stage, "train", str(budget)], log=log, out_size=OUT_SIZE,
-                      limit_s=budget + IMPORT_LIMIT_S, mounts=mounts, **common)
+    environment = [
+        f"BUDGET_S={budget}",
+        f"SEED={seed}",
+        "DATA=/data",
+        "OUT=/out",
+        "WEIGHTS=/weights",
+        f"SCALE={scale:g}",
+    ]
+    trainer = Sandbox(
+        "train",
+        command=["env", *environment, *stage, "train", str(budget)],
+        log=log,
+        out_size=OUT_SIZE,
+        limit_s=budget + IMPORT_LIMIT_S,
+        mounts=mounts,
+        **common,
+    )
     try:
         trainer.send(None)
         end = train(trainer, work, budget, memory, log_path, on_ready)
@@ -407,8 +448,15 @@ def one_run(work: Path, data: Path, budget: int, memory: str, seed: int, log_pat
         except Lost:
             raise
         except Failed:
-            sides["probe"] = Sandbox("probe", command=[*stage, "probe", str(PROBE_LIMIT_S)], log=Log(log_path),
-                                     out_size=OUT_SIZE, limit_s=IMPORT_LIMIT_S + PROBE_LIMIT_S, mounts=mounts, **common)
+            sides["probe"] = Sandbox(
+                "probe",
+                command=[*stage, "probe", str(PROBE_LIMIT_S)],
+                log=Log(log_path),
+                out_size=OUT_SIZE,
+                limit_s=IMPORT_LIMIT_S + PROBE_LIMIT_S,
+                mounts=mounts,
+                **common,
+            )
             probe(sides["probe"], work)
             raise
         stamps["embedded"] = time.monotonic()
@@ -434,13 +482,18 @@ def timing(started: float, t: dict, result: dict) -> dict:
     now = time.monotonic()
     out = {"total": now - started, "train": result["train"].get("seconds", now - t.get("ready", now))}
     if "embedded" in t:
-        out |= {"start": t["ready"] - started, "collect": t["trained"] - t["ready"] - out["train"],
-                "embed": t["embedded"] - t["trained"], "judge": now - t["embedded"]}
+        out |= {
+            "start": t["ready"] - started,
+            "collect": t["trained"] - t["ready"] - out["train"],
+            "embed": t["embedded"] - t["trained"],
+            "judge": now - t["embedded"],
+        }
     return {k: round(v, 2) for k, v in out.items()}
 
 
 def end_with_the_caller() -> None:
     """When run.sh is killed, the kernel sends us SIGTERM, and the containers go at once."""
+
     def end(*_) -> None:
         for s in Sandbox.started:
             s.end()

@@ -6,6 +6,7 @@ Prints one JSON line, {"metrics": {...}, "bytes": n} followed by two raw .npy fi
 matches of a few examples, or {"invalid": "why"}.
 Ranks are exact, counted from 1; ties count half, so that a constant embedding ranks in the middle, not first.
 """
+
 import io
 import json
 import sys

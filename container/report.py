@@ -7,6 +7,7 @@ usage: report.py             for a person: prints the two paths; one line and ex
 Host side, standard library only. Needs no lock. The report shows validation pairs, so its inputs go to the sandbox on
 standard input and come back on standard output: nothing of it lies in runs/, which the agent reads.
 """
+
 from __future__ import annotations
 
 import base64
@@ -42,14 +43,18 @@ STEP = re.compile(rb"^step (\d{1,9})/\d{1,9} loss (\d{1,6}(?:\.\d{1,6})?)\s*$", 
 
 def read_objects(names: list) -> dict:
     """{name: bytes} of those git objects that exist, from one git process."""
-    done = subprocess.run([*record.GIT, "cat-file", "--batch"], cwd=record.ROOT, capture_output=True,
-                          input="".join(f"{n}\n" for n in names).encode())
+    done = subprocess.run(
+        [*record.GIT, "cat-file", "--batch"],
+        cwd=record.ROOT,
+        capture_output=True,
+        input="".join(f"{n}\n" for n in names).encode(),
+    )
     found, at, out = {}, 0, done.stdout
     for name in names:
         end = out.index(b"\n", at)
         header, at = out[at:end].split(), end + 1
         if len(header) == 3 and header[1] == b"blob":
-            found[name] = out[at:at + int(header[2])]
+            found[name] = out[at : at + int(header[2])]
             at += int(header[2]) + 1
     return found
 
@@ -57,14 +62,29 @@ def read_objects(names: list) -> dict:
 def diffs(numbers: list) -> dict:
     """{experiment: the hunks of train.py against its parent, visible characters only}, from one git process."""
     mark = secrets.token_hex(16)  # not \0: a train.py may have one, and what follows it would be another's diff
-    command = ["log", "--no-walk=unsorted", "--stdin", "-p", "--no-ext-diff", "--no-textconv", "--no-color",
-               "--no-show-signature", f"--format={mark}%(trailers:key=Experiment,valueonly,separator=){mark}",
-               "train.py"]
-    done = subprocess.run([*record.GIT, *command], cwd=record.ROOT, capture_output=True, text=True, errors="replace",
-                          input="".join(f"refs/experiments/{n}\n" for n in numbers))
+    command = [
+        "log",
+        "--no-walk=unsorted",
+        "--stdin",
+        "-p",
+        "--no-ext-diff",
+        "--no-textconv",
+        "--no-color",
+        "--no-show-signature",
+        f"--format={mark}%(trailers:key=Experiment,valueonly,separator=){mark}",
+        "train.py",
+    ]
+    done = subprocess.run(
+        [*record.GIT, *command],
+        cwd=record.ROOT,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        input="".join(f"refs/experiments/{n}\n" for n in numbers),
+    )
     parts, found = done.stdout.split(mark)[1:], {}
     for n, text in zip(parts[::2], parts[1::2]):
-        hunks = text[text.find("\n@@") + 1:] if "\n@@" in text else ""
+        hunks = text[text.find("\n@@") + 1 :] if "\n@@" in text else ""
         lines = [record.clean("|" + x.replace("\t", "    "))[1:] for x in hunks[:MOST_DIFF].splitlines()]
         found[int(n)] = "\n".join([*lines, *(["[... cut ...]"] if len(hunks) > MOST_DIFF else [])])
     return found
@@ -77,7 +97,7 @@ def losses(log: bytes) -> list:
         if points and int(step) <= points[-1][0]:
             break  # the second run begins
         points.append([int(step), float(loss)])
-    return points[::-(-len(points) // MOST_POINTS) or 1]
+    return points[:: -(-len(points) // MOST_POINTS) or 1]
 
 
 def line_of_incumbents(mine: list, values, branch: str) -> dict:
@@ -98,13 +118,26 @@ def entry(r: record.Record, result: dict, values: list) -> dict:
     runs = result.get("runs", [])
     ok = [x for x in runs if x.get("outcome") == "ok"]
     notes = [r.chain and "chain, " + r.chain.partition(" on ")[0], r.web and "web: " + r.web, r.branch]
-    return {"n": r.n, "verdict": r.verdict, "notes": list(filter(None, notes)), "hypothesis": r.hypothesis,
-            "reason": r.reason, "phase": r.phase, "when": r.when, "by_hand": "By-Hand" in r.trailers, "values": values,
-            "value": record.geometric(values) if values else None, "percent": result.get("percent"),
-            "sigmas": result.get("sigmas"), "seeds": [x.get("seed") for x in runs],
-            "train_s": sum(x["timing"]["train"] for x in runs), "total_s": sum(x["timing"]["total"] for x in runs),
-            "claims": runs[-1]["train"].get("claims", {}) if runs else {}, "metrics": ok[-1]["metrics"] if ok else {},
-            "look": result.get(r.verdict) if r.verdict in LOOKS else None}
+    return {
+        "n": r.n,
+        "verdict": r.verdict,
+        "notes": list(filter(None, notes)),
+        "hypothesis": r.hypothesis,
+        "reason": r.reason,
+        "phase": r.phase,
+        "when": r.when,
+        "by_hand": "By-Hand" in r.trailers,
+        "values": values,
+        "value": record.geometric(values) if values else None,
+        "percent": result.get("percent"),
+        "sigmas": result.get("sigmas"),
+        "seeds": [x.get("seed") for x in runs],
+        "train_s": sum(x["timing"]["train"] for x in runs),
+        "total_s": sum(x["timing"]["total"] for x in runs),
+        "claims": runs[-1]["train"].get("claims", {}) if runs else {},
+        "metrics": ok[-1]["metrics"] if ok else {},
+        "look": result.get(r.verdict) if r.verdict in LOOKS else None,
+    }
 
 
 def gather() -> tuple[dict, Path]:
@@ -114,37 +147,72 @@ def gather() -> tuple[dict, Path]:
     mine = [r for r in judged if r.comparable == state.comparable]
     line = line_of_incumbents(mine, state.values, state.branch)
     if not any(value for value, _ in line.values()):
-        raise record.Refused("there is nothing to show: nothing was measured with today's data, judge, image and "
-                             "budget yet; run ./run.sh first")
+        raise record.Refused(
+            "there is nothing to show: nothing was measured with today's data, judge, image and "
+            "budget yet; run ./run.sh first"
+        )
     best = next(r for r in reversed(mine) if r.train == line[mine[-1].n][1] and state.values(r))
     base = next(r for r in mine if state.values(r))
     curves = {r.n for r in mine if r.verdict in ("kept", "baseline")} | {r.n for r in mine[-CURVES:]}
     inside = "refs/experiments/{}:experiment/{}".format
-    found = read_objects([inside(r.n, "result.json") for r in state.all] + [inside(n, "train.log") for n in curves]
-                         + [inside(r.n, f"{f}.npy") for r in (base, best) for f in ("ranks", "examples")])
+    found = read_objects(
+        [inside(r.n, "result.json") for r in state.all]
+        + [inside(n, "train.log") for n in curves]
+        + [inside(r.n, f"{f}.npy") for r in (base, best) for f in ("ranks", "examples")]
+    )
     shown = diffs([r.n for r in judged if inside(r.n, "result.json") in found][-DIFFS:])
     rows = []
     for r in state.all:
         e = entry(r, json.loads(found.get(inside(r.n, "result.json"), b"{}")), state.values(r))
-        rows.append({**e, "line": line[r.n][0] if r.n in line else None, "comparable": r.n in line,
-                     "diff": shown.get(r.n), "loss": losses(found.get(inside(r.n, "train.log"), b""))})
-    arrays = {side: {f: base64.b64encode(found.get(inside(r.n, f"{f}.npy"), b"")).decode() for f in
-                     ("ranks", "examples")} for side, r in (("baseline", base), ("best", best))}
-    return {"metric": state.plan.metric.replace("_", " "), "sigma": state.sigma,
-            "phases": [p.name for p in state.plan.phases], "data": state.plan.data, "budget": state.plan.budget,
-            "now": int(time.time()), "running": record.running_line(), "experiments": rows, "arrays": arrays,
-            "baseline": base.n, "best": best.n, "diffs": DIFFS}, state.data
+        rows.append(
+            {
+                **e,
+                "line": line[r.n][0] if r.n in line else None,
+                "comparable": r.n in line,
+                "diff": shown.get(r.n),
+                "loss": losses(found.get(inside(r.n, "train.log"), b"")),
+            }
+        )
+    arrays = {
+        side: {f: base64.b64encode(found.get(inside(r.n, f"{f}.npy"), b"")).decode() for f in ("ranks", "examples")}
+        for side, r in (("baseline", base), ("best", best))
+    }
+    return {
+        "metric": state.plan.metric.replace("_", " "),
+        "sigma": state.sigma,
+        "phases": [p.name for p in state.plan.phases],
+        "data": state.plan.data,
+        "budget": state.plan.budget,
+        "now": int(time.time()),
+        "running": record.running_line(),
+        "experiments": rows,
+        "arrays": arrays,
+        "baseline": base.n,
+        "best": best.n,
+        "diffs": DIFFS,
+    }, state.data
 
 
 def draw(found: dict, data: Path) -> list:
     """The bytes of FILES, drawn in a sandbox. Raises EngineError."""
     name = f"ar-{os.getpid()}-report"
-    mounts = {"/harness/draw.py": HERE / "draw.py", "/harness/report.html.jinja": HERE / "report.html.jinja",
-              "/data/images": data / "val/images", "/data/captions": data / "val/captions",
-              "/data/key.npy": data / "val.key.npy"}
-    argv = engine.sandbox(name, engine.find_image(), ["timeout", "-k1", str(LIMIT_S), "nice", "-n19", "python", "-I",
-                                                      "/harness/draw.py"], memory=MEMORY, limit_s=LIMIT_S, gpu=False,
-                          background=True, mounts={k: v for k, v in mounts.items() if v.exists()})
+    mounts = {
+        "/harness/draw.py": HERE / "draw.py",
+        "/harness/report.html.jinja": HERE / "report.html.jinja",
+        "/data/images": data / "val/images",
+        "/data/captions": data / "val/captions",
+        "/data/key.npy": data / "val.key.npy",
+    }
+    argv = engine.sandbox(
+        name,
+        engine.find_image(),
+        ["timeout", "-k1", str(LIMIT_S), "nice", "-n19", "python", "-I", "/harness/draw.py"],
+        memory=MEMORY,
+        limit_s=LIMIT_S,
+        gpu=False,
+        background=True,
+        mounts={k: v for k, v in mounts.items() if v.exists()},
+    )
     try:
         done = subprocess.run(argv, input=json.dumps(found).encode(), capture_output=True, timeout=LIMIT_S + 10)
     except subprocess.TimeoutExpired:

@@ -10,6 +10,7 @@ lines, then raw bytes (the archive of /out, or an array). The child may do to it
 by seccomp and this process is not dumpable, so it can neither stop the clock nor write into the stream. What comes
 out is still untrusted for the host.
 """
+
 import builtins
 import contextlib
 import ctypes

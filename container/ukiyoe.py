@@ -33,15 +33,20 @@ from tqdm import tqdm
 from urllib3.util import Retry
 
 DRIVE_FOLDER = "1cLhue-10GYtjybQ5CMPRyFcI_LjgArcE"  # Ukiyo-eVG, to which the authors' selinakhan/vg_art points
-ANNOTATIONS = {"train": "refined/ukiyoe_vg_train_pgt_odvg.jsonl", "val": "refined/ukiyoe_vg_val_pgt_odvg.jsonl",
-               "test": "ukiyoe_vg_test_annotated.jsonl"}
+ANNOTATIONS = {
+    "train": "refined/ukiyoe_vg_train_pgt_odvg.jsonl",
+    "val": "refined/ukiyoe_vg_val_pgt_odvg.jsonl",
+    "test": "ukiyoe_vg_test_annotated.jsonl",
+}
 RECORD = "https://zenodo.org/api/records/13120879"
 ARCHIVE = "images_ukiyo-e.zip"
 # What train.py's models are called: repository and file on the hub. The first is the tag timm takes by itself; the
 # second open_clip's laion2b_s34b_b79k: trained on open data, on the hub as safetensors, and with the plain GELU of
 # ViT-B-32 (OpenAI's own weights are silently worse in it). Their tables are compared with this one in the tests.
-WEIGHTS = {"vit_small_patch16_224": ("timm/vit_small_patch16_224.augreg_in21k_ft_in1k", "model.safetensors"),
-           "ViT-B-32": ("laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "open_clip_model.safetensors")}
+WEIGHTS = {
+    "vit_small_patch16_224": ("timm/vit_small_patch16_224.augreg_in21k_ft_in1k", "model.safetensors"),
+    "ViT-B-32": ("laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "open_clip_model.safetensors"),
+}
 
 CONNECTIONS = 4
 GAP = 512 << 10  # bytes: a smaller gap is fetched too, as Zenodo answers a guest 60 requests a minute
@@ -106,8 +111,10 @@ def fetch(folder: Path, weights: Path, given: dict[str, Path | None], report: di
 def fetch_annotations(folder: Path, source: Path | None) -> dict[str, Path]:
     """The file of every split. In a local folder it may lie deeper, or all three flat."""
     if source:
-        found = {split: sorted(source.rglob(name)) or sorted(source.rglob(base_name(name)))
-                 for split, name in ANNOTATIONS.items()}
+        found = {
+            split: sorted(source.rglob(name)) or sorted(source.rglob(base_name(name)))
+            for split, name in ANNOTATIONS.items()
+        }
         for split, paths in found.items():
             if len(paths) != 1:
                 raise FetchError(f"--annotations {source}: {len(paths)} files {ANNOTATIONS[split]}; want exactly one")
@@ -121,11 +128,18 @@ def fetch_annotations(folder: Path, source: Path | None) -> dict[str, Path]:
         for split in lacking:
             files[split].parent.mkdir(parents=True, exist_ok=True)
             with Bar(desc=f"{split} annotations", unit="B", unit_scale=True) as bar:
-                gdown.download(id=ids[ANNOTATIONS[split]], output=str(files[split]), resume=True, retries=3,
-                               progress=lambda at, _: bar.update(at - bar.n), **options)
+                gdown.download(
+                    id=ids[ANNOTATIONS[split]],
+                    output=str(files[split]),
+                    resume=True,
+                    retries=3,
+                    progress=lambda at, _: bar.update(at - bar.n),
+                    **options,
+                )
     except (gdown.exceptions.DownloadError, requests.RequestException, KeyError) as error:  # KeyError: not listed
-        raise FetchError(f"Google Drive folder {DRIVE_FOLDER}: {brief(error)}; "
-                         f"{AGAIN.format('annotations')}") from error
+        raise FetchError(
+            f"Google Drive folder {DRIVE_FOLDER}: {brief(error)}; {AGAIN.format('annotations')}"
+        ) from error
     return files
 
 
@@ -212,8 +226,10 @@ def fetch_images(needed: set[str], folder: Path, source: Path | None) -> tuple[P
             wanted = [info for batch in batches for info in batch if not extract(archive, info, target)]
     if wanted:
         names = ", ".join(sorted(base_name(info.filename) for info in wanted))
-        raise FetchError(f"{len(wanted)} images in archive {source or ARCHIVE} do not have their checksum, twice: "
-                         f"{names}; {AGAIN.format('images')}")
+        raise FetchError(
+            f"{len(wanted)} images in archive {source or ARCHIVE} do not have their checksum, twice: "
+            f"{names}; {AGAIN.format('images')}"
+        )
     return target, {name: Path(name) for name in members}
 
 
@@ -224,9 +240,14 @@ def pick(needed: set[str], found: Iterable[tuple[object, object]], where: str) -
         by_name[base_name(path)].append(thing)
     missing, twice = sorted(needed - set(by_name)), sorted(name for name in by_name if len(by_name[name]) > 1)
     if missing or twice:
-        raise FetchError("; ".join(f"{len(names)} of {len(needed)} images are {what} {where}: {', '.join(names)}"
-                                   for what, names in (("not in", missing), ("more than once in", twice)) if names)
-                         + "; give a complete archive or folder with --images")
+        raise FetchError(
+            "; ".join(
+                f"{len(names)} of {len(needed)} images are {what} {where}: {', '.join(names)}"
+                for what, names in (("not in", missing), ("more than once in", twice))
+                if names
+            )
+            + "; give a complete archive or folder with --images"
+        )
     return {name: by_name[name][0] for name in sorted(needed)}
 
 
@@ -261,8 +282,9 @@ class Remote:
             entry = next(entry for entry in answer.json()["files"] if entry["key"] == ARCHIVE)
             self.url, self.size, stamp = entry["links"]["self"], entry["size"], entry.get("checksum", "unstamped")
         except (requests.RequestException, ValueError, KeyError, StopIteration) as error:
-            raise FetchError(f"{RECORD} does not tell about {ARCHIVE}: {brief(error)}; "
-                             f"{AGAIN.format('images')}") from error
+            raise FetchError(
+                f"{RECORD} does not tell about {ARCHIVE}: {brief(error)}; {AGAIN.format('images')}"
+            ) from error
         self.file = folder / f"{stamp.replace(':', '-')}-{self.size}.zip"  # of another version, another file
         self.descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
         os.ftruncate(self.descriptor, self.size)
@@ -300,8 +322,9 @@ class Remote:
         while start < end:
             before = start
             try:
-                with self.session.get(self.url, headers={"Range": f"bytes={start}-{end - 1}"}, stream=True,
-                                      timeout=TIMEOUT_S) as answer:
+                with self.session.get(
+                    self.url, headers={"Range": f"bytes={start}-{end - 1}"}, stream=True, timeout=TIMEOUT_S
+                ) as answer:
                     self.check(answer, f"bytes {start}-{end - 1}/")
                     for chunk in answer.iter_content(CHUNK):
                         start += os.pwrite(self.descriptor, chunk, start)
@@ -318,9 +341,11 @@ class Remote:
         """Raises FetchError, the body unread, unless this is the range asked for of an archive of the right size."""
         found, stated = answer.headers.get("Content-Range", ""), f"{want}{self.size}"
         if answer.status_code != 206 or found != stated:
-            fault = {200: "sends the whole archive instead of a range; is there a proxy in between?",
-                     206: f"has changed: asked for {stated}, it sends {found}",
-                     416: f"has changed: asked for {stated}, it has {found}"}
+            fault = {
+                200: "sends the whole archive instead of a range; is there a proxy in between?",
+                206: f"has changed: asked for {stated}, it sends {found}",
+                416: f"has changed: asked for {stated}, it has {found}",
+            }
             told = fault.get(answer.status_code, f"answers {answer.status_code} {answer.reason}")
             raise FetchError(f"{self.url} {told}; {AGAIN.format('images')}")
 
@@ -372,15 +397,19 @@ def hub_weights(repo: str, file: str, scratch: Path) -> tuple[Path, dict]:
     url = huggingface_hub.hf_hub_url(repo, file, endpoint=hub["endpoint"])
     try:
         stated = huggingface_hub.get_hf_file_metadata(url, **hub)
-        path = Path(huggingface_hub.hf_hub_download(repo, file, revision=stated.commit_hash, local_dir=scratch,
-                                                    tqdm_class=Bar, **hub))
+        path = Path(
+            huggingface_hub.hf_hub_download(
+                repo, file, revision=stated.commit_hash, local_dir=scratch, tqdm_class=Bar, **hub
+            )
+        )
     except (OSError, ValueError, httpx2.HTTPError) as error:
         raise FetchError(f"weights {repo}/{file}: {brief(error)}; {AGAIN.format('weights')}") from error
     digest = sha256(path)
     if digest != stated.etag:
         path.unlink()
-        raise FetchError(f"weights {repo}/{file} have SHA-256 {digest}, the hub states {stated.etag}; "
-                         f"{AGAIN.format('weights')}")
+        raise FetchError(
+            f"weights {repo}/{file} have SHA-256 {digest}, the hub states {stated.etag}; {AGAIN.format('weights')}"
+        )
     return path, {"repo": repo, "revision": stated.commit_hash, "file": file, "sha256": digest}
 
 

@@ -17,7 +17,7 @@ import record
 from conftest import TINY, Project, copy_of_the_repository
 from playwright.sync_api import Page, expect, sync_playwright
 
-HOSTILE = "</style></title></script><script>alert(1)</script><img src=x onerror=alert(1)>\" onload=\"alert(1) $\\frac{"
+HOSTILE = '</style></title></script><script>alert(1)</script><img src=x onerror=alert(1)>" onload="alert(1) $\\frac{'
 OLD = 3  # experiments that are not comparable
 GALLERY = int(TINY[3])
 

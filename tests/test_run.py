@@ -82,9 +82,7 @@ def test_a_change_that_helps_is_kept_and_one_that_hurts_is_reverted(fast: Projec
     assert "what train.py printed" in fast.git("show", f"{record}:experiment/train.log")
     assert (
         len(
-            subprocess.run(
-                ["git", "show", f"{record}:experiment/ranks.npy"], cwd=fast.path, capture_output=True
-            ).stdout
+            subprocess.run(["git", "show", f"{record}:experiment/ranks.npy"], cwd=fast.path, capture_output=True).stdout
         )
         == 128 + 2 * 200 * 4
     )

@@ -8,6 +8,7 @@ A reason is written for the model: it says what to do instead.
 It may also ask the planner, a subagent that only reads, and both may use the web where the current phase names domains.
 The client follows redirects only within a host ("www." aside), scheme and port; others come back here as new calls.
 """
+
 from __future__ import annotations
 
 import json
@@ -19,15 +20,24 @@ import time
 
 ROOT = os.path.realpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 EDITABLE = ("train.py", "scratchpad.md")
-READABLE = re.compile(r"train\.py|scratchpad\.md|program\.md|CLAUDE\.md|runs/experiments\.tsv"
-                      r"|runs/[0-9]{4,9}\.(log|diff)|data/[A-Za-z0-9][A-Za-z0-9_.-]{0,40}/preview\.png")
-KEYS = {"Bash": {"command", "description"}, "Edit": {"file_path", "old_string", "new_string", "replace_all"},
-        "Write": {"file_path", "content"}, "Read": {"file_path", "offset", "limit"},
-        "WebFetch": {"url", "prompt", "offset"}, "WebSearch": {"query", "allowed_domains", "blocked_domains"},
-        "Agent": {"description", "prompt", "subagent_type"}}
+READABLE = re.compile(
+    r"train\.py|scratchpad\.md|program\.md|CLAUDE\.md|runs/experiments\.tsv"
+    r"|runs/[0-9]{4,9}\.(log|diff)|data/[A-Za-z0-9][A-Za-z0-9_.-]{0,40}/preview\.png"
+)
+KEYS = {
+    "Bash": {"command", "description"},
+    "Edit": {"file_path", "old_string", "new_string", "replace_all"},
+    "Write": {"file_path", "content"},
+    "Read": {"file_path", "offset", "limit"},
+    "WebFetch": {"url", "prompt", "offset"},
+    "WebSearch": {"query", "allowed_domains", "blocked_domains"},
+    "Agent": {"description", "prompt", "subagent_type"},
+}
 PLANNER, READERS = "planner", ("Read", "WebFetch", "WebSearch")  # all that a subagent can have, whatever its file says
 # A plain URL: no user, no port, a name for a host (its last label of letters, so no address), RFC 3986's characters
-URL = re.compile(r"https://((?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,63})(?:/[A-Za-z0-9._~:/?#@!$&'()*+,;=%-]*)?")
+URL = re.compile(
+    r"https://((?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,63})(?:/[A-Za-z0-9._~:/?#@!$&'()*+,;=%-]*)?"
+)
 MOST_URL, MOST_QUERY, MOST_PROMPT = 500, 300, 3000  # characters
 COMMAND = "./run.sh"
 sys.dont_write_bytecode = True
@@ -50,7 +60,7 @@ def path_of(call: dict, allowed) -> str:
         raise Denied("file_path must be a string. " + ABILITIES)
     for prefix in (ROOT + "/", os.environ.get("CLAUDE_PROJECT_DIR", ROOT).rstrip("/") + "/", "./"):
         if asked.startswith(prefix):
-            asked = asked[len(prefix):]
+            asked = asked[len(prefix) :]
             break
     if not allowed(asked):
         raise Denied(refusal(call["tool_name"]))
@@ -70,11 +80,11 @@ def refusal(tool: str) -> str:
     """What to do instead."""
     return {
         "Bash": "Only the exact command ./run.sh, with no arguments, may be run. Past results: Read"
-                " runs/experiments.tsv; a whole log: runs/NNNN.log. To change code: Edit train.py.",
+        " runs/experiments.tsv; a whole log: runs/NNNN.log. To change code: Edit train.py.",
         "Edit": "Only train.py and scratchpad.md can be edited, spelled so. Put ideas that need other files into"
-                " scratchpad.md for the person.",
+        " scratchpad.md for the person.",
         "Read": "Only train.py, scratchpad.md, program.md, CLAUDE.md, runs/experiments.tsv, runs/NNNN.log,"
-                " runs/NNNN.diff and data/*/preview.png can be read.",
+        " runs/NNNN.diff and data/*/preview.png can be read.",
     }.get({"Write": "Edit"}.get(tool, tool), f"{tool} is not available. " + ABILITIES)
 
 
@@ -106,8 +116,10 @@ def fetch(call: dict, given: dict) -> dict:
     domains, url = domains_of_phase(), given.get("url")
     m = URL.fullmatch(url) if isinstance(url, str) and len(url) <= MOST_URL else None
     if not m or not any(m[1] == d or m[1].endswith("." + d) and "xn--" not in m[1] for d in domains):
-        raise Denied(f"Only plain https URLs of {', '.join(domains)} can be fetched (program.md: web), without port, at"
-                     f" most {MOST_URL} characters. Go on without; note open questions in scratchpad.md.")
+        raise Denied(
+            f"Only plain https URLs of {', '.join(domains)} can be fetched (program.md: web), without port, at"
+            f" most {MOST_URL} characters. Go on without; note open questions in scratchpad.md."
+        )
     log(call, url)
     return {}
 
@@ -128,12 +140,15 @@ def domains_of_phase() -> list:
     """What `web` of program.md's current phase names. Raises Denied."""
     try:
         import loop  # here, so that other calls stay fast
+
         phase = loop.record.State().phase
     except Exception as e:  # a mistake in program.md, most often
         raise Denied(f"No web access: {e}; tell the person.") from None
     if not phase or not phase.web:
-        raise Denied(f"the current phase '{phase.name if phase else 'none'}' has no web access (program.md: web): work"
-                     " from what you know, and note open questions in scratchpad.md.")
+        raise Denied(
+            f"the current phase '{phase.name if phase else 'none'}' has no web access (program.md: web): work"
+            " from what you know, and note open questions in scratchpad.md."
+        )
     return phase.web
 
 
@@ -171,8 +186,10 @@ def run(call: dict, given: dict) -> dict:
         known = {}
     why = "the person said stop" if known.get("stopped") else why_ended(known) if known.get("on") else ""
     if why:
-        raise Denied(f"The loop has ended: {why}. Do not run another experiment: sum up in a few lines in scratchpad.md"
-                     " what was learned and what you would try next, then end your turn.")
+        raise Denied(
+            f"The loop has ended: {why}. Do not run another experiment: sum up in a few lines in scratchpad.md"
+            " what was learned and what you would try next, then end your turn."
+        )
     open(os.path.join(folder, f"proof.{ident}"), "w").close()
     return {"updatedInput": {**given, "command": f"AR_PROOF={ident} {COMMAND}"}}
 
@@ -181,6 +198,7 @@ def why_ended(session: dict) -> str:
     """program.md's `stop` or the end of its phases, for an agent whose turn never ends; '' while the loop goes on."""
     try:
         import loop  # here, so that other calls stay fast
+
         return loop.reason_to_end({**session, "idle": 0}, loop.record.State())
     except Exception:
         return ""  # a mistake in program.md, most often: run.sh says which

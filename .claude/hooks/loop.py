@@ -10,6 +10,7 @@ The loop is on for the conversation in which a person typed "start", until progr
 in a row that brought no experiment. What is on is kept in runs/session/<conversation>.json; what was read of its
 transcripts and what it cost beside it, in .tokens and .usd. In a night (night.py) `stop` counts all its conversations.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -35,8 +36,10 @@ DIGITS = {"experiments": "d", "hours": ".1f", "tokens": ",d", "usd": ".2f"}  # o
 PAD = record.ROOT / "scratchpad.md"
 PLANNED = re.compile(r"^##[ \t]+Planned[ \t]*\r?$.*?(?=^##\s|\Z)", re.M | re.S | re.I)  # ends as in result.py
 MOST_PLANNED, MOST_PAD = 3000, 1 << 20  # bytes of the planner's answer that are kept, and of a scratchpad
-GO_ON = ("Next experiment: {}read what the last result taught, write one line under '## Next experiment' in "
-         "scratchpad.md, edit train.py, run ./run.sh. Do not ask the person; nobody is watching.")
+GO_ON = (
+    "Next experiment: {}read what the last result taught, write one line under '## Next experiment' in "
+    "scratchpad.md, edit train.py, run ./run.sh. Do not ask the person; nobody is watching."
+)
 
 
 def session_file(call: dict) -> Path:
@@ -95,8 +98,10 @@ def tokens(session: dict) -> int:
                 if b'"usage"' in line:
                     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
                         message = json.loads(line)["message"]
-                        n = sum(message["usage"].get(k) or 0 for k in
-                                ("input_tokens", "output_tokens", "cache_creation_input_tokens"))
+                        n = sum(
+                            message["usage"].get(k) or 0
+                            for k in ("input_tokens", "output_tokens", "cache_creation_input_tokens")
+                        )
                         known["used"][message["id"]] = max(n, known["used"].get(message["id"], 0))
     put(meter, known)
     return sum(known["used"].values())
@@ -140,13 +145,19 @@ def prompt(call: dict) -> dict:
         return context("UserPromptSubmit", f"The loop is on. {go_on(state, session)}")
     if word in ("stop", "pause"):
         save(call, {**session, "on": False, "stopped": True})
-        return context("UserPromptSubmit", "The loop is off: do not run another experiment. Sum up in a few lines what "
-                                           "was learned and what you would try next. 'start' goes on.")
+        return context(
+            "UserPromptSubmit",
+            "The loop is off: do not run another experiment. Sum up in a few lines what "
+            "was learned and what you would try next. 'start' goes on.",
+        )
     if session.get("stopped"):
         save(call, {**session, "stopped": False})
     if session.get("on"):
-        return context("UserPromptSubmit", "The loop is still on: answer the person in a few lines, heed what they "
-                                           "say, then go on with the next experiment in the same turn.")
+        return context(
+            "UserPromptSubmit",
+            "The loop is still on: answer the person in a few lines, heed what they "
+            "say, then go on with the next experiment in the same turn.",
+        )
     return {}
 
 
@@ -170,12 +181,15 @@ def agent_answered(call: dict) -> dict:
     """Put what the planner said under `## Planned` in scratchpad.md, whatever the agent makes of it."""
     try:
         answer = call["tool_response"]
-        parts = answer["content"][answer.get("harnessNoteCount", 0):]  # notes of the client's own, before and after
-        write_plan("\n".join(p.get("text", "") for p in parts[:len(parts) - answer.get("harnessTailCount", 0)]))
+        parts = answer["content"][answer.get("harnessNoteCount", 0) :]  # notes of the client's own, before and after
+        write_plan("\n".join(p.get("text", "") for p in parts[: len(parts) - answer.get("harnessTailCount", 0)]))
     except Exception as e:
         return context("PostToolUse", f"The planner's answer was not put into scratchpad.md ({e}); tell the person.")
-    return context("PostToolUse", "The planner's answer now stands under '## Planned' in scratchpad.md: read that file "
-                                  "again before you edit it. It is advice; the decision is yours.")
+    return context(
+        "PostToolUse",
+        "The planner's answer now stands under '## Planned' in scratchpad.md: read that file "
+        "again before you edit it. It is advice; the decision is yours.",
+    )
 
 
 def write_plan(said: str) -> None:
@@ -188,7 +202,7 @@ def write_plan(said: str) -> None:
     pad = PAD.read_bytes().decode("utf-8", "surrogateescape")
     old = PLANNED.search(pad)
     if old:
-        pad = pad[:old.start()] + body + ("\n" if old.end() < len(pad) else "") + pad[old.end():]
+        pad = pad[: old.start()] + body + ("\n" if old.end() < len(pad) else "") + pad[old.end() :]
     else:
         pad += ("" if pad.endswith("\n") or not pad else "\n") + "\n" + body
     part = SESSIONS / f"scratchpad.{os.getpid()}.new"
@@ -207,10 +221,12 @@ def nights_share(session: dict) -> dict:
 def spent(session: dict, state: record.State) -> dict:
     """What program.md's `stop` limits, counted since start: of a night over all its conversations."""
     dark = nights_share(session)
-    meters = {"experiments": lambda: sum(r.n > session.get("from", 0) for r in state.tried),
-              "hours": lambda: (time.time() - session.get("since", 0)) / 3600,
-              "tokens": lambda: tokens(session) - session.get("tokens", 0) + dark.get("tokens", 0),
-              "usd": lambda: usd(session) - session.get("usd", 0) + dark.get("usd", 0)}
+    meters = {
+        "experiments": lambda: sum(r.n > session.get("from", 0) for r in state.tried),
+        "hours": lambda: (time.time() - session.get("since", 0)) / 3600,
+        "tokens": lambda: tokens(session) - session.get("tokens", 0) + dark.get("tokens", 0),
+        "usd": lambda: usd(session) - session.get("usd", 0) + dark.get("usd", 0),
+    }
     return {unit: meters[unit]() for unit in state.plan.stop if unit in meters}
 
 

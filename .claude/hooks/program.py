@@ -6,6 +6,7 @@ usage: program.py [FILE]      print the settings and phases as JSON; exit 2 with
 program.md is Markdown for people. The harness reads only `key: value` lines directly under `## Settings` and under
 each `## Phase N — name`; an empty line after them, or a line of any other kind, ends such a block.
 """
+
 from __future__ import annotations
 
 import json
@@ -87,11 +88,17 @@ SETTINGS = {
     "data": (r"[A-Za-z0-9][A-Za-z0-9_.-]{0,40}", str, "the name of a folder in data/"),
     "metric": (r"mean_rank|median_rank", str, "mean_rank or median_rank"),
     "budget": (r"[1-9]" + SECONDS[0].replace("1,5", "0,4"), SECONDS[1], "a whole number from 1 to 99999, in seconds"),
-    "memory": (r"[1-9]\d* ?[Gg][Bb]?|([1-9]\d{3,}|[5-9]\d\d) ?[Mm][Bb]?",
-               lambda t: t.replace(" ", "").lower().rstrip("b"), "a size of at least 500 MB, such as 8 GB"),
+    "memory": (
+        r"[1-9]\d* ?[Gg][Bb]?|([1-9]\d{3,}|[5-9]\d\d) ?[Mm][Bb]?",
+        lambda t: t.replace(" ", "").lower().rstrip("b"),
+        "a size of at least 500 MB, such as 8 GB",
+    ),
     "confirm_below": (r"\d+(\.\d+)?", float, "a number of sigmas, such as 2"),
-    "stop": (several(f"({COUNT}|{HOURS}|{CLOCK}|{TOKENS}|{COST})"), amounts,
-             "some of '40 experiments, 9.5 hours, 07:30, 20M tokens, 15 USD'"),
+    "stop": (
+        several(f"({COUNT}|{HOURS}|{CLOCK}|{TOKENS}|{COST})"),
+        amounts,
+        "some of '40 experiments, 9.5 hours, 07:30, 20M tokens, 15 USD'",
+    ),
     "cooldown": (*SECONDS, "a whole number of seconds"),
     "final_budget": (*SECONDS, "a whole number of seconds"),
     "devices": (r"[1-9]\d?", int, "how many experiments may train at once, 1 to 99"),
@@ -159,8 +166,9 @@ def phase_heading(text: str, n: int, names: list) -> tuple:
 def take(target: dict, keys: dict, key: str, value: str, n: int) -> None:
     """Store one `key: value` line. Raises ProgramError for an unknown key, a second one, or a bad value."""
     if key not in keys:
-        raise ProgramError(f"program.md line {n}: unknown key '{key}'; known here: {', '.join(keys)} "
-                           "(prose goes after an empty line)")
+        raise ProgramError(
+            f"program.md line {n}: unknown key '{key}'; known here: {', '.join(keys)} (prose goes after an empty line)"
+        )
     if key in target:
         raise ProgramError(f"program.md line {n}: a second '{key}'")
     pattern, convert, want = keys[key]

@@ -3,6 +3,7 @@
 Every attempt is a commit under refs/experiments/<n>; its message carries, as trailers, all that later decisions
 need, so one git call reads the whole history. Nothing else is stored: phase, incumbent and noise follow from it.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -41,8 +42,18 @@ CHAIN = re.compile(r"(\d+) of (\d+) on ([0-9a-f]{9})(, goes on)?")
 TRAILER = re.compile(r"([A-Z][A-Za-z-]*): (.*)")
 SERIES = {"mean_rank": "Mean-Rank-Runs", "median_rank": "Median-Rank-Runs"}
 # as in run.sh: nothing that planted settings or variables could make git run
-GIT = ("git", "-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "-c", "log.showSignature=false",
-       "-c", "protocol.allow=never", "--no-pager")
+GIT = (
+    "git",
+    "-c",
+    "core.hooksPath=/dev/null",
+    "-c",
+    "core.fsmonitor=false",
+    "-c",
+    "log.showSignature=false",
+    "-c",
+    "protocol.allow=never",
+    "--no-pager",
+)
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
 
 
@@ -75,8 +86,15 @@ class Record:
 
 def git(*args: str, check: bool = True) -> str:
     """git without hooks and monitors; returns stdout. Raises Refused when it fails."""
-    done = subprocess.run([*GIT, *args], cwd=ROOT, env=ENVIRONMENT, stdin=subprocess.DEVNULL, capture_output=True,
-                          text=True, errors="replace")
+    done = subprocess.run(
+        [*GIT, *args],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
     if done.returncode and check:
         raise Refused(f"git {args[0]} failed: {done.stderr.strip()[:200]}")
     return done.stdout
@@ -147,8 +165,11 @@ class State:
         self.data = data_folder(self.plan.data)
         self.branch = git("symbolic-ref", "--short", "-q", "HEAD", check=False).strip() or "detached"
         newest = [*reversed(self.own(self.all)), *reversed(self.all)]  # this branch's own settings, if it ever ran
-        self.comparable = (comparable(self.plan, self.data, image) if image
-                           else next((r.comparable for r in newest if r.comparable), ""))
+        self.comparable = (
+            comparable(self.plan, self.data, image)
+            if image
+            else next((r.comparable for r in newest if r.comparable), "")
+        )
         self.mine = [r for r in self.all if r.comparable == self.comparable]
         self.counted = [r for r in self.mine if r.verdict in COUNTED and "By-Hand" not in r.trailers]
         self.head_blob = git("rev-parse", "HEAD:train.py", check=False).strip()
@@ -194,8 +215,9 @@ class State:
         """The first phase, in file order, whose `until` is not met; None when all are."""
         for p in self.plan.phases:
             rows = self.in_phase(p.name)
-            if (len(rows) < p.until.get("experiments", math.inf)
-                    and self.discards_in_a_row(rows) < p.until.get("discards", math.inf)):
+            if len(rows) < p.until.get("experiments", math.inf) and self.discards_in_a_row(rows) < p.until.get(
+                "discards", math.inf
+            ):
                 return p
         return None
 
@@ -205,16 +227,20 @@ class State:
             return "all phases of program.md are done"
         of = p.until.get("experiments")
         chain = f", chain {self.link} of at most {p.patience}" if self.link else ""
-        return (f"{self.plan.phases.index(p) + 1} of {len(self.plan.phases)} ({p.name}), "
-                f"{len(self.in_phase(p.name))}{f' of {of}' if of else ''} experiments{chain}")
+        return (
+            f"{self.plan.phases.index(p) + 1} of {len(self.plan.phases)} ({p.name}), "
+            f"{len(self.in_phase(p.name))}{f' of {of}' if of else ''} experiments{chain}"
+        )
 
     def best_line(self) -> str:
         if not self.incumbent:
             return "not measured yet"
         now = geometric(self.incumbent)
         first = next((geometric(self.values(r)) for r in self.mine if r.verdict == "baseline"), now)
-        return (f"{show(now)} ({(now / first - 1) * 100:+.1f} % since the baseline {show(first)}; "
-                f"noise {self.sigma * 100:.1f} % a run)")
+        return (
+            f"{show(now)} ({(now / first - 1) * 100:+.1f} % since the baseline {show(first)}; "
+            f"noise {self.sigma * 100:.1f} % a run)"
+        )
 
     @property
     def link(self) -> int:
@@ -229,21 +255,28 @@ class State:
 
     def better_elsewhere(self) -> str:
         """A line on the best of another branch, if it beats the incumbent; '' if none does."""
-        others = [r for r in self.mine if r.verdict == "kept" and r.branch not in ("", self.branch)
-                  and self.groups[r.train]]  # kept by hand: perhaps never measured here
+        others = [
+            r for r in self.mine if r.verdict == "kept" and r.branch not in ("", self.branch) and self.groups[r.train]
+        ]  # kept by hand: perhaps never measured here
         best = min(others, key=lambda r: geometric(self.groups[r.train]), default=None)
         if not best or not self.incumbent or geometric(self.groups[best.train]) >= geometric(self.incumbent):
             return ""
-        return (f"experiment {best.n} on branch {best.branch} has {show(geometric(self.groups[best.train]))}; a person "
-                f"takes it over with ./run.sh keep {best.n}")
+        return (
+            f"experiment {best.n} on branch {best.branch} has {show(geometric(self.groups[best.train]))}; a person "
+            f"takes it over with ./run.sh keep {best.n}"
+        )
 
     def incumbent_is_due(self) -> bool:
         """After every ten discards in a row the incumbent runs again, up to four runs: it may have been lucky."""
         rows = self.own([r for r in self.mine if r.verdict in ("kept", "discarded", "remeasured", "unmeasured")])
         row = self.discards_in_a_row([r for r in rows if r.verdict in ("kept", "discarded")])
         # once, whether it succeeded or not: one that fails now must not keep every later candidate from running
-        return (row > 0 and row % REMEASURE_AFTER == 0 and rows[-1].verdict in ("kept", "discarded")
-                and len(self.incumbent) < MAX_INCUMBENT_RUNS)
+        return (
+            row > 0
+            and row % REMEASURE_AFTER == 0
+            and rows[-1].verdict in ("kept", "discarded")
+            and len(self.incumbent) < MAX_INCUMBENT_RUNS
+        )
 
 
 def prose(p: program.Phase) -> str:
@@ -362,12 +395,17 @@ def news_of_the_plan() -> list:
 def brief(state: State) -> str:
     """Where things stand, for a conversation that begins: under 1.3 KB."""
     rows = state.counted
-    out = [f"Phase {state.phase_line()}.", f"Best {state.plan.metric}: {state.best_line()}. {len(rows)} experiments so "
-           f"far, {sum(r.verdict == 'kept' for r in rows)} kept."]
+    out = [
+        f"Phase {state.phase_line()}.",
+        f"Best {state.plan.metric}: {state.best_line()}. {len(rows)} experiments so "
+        f"far, {sum(r.verdict == 'kept' for r in rows)} kept.",
+    ]
     if rows:
         out.append("Last ten (runs/experiments.tsv has all):")
-        out += [f"{r.n} {r.verdict} {r.change.split(' (')[0] or r.reason.split(':')[0]}: {r.hypothesis[:60]}"
-                for r in rows[-10:]]
+        out += [
+            f"{r.n} {r.verdict} {r.change.split(' (')[0] or r.reason.split(':')[0]}: {r.hypothesis[:60]}"
+            for r in rows[-10:]
+        ]
         dead = sorted((r for r in rows[:-10] if r.verdict == "discarded"), key=lambda r: -r.percent)[:5]
         if dead:
             out.append("Dead ends before: " + "; ".join(f"{r.hypothesis[:40]} ({r.percent:+.1f} %)" for r in dead))

@@ -7,6 +7,7 @@ usage: result.py plan AGENT IMAGE                     refuse (exit 2, one line),
        result.py block WORK COMMIT LOG IMAGE          the result block for the agent
        result.py tsv | log [N] | status               the history, for the agent and for a person
 """
+
 from __future__ import annotations
 
 import json
@@ -45,8 +46,10 @@ def hypothesis() -> str:
     if not line or PLACEHOLDER in line:
         raise Refused("no hypothesis: write one line under '## Next experiment' in scratchpad.md, then run ./run.sh")
     if len(line) > MOST_HYPOTHESIS:
-        raise Refused(f"the hypothesis has {len(line)} characters; make the line under '## Next experiment' in "
-                      f"scratchpad.md {MOST_HYPOTHESIS} or fewer")
+        raise Refused(
+            f"the hypothesis has {len(line)} characters; make the line under '## Next experiment' in "
+            f"scratchpad.md {MOST_HYPOTHESIS} or fewer"
+        )
     return line
 
 
@@ -54,8 +57,10 @@ def blob_of(name: str) -> str:
     """Object id of a file's bytes as they are, stored in git. Raises Refused when it is not an ordinary file."""
     path = ROOT / name
     if path.is_symlink() or not path.is_file() or path.stat().st_nlink != 1 or path.stat().st_size > 1 << 20:
-        raise Refused(f"{name} must be one ordinary file below 1 MiB, not missing, a link or a folder; "
-                      f"a person can put it back with: git checkout {name}")
+        raise Refused(
+            f"{name} must be one ordinary file below 1 MiB, not missing, a link or a folder; "
+            f"a person can put it back with: git checkout {name}"
+        )
     return git("hash-object", "-w", "--no-filters", "--", name).strip()
 
 
@@ -67,15 +72,28 @@ def plan(agent: str, image: str) -> None:
         raise Refused("train.py is not committed; commit it first, it is the baseline")
     changed = blob != state.head_blob
     if state.incumbent and not changed and agent == "1":
-        raise Refused("train.py is unchanged, so there is nothing to measure; edit it as your hypothesis says, then "
-                      "run ./run.sh again")
+        raise Refused(
+            "train.py is unchanged, so there is nothing to measure; edit it as your hypothesis says, then "
+            "run ./run.sh again"
+        )
     idea = new_idea(state, blob) if changed else ""
     kind = "baseline" if not state.incumbent else "candidate" if changed else "remeasure"
-    fields = {"kind": kind, "n": state.newest + 1, "blob": blob, "pad": pad, "incumbent": state.head_blob,
-              "data": state.data, "budget": state.plan.budget, "memory": state.plan.memory,
-              "cooldown": state.plan.cooldown, "devices": state.plan.devices, "ar_launch": " ".join(state.plan.launch),
-              "comparable": state.comparable, "idea": idea,
-              "remeasure": int(kind == "candidate" and state.incumbent_is_due())}
+    fields = {
+        "kind": kind,
+        "n": state.newest + 1,
+        "blob": blob,
+        "pad": pad,
+        "incumbent": state.head_blob,
+        "data": state.data,
+        "budget": state.plan.budget,
+        "memory": state.plan.memory,
+        "cooldown": state.plan.cooldown,
+        "devices": state.plan.devices,
+        "ar_launch": " ".join(state.plan.launch),
+        "comparable": state.comparable,
+        "idea": idea,
+        "remeasure": int(kind == "candidate" and state.incumbent_is_due()),
+    }
     print("\n".join(f"{k}={v}" for k, v in fields.items()))
 
 
@@ -85,12 +103,16 @@ def new_idea(state: State, blob: str) -> str:
     judged = [r for r in state.counted if r.verdict != "failed"]
     for r in judged:
         if r.train == blob:
-            raise Refused(f"this very train.py was already judged: experiment {r.n}, {r.verdict}, {state.plan.metric} "
-                          f"{show(geometric(state.values(r)))} ({r.hypothesis}); change something else")
+            raise Refused(
+                f"this very train.py was already judged: experiment {r.n}, {r.verdict}, {state.plan.metric} "
+                f"{show(geometric(state.values(r)))} ({r.hypothesis}); change something else"
+            )
     last = next((r for r in reversed(state.here) if r.verdict != "failed"), None)
     if last and last.hypothesis == idea:
-        raise Refused(f"the hypothesis is still that of experiment {last.n} ({last.verdict}); write the "
-                      "new one under '## Next experiment' in scratchpad.md, then run ./run.sh")
+        raise Refused(
+            f"the hypothesis is still that of experiment {last.n} ({last.verdict}); write the "
+            "new one under '## Next experiment' in scratchpad.md, then run ./run.sh"
+        )
     for other in record.other_worktrees():
         if record.running(other).get("blob") == blob:
             raise Refused(f"this very train.py is being judged in the worktree {other.name}; change something else")
@@ -134,12 +156,19 @@ def write(work: str, n: str, kind: str, verdict: str, blob: str, image: str, by_
     state, runs = State(image), runs_in(work)
     values = metrics(runs, state.plan.metric)
     result = {
-        "experiment": int(n), "verdict": verdict,
+        "experiment": int(n),
+        "verdict": verdict,
         "hypothesis": TITLES.get(verdict) or by_hand or Path(work, "hypothesis").read_text().strip(),
         "reason": clean(next((r["reason"] for r in runs if r["outcome"] != "ok"), ""))[:300],
-        "phase": state.phase.name if state.phase and kind == "candidate" else "", "metric": state.plan.metric,
-        "sigma": round(state.sigma, 4), "before": state.incumbent, "train": blob, "comparable": state.comparable,
-        "by_hand": bool(by_hand), "when": int(time.time()), "runs": runs,
+        "phase": state.phase.name if state.phase and kind == "candidate" else "",
+        "metric": state.plan.metric,
+        "sigma": round(state.sigma, 4),
+        "before": state.incumbent,
+        "train": blob,
+        "comparable": state.comparable,
+        "by_hand": bool(by_hand),
+        "when": int(time.time()),
+        "runs": runs,
     }
     if values and kind == "candidate" and state.incumbent:
         g = gain(values, state.incumbent)
@@ -185,9 +214,17 @@ def message(r: dict) -> str:
             trailers |= {key: f"{geometric(series):.2f}", f"{key}-Runs": " ".join(f"{v:.4f}" for v in series)}
     if "percent" in r:
         trailers["Change"] = f"{r['percent']:+.1f} % ({in_sigmas(r)})"
-    trailers |= {"Seed": " ".join(str(x["seed"]) for x in r["runs"]), "Phase": r["phase"], "Reason": r["reason"],
-                 "Train": r["train"], "Comparable": r["comparable"], "Branch": r["branch"], "Chain": r["chain"],
-                 "Web": r["web"], "By-Hand": "yes" if r["by_hand"] else ""}
+    trailers |= {
+        "Seed": " ".join(str(x["seed"]) for x in r["runs"]),
+        "Phase": r["phase"],
+        "Reason": r["reason"],
+        "Train": r["train"],
+        "Comparable": r["comparable"],
+        "Branch": r["branch"],
+        "Chain": r["chain"],
+        "Web": r["web"],
+        "By-Hand": "yes" if r["by_hand"] else "",
+    }
     return subject + "\n\n" + "".join(f"{k}: {v}\n" for k, v in trailers.items() if v != "")
 
 
@@ -203,10 +240,21 @@ def block(work: str, commit: str, log: str, image: str) -> None:
     except program.ProgramError:
         os.environ["AR_PLAN"] = plan
         state = State(image)
-    rows = [("experiment", r["experiment"]), ("verdict", r["verdict"]), ("hypothesis", r["hypothesis"]),
-            *metric_rows(r), ("reason", r["reason"]), ("train", training(r["runs"][-1], state.plan.budget))]
-    end = [("commit", commit[:9] + what_became_of_it(r)), ("log", log), ("elsewhere", state.better_elsewhere()),
-           ("phase", state.phase_line()), ("next", what_next(r, state))]
+    rows = [
+        ("experiment", r["experiment"]),
+        ("verdict", r["verdict"]),
+        ("hypothesis", r["hypothesis"]),
+        *metric_rows(r),
+        ("reason", r["reason"]),
+        ("train", training(r["runs"][-1], state.plan.budget)),
+    ]
+    end = [
+        ("commit", commit[:9] + what_became_of_it(r)),
+        ("log", log),
+        ("elsewhere", state.better_elsewhere()),
+        ("phase", state.phase_line()),
+        ("next", what_next(r, state)),
+    ]
     lines, quoted, last = ([f"{k + ':':13} {v}" for k, v in part if v != ""] for part in (rows, [], end))
     if r["reason"]:
         text = Path(ROOT, log).read_bytes()[-6000:].decode("utf-8", "replace")
@@ -250,25 +298,39 @@ def metric_rows(r: dict) -> list:
     value = geometric([m[r["metric"]] for m in good])
     other = "median_rank" if r["metric"] == "mean_rank" else "mean_rank"
     twice = f", mean of {len(good)} runs" if len(good) > 1 else ""
-    rows = [(r["metric"], f"{show(value)}   (validation, gallery {good[0]['gallery']}, random {good[0]['random']:.1f}, "
-                          f"lower is better{twice})")]
+    rows = [
+        (
+            r["metric"],
+            f"{show(value)}   (validation, gallery {good[0]['gallery']}, random {good[0]['random']:.1f}, "
+            f"lower is better{twice})",
+        )
+    ]
     if "percent" in r:
         noise = f"({in_sigmas(r)}, sigma {r['sigma'] * 100:.1f} %)"
         if r["verdict"] == "discarded" and 0 < r["sigmas"] < MARGIN:
             noise += f"; below {MARGIN} sigma nothing is kept"
         runs = "1 run" if len(r["before"]) == 1 else f"{len(r['before'])} runs"
-        rows += [("before", f"{show(geometric(r['before']))}   ({runs})"),
-                 ("change", f"{r['percent']:+.1f} %   {noise}")]
+        rows += [
+            ("before", f"{show(geometric(r['before']))}   ({runs})"),
+            ("change", f"{r['percent']:+.1f} %   {noise}"),
+        ]
     at = {s: " / ".join(f"{sum(m[s][k] for m in good) / len(good):.1f}" for k in range(3)) for s in ("i2t", "t2i")}
-    return [*rows, (other, show(geometric([m[other] for m in good]))),
-            ("recall", f"i2t {at['i2t']}   t2i {at['t2i']}   (R@1 / 5 / 10, %)")]
+    return [
+        *rows,
+        (other, show(geometric([m[other] for m in good]))),
+        ("recall", f"i2t {at['i2t']}   t2i {at['t2i']}   (R@1 / 5 / 10, %)"),
+    ]
 
 
 def training(run: dict, budget: int) -> str:
     """Seconds are the harness's, the rest are train.py's own claims."""
     said, t = run["train"].get("claims", {}), run["timing"]
-    claims = [f"{said['steps']} steps" if "steps" in said else "", f"loss {said['loss']}" if "loss" in said else "",
-              f"peak {said['peak_memory']}" if "peak_memory" in said else "", run["train"].get("device", "")]
+    claims = [
+        f"{said['steps']} steps" if "steps" in said else "",
+        f"loss {said['loss']}" if "loss" in said else "",
+        f"peak {said['peak_memory']}" if "peak_memory" in said else "",
+        run["train"].get("device", ""),
+    ]
     around = f"{t['total'] - t['train']:.0f} s around it"
     return ", ".join(filter(None, [f"{t['train']:.0f} s of {budget}", *claims, around]))
 
@@ -303,7 +365,7 @@ def in_chain(r: Record) -> str:
 def log(count: str = "20") -> None:
     """The last experiments, one line each."""
     state = State()
-    for r in state.all[-int(count):]:
+    for r in state.all[-int(count) :]:
         value = show(geometric(state.values(r))) if state.values(r) else ""
         when = time.strftime("%m-%d %H:%M", time.localtime(r.when))
         text = " — ".join(filter(None, [r.hypothesis, r.reason])) + in_chain(r)
@@ -313,9 +375,11 @@ def log(count: str = "20") -> None:
 def status() -> None:
     state = State()
     count = {v: sum(r.verdict == v for r in state.counted) for v in COUNTED}
-    print(f"phase:    {state.phase_line()}\nbest:     {state.plan.metric} {state.best_line()}\n"
-          f"record:   {len(state.counted)} experiments: {', '.join(f'{n} {v}' for v, n in count.items())}\n"
-          f"running:  {record.running_line() or 'nothing'}")
+    print(
+        f"phase:    {state.phase_line()}\nbest:     {state.plan.metric} {state.best_line()}\n"
+        f"record:   {len(state.counted)} experiments: {', '.join(f'{n} {v}' for v, n in count.items())}\n"
+        f"running:  {record.running_line() or 'nothing'}"
+    )
     if better := state.better_elsewhere():
         print(f"elsewhere: {better}")
 

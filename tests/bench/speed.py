@@ -249,9 +249,22 @@ def their_loop(data: train.Data, batch: int) -> float:
 
     source = SimpleNamespace(dataloader=Batches([(images, data.captions[:batch])] * Batches.num_batches))
     source.set_epoch = lambda epoch: None
-    args = SimpleNamespace(device=DEVICE, precision="amp_bf16" if CUDA else "fp32", grad_clip_norm=train.GRAD_CLIP,
-                           accum_freq=1, distill=False, skip_scheduler=False, horovod=False, wandb=False, rank=0,
-                           local_rank=0, log_local=False, world_size=1, batch_size=batch, log_every_n_steps=15)
+    args = SimpleNamespace(
+        device=DEVICE,
+        precision="amp_bf16" if CUDA else "fp32",
+        grad_clip_norm=train.GRAD_CLIP,
+        accum_freq=1,
+        distill=False,
+        skip_scheduler=False,
+        horovod=False,
+        wandb=False,
+        rank=0,
+        local_rank=0,
+        log_local=False,
+        world_size=1,
+        batch_size=batch,
+        log_every_n_steps=15,
+    )
     clock, loss = Clock(), open_clip.ClipLoss(cache_labels=True)
     return clock.of(lambda: train_one_epoch(model, {"train": source}, loss, 0, optimizer, None, clock, None, args))
 
@@ -326,8 +339,15 @@ def measure_compile(rounds: int) -> Iterator[dict]:
 
 def in_sandbox(part: str, data: Path, rounds: int) -> list[dict]:
     command = ["python", "-Iu", "/repo/tests/bench/speed.py", "inside", part, str(rounds)]
-    argv = engine.sandbox(f"ar-bench-{os.getpid()}", engine.find_image(), command, memory=MEMORY, limit_s=LIMIT_S,
-                          out_size="2g", mounts={"/repo": ROOT, "/data": data / "train"})
+    argv = engine.sandbox(
+        f"ar-bench-{os.getpid()}",
+        engine.find_image(),
+        command,
+        memory=MEMORY,
+        limit_s=LIMIT_S,
+        out_size="2g",
+        mounts={"/repo": ROOT, "/data": data / "train"},
+    )
     return json.loads(subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True).stdout)
 
 
@@ -345,11 +365,16 @@ def machine() -> str:
 def report(rows: list[dict], took: float, load: float, args: argparse.Namespace) -> str:
     commit = output("git", "rev-parse", "--short", "HEAD")
     commit += " and uncommitted changes" if output("git", "status", "--porcelain", "-uno") else ""
-    lines = ["# Speed", "",
-             f"Written by `python3 tests/bench/speed.py --rounds {args.rounds}` on {time.strftime('%Y-%m-%d')}, "
-             f"commit {commit}; {took:.0f} s, load before it {load:.1f}.",
-             f"Machine: {machine()}.", "",
-             "| part | what | ours | theirs | ratio | wanted | |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "# Speed",
+        "",
+        f"Written by `python3 tests/bench/speed.py --rounds {args.rounds}` on {time.strftime('%Y-%m-%d')}, "
+        f"commit {commit}; {took:.0f} s, load before it {load:.1f}.",
+        f"Machine: {machine()}.",
+        "",
+        "| part | what | ours | theirs | ratio | wanted | |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for r in rows:
         want = f">= {r['want']}x" if r["want"] else ""
         cells = r["part"], r["what"], r["ours"], r["theirs"], f"{r['ratio']:.2f}x", want, r["note"]
