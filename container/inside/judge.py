@@ -3,8 +3,8 @@
 usage: judge.py KEY.npy IMAGES.npy CAPTIONS.npy
 
 Prints one JSON line, {"metrics": {...}, "bytes": n} followed by two raw .npy files, the ranks (n bytes) and the best
-matches of a few examples, or {"invalid": "why"}.
-Ranks are exact, counted from 1; ties count half, so that a constant embedding ranks in the middle, not first.
+matches of a few examples, or {"invalid": "why"}. Ranks are exact, counted from 1; ties count half, so that a constant
+embedding ranks in the middle, not first.
 """
 
 import io
@@ -85,7 +85,6 @@ def examples(images: np.ndarray, captions: np.ndarray, key: np.ndarray) -> np.nd
 
 
 def npy(array: np.ndarray) -> bytes:
-    """A plain .npy file."""
     file = io.BytesIO()
     np.save(file, array)
     return file.getvalue()
@@ -101,9 +100,9 @@ def main(key_path: str, images_path: str, captions_path: str) -> None:
                 sides.append(load_embeddings(path, len(key)))
             except InvalidOutput as e:
                 raise InvalidOutput(f"{side}: {e}") from None
-        if sides[0].shape[1] != sides[1].shape[1]:
-            widths = " and ".join(str(s.shape[1]) for s in sides)
-            raise InvalidOutput(f"image and text embeddings differ in width: {widths}")
+        widths = [side.shape[1] for side in sides]
+        if widths[0] != widths[1]:
+            raise InvalidOutput(f"image and text embeddings differ in width: {widths[0]} and {widths[1]}")
     except InvalidOutput as e:
         out.write(json.dumps({"invalid": str(e)}).encode() + b"\n")
         return

@@ -4,11 +4,10 @@ usage: stage.py train SECONDS               /code/train.py and /data (the traini
        stage.py embed SECONDS < archive     the same, but /data is one side of the pairs, without the other
        stage.py probe SECONDS < archive     /data is the training table: a few rows of it, with a full traceback
 
-A thread watches that the harness outside lives. Everything heavy is imported first, then a child is forked: it runs
-the untrusted code with its standard output turned to standard error. Standard output belongs to this process: JSON
-lines, then raw bytes (the archive of /out, or an array). The child may do to itself what it likes; ptrace is closed
-by seccomp and this process is not dumpable, so it can neither stop the clock nor write into the stream. What comes
-out is still untrusted for the host.
+Everything heavy is imported first, then a child is forked: it runs the untrusted code with its standard output turned
+to standard error. Standard output belongs to this process: JSON lines, then raw bytes (the archive of /out, or an
+array). The child may do to itself what it likes; ptrace is closed by seccomp and this process is not dumpable, so it
+can neither stop the clock nor write into the stream. What comes out is still untrusted for the host.
 """
 
 import builtins
@@ -33,7 +32,7 @@ from pathlib import Path
 
 BEAT = Path("/harness/alive/beat")  # a file that the harness outside changes every few seconds while it lives
 LIFELINE_S = 60  # without a change
-LOST = 75  # exit status of a sandbox that nobody outside wants any more
+LIFELINE_LOST = 75  # exit status of a sandbox that nobody outside wants any more
 
 
 def end_when_alone() -> None:
@@ -47,7 +46,7 @@ def end_when_alone() -> None:
         # counted, not timed: seconds in which this process did not run either, on a paused machine, are no silence
         last, silent = now, silent + 1 if now == last else 0
         time.sleep(1)
-    os._exit(LOST)
+    os._exit(LIFELINE_LOST)
 
 
 if __name__ == "__main__":
@@ -76,7 +75,7 @@ TMPFS = ("/out", "/tmp", "/dev/shm")
 NO_SPACE = 1 << 20  # bytes left on one that is full
 
 
-def say(stream, **fields) -> None:
+def report(stream, **fields) -> None:
     """One JSON line to the host."""
     stream.write(json.dumps(fields).encode() + b"\n")
     stream.flush()
@@ -96,14 +95,19 @@ def in_child(work, limit_s: float) -> tuple[dict, bytes]:
         os.closerange(write + 1, MAX_FD)
         Path("/proc/self/oom_score_adj").write_text("1000")  # when memory runs out the kernel ends this one, not PID 1
         os.dup2(2, 1)
-        os._exit(quietly(work, write))
+        os._exit(exit_status(work, write))
     os.close(write)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one signal that the child could end this process with
     done, collected = drain_until_exit(os.pidfd_open(pid), read, start + limit_s)
     if not done:
         os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
-    end_leftovers()
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        while (
+            os.getpid() == 1
+        ):  # -1 is everybody else in here: daemons would train on, and change /out while it is sent
+            os.kill(-1, signal.SIGKILL)
+            os.waitpid(-1, 0)
     end = {"seconds": round(time.monotonic() - start, 2)}
     if not done:
         end |= {"status": "limit"}
@@ -112,14 +116,6 @@ def in_child(work, limit_s: float) -> tuple[dict, bytes]:
     else:
         end |= {"status": "crashed" if os.WEXITSTATUS(status) else "ok"}
     return end, collected
-
-
-def end_leftovers() -> None:
-    """Daemons that the child started: they would go on training, and change /out while it is handed over."""
-    with contextlib.suppress(ProcessLookupError, ChildProcessError):
-        while os.getpid() == 1:  # in here -1 is everybody else in this sandbox
-            os.kill(-1, signal.SIGKILL)
-            os.waitpid(-1, 0)
 
 
 def drain_until_exit(process: int, pipe: int, deadline: float) -> tuple[bool, bytes]:
@@ -137,11 +133,11 @@ def drain_until_exit(process: int, pipe: int, deadline: float) -> tuple[bool, by
     return False, b""
 
 
-def quietly(work, pipe: int) -> int:
+def exit_status(work, pipe: int) -> int:
     """Run work(pipe), print the part of a traceback that lies in train.py's reach, return an exit status."""
+    status = 0
     try:
         work(pipe)
-        status = 0
     except SystemExit as e:
         status = e.code if isinstance(e.code, int) else int(e.code is not None)
         if isinstance(e.code, str):
@@ -152,11 +148,10 @@ def quietly(work, pipe: int) -> int:
             trace = trace.tb_next
         traceback.print_exception(type(e), e, trace or e.__traceback__, limit=MAX_ROWS_OF_TRACE)
         status = 1
-    try:
+    with contextlib.suppress(BaseException):  # a broken stream must not change the verdict
         sys.stdout.flush()
         sys.stderr.flush()
-    finally:
-        return status  # noqa: B012  (a broken stream must not change the verdict)
+    return status
 
 
 def oom_kills() -> int:
@@ -174,8 +169,12 @@ def run_training(_: int) -> None:
     runpy.run_path(str(CODE), run_name="__main__")
 
 
-def model():
-    """Import train.py and call its load, as the contract says. Returns (model, device)."""
+def load_model():
+    """(model, device): what train.py's load returns for what training left, an archive on standard input."""
+    with tarfile.open(fileobj=sys.stdin.buffer, mode="r|") as tar:
+        # in here a forged member can do no harm; the filter, where this Python has it, only names it sooner
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)
+        tar.extractall("/out")
     sys.path.insert(0, str(CODE.parent))
     import train
 
@@ -208,51 +207,22 @@ def pixels(column) -> torch.Tensor:
     return torch.from_numpy(flat.reshape(len(column), 3, size, size))
 
 
-def unpack() -> None:
-    """The archive of what training left, from standard input into this sandbox's own /out."""
-    with tarfile.open(fileobj=sys.stdin.buffer, mode="r|") as tar:
-        # in here a forged member can do no harm; the filter, where this Python has it, only names it sooner
-        tar.extractall("/out", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
-
-
 @torch.inference_mode()
-def probe_rows(_: int) -> None:
+def encode_probe(_: int) -> None:
     """In the child: encode a few training rows with what training left; a mistake in `load` shows its traceback."""
-    unpack()
-    m, device = model()
+    m, device = load_model()
     table = datasets.load_from_disk("/data")
     table = table.select(range(min(PROBE, len(table))))
     encode(m, device, table.select_columns("image"))
     encode(m, device, table.select_columns("caption"))
 
 
-def probe(out) -> None:
-    say(out, ready=True)
-    end, _ = in_child(probe_rows, float(sys.argv[2]))
-    say(out, **end)
-
-
-def train(out) -> None:
-    """Torch is imported, how the training ended: a JSON line each; then, if well, the archive of /out."""
-    say(out, ready=True, device="cuda" if torch.cuda.is_available() else "cpu")
-    end, _ = in_child(run_training, float(sys.argv[2]))
-    if end["status"] == "crashed" and min(shutil.disk_usage(d).free for d in TMPFS) < NO_SPACE:
-        end["full"] = True
-    say(out, **end)
-    if end["status"] == "ok":
-        with tarfile.open(fileobj=out, mode="w|") as tar:
-            tar.add("/out", arcname=".")
-        out.flush()
-
-
 @torch.inference_mode()
-def embed_side(pipe: int) -> None:
-    """In the child: unpack what training left, embed this side, write the array, or what went wrong."""
+def encode_side(pipe: int) -> None:
+    """In the child: embed this side with what training left, write the array, or what went wrong."""
     try:
-        unpack()
-        m, device = model()
         array = io.BytesIO()
-        np.save(array, encode(m, device, datasets.load_from_disk("/data")))
+        np.save(array, encode(*load_model(), datasets.load_from_disk("/data")))
         payload = b"A" + array.getvalue()
     except BaseException as e:
         # Only the exception's type and its line: a message could carry validation captions to the agent.
@@ -262,17 +232,35 @@ def embed_side(pipe: int) -> None:
         f.write(payload)
 
 
-def embed(out) -> None:
-    """Torch is imported; wait for the archive of /out on standard input; answer with a JSON line, then the array."""
-    say(out, ready=True)
+def train(out, limit_s: float) -> None:
+    """Report how the training ended; then, if well, send the archive of /out."""
+    report(out, ready=True, device="cuda" if torch.cuda.is_available() else "cpu")
+    end, _ = in_child(run_training, limit_s)
+    if end["status"] == "crashed" and min(shutil.disk_usage(d).free for d in TMPFS) < NO_SPACE:
+        end["full"] = True
+    report(out, **end)
+    if end["status"] == "ok":
+        with tarfile.open(fileobj=out, mode="w|") as tar:
+            tar.add("/out", arcname=".")
+
+
+def probe(out, limit_s: float) -> None:
+    report(out, ready=True)
+    report(out, **in_child(encode_probe, limit_s)[0])
+
+
+def embed(out, limit_s: float) -> None:
+    """Wait for the archive of /out on standard input; report how embedding ended, then, if well, send the array."""
+    report(out, ready=True)
     select.select([sys.stdin], [], [])  # comes when training has ended; only then does the clock start
-    end, payload = in_child(embed_side, float(sys.argv[2]))
-    if payload[:1] == b"A" and end["status"] == "ok":
-        say(out, **end)
+    end, payload = in_child(encode_side, limit_s)
+    if end["status"] != "ok":
+        report(out, **end, **error_of(payload))
+    elif payload[:1] != b"A":
+        report(out, **{**end, "status": "load"}, **error_of(payload))
+    else:
+        report(out, **end)
         out.write(payload[1:])
-        out.flush()
-        return
-    say(out, **{**end, "status": "load" if end["status"] == "ok" else end["status"]}, **error_of(payload))
 
 
 def error_of(payload: bytes) -> dict:
@@ -291,7 +279,7 @@ def error_of(payload: bytes) -> dict:
 
 
 if __name__ == "__main__":
-    verb, stdout = sys.argv[1], os.fdopen(os.dup(1), "wb")
-    {"train": train, "embed": embed, "probe": probe}[verb](stdout)
+    stages, stdout = {"train": train, "embed": embed, "probe": probe}, os.fdopen(os.dup(1), "wb")
+    stages[sys.argv[1]](stdout, float(sys.argv[2]))
     stdout.flush()
     os._exit(0)  # at once: tearing down what was imported takes time and says things that end up in the log

@@ -21,6 +21,6 @@ fi
 # shellcheck disable=SC2086  # words on purpose
 $client run --cpus "$(nproc)" "$@" && exit
 status=$?
-# LOST (stage.py): an srun that was killed leaves its job to nobody, and that would hold the node until its time limit
+# LIFELINE_LOST (stage.py): a killed srun leaves its job to nobody, which would hold the node until its time limit
 [ "$status" != 75 ] || [ "$job" != own ] || [ -z "${SLURM_JOB_ID-}" ] || scancel "$SLURM_JOB_ID" || :
 exit "$status"

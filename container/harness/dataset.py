@@ -1,0 +1,121 @@
+"""A data set: its folder, whether it is what prepare_data.py wrote, and making one."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import engine
+import git
+from program import Program
+from project import ROOT, RUNS, Refused, read_json, write_json
+
+FORMAT = 3  # of info.json, as prepare_data.py writes it
+VERIFIED = RUNS / "data.json"  # the data files whose content was found to be right
+MADE_OF = ("inside/judge.py", "inside/stage.py", "image/seccomp.json")  # what measures, under container/
+MEMORY = "8g"  # for preparing a data set
+LIMIT_S = 24 * 3600  # a server may ask for long pauses
+PREPARE = ROOT / "prepare_data.py"
+GIVEN = ("odvg", "annotations", "images", "weights")  # folders for prepare_data.py; images may be an archive
+FETCHED = {"--annotations", "--images", "--weights"}  # what Ukiyo-eVG is made of, fetched unless all of it is given
+PASSED_ON = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "HF_ENDPOINT")
+USAGE = "prints | ukiyo-e [--annotations DIR] [--images DIR_OR_ZIP] [--weights DIR] | NAME --odvg DIR"
+CA_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem")
+
+
+def folder(name: str) -> Path:
+    """data/<name> beside the main worktree's .git, so that all worktrees share it."""
+    return git.folder().parent / "data" / name
+
+
+def verified_hash(name: str) -> str:
+    """The hash of a data set, every file of which is what info.json says. Raises Refused.
+
+    Sizes are checked every time, content only where a file is not the very one that was read before: 0.3 ms for the
+    8,000 prints, and 0.3 s the first time.
+    """
+    data, remedy = folder(name), f"move it away and run ./run.sh data {name} in a terminal"
+    if not (data / "info.json").exists():
+        raise Refused(f"data/{name}/info.json is missing: run ./run.sh data {name} in a terminal")
+    info = read_json(data / "info.json", {})
+    try:
+        if info["format"] != FORMAT:
+            raise Refused(f"data/{name} was made by another version of prepare_data.py: {remedy}")
+        content, files = info["hash"], [(f, int(size), digest) for f, (size, digest) in info["files"].items()]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise Refused(f"data/{name}/info.json is damaged: {remedy}") from None
+    before, now = read_json(VERIFIED, {}), {}
+    for f, size, digest in files:
+        try:
+            s = (data / f).stat()
+            now[f] = [digest, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino]
+            if s.st_size != size:
+                raise Refused(f"data/{name}/{f} has {s.st_size} bytes instead of {size}: {remedy}")
+            if before.get(f) != now[f] and sha256(data / f) != digest:
+                raise Refused(f"data/{name}/{f} is not what prepare_data.py wrote: {remedy}")
+        except OSError as e:
+            raise Refused(f"data/{name}/{f} cannot be read ({e.strerror}): {remedy}") from None
+    if now != before:
+        with contextlib.suppress(OSError):  # a full disk: then they are read again the next time
+            write_json(VERIFIED, now)
+    return content
+
+
+def sha256(file: Path) -> str:
+    h = hashlib.sha256()
+    with file.open("rb") as f:
+        while chunk := f.read(1 << 20):
+            h.update(chunk)
+    return h.hexdigest()
+
+
+def comparable(program: Program, image: str) -> str:
+    """A short hash of what makes two results comparable: data, judge, image, budget. Raises Refused without data."""
+    h = hashlib.sha256(f"{verified_hash(program.data)} {image} {program.budget}".encode())
+    for f in MADE_OF:
+        h.update((ROOT / "container" / f).read_bytes())
+    return h.hexdigest()[:12]
+
+
+def prepare(name: str = "", *options: str) -> int:
+    """Draw, fetch or import data/<name> in a container, or --add to it; returns an exit status. Raises Refused."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise Refused(f"usage: ./run.sh data {USAGE}")
+    if folder(name).exists() and "--add" not in options:
+        raise Refused(f"data/{name} exists already; move it away first")
+    words, mounts = list(options), {"/repo/prepare_data.py": PREPARE, "/repo/container": PREPARE.parent / "container"}
+    for what in GIVEN:
+        if f"--{what}" in words[:-1]:
+            at = words.index(f"--{what}") + 1
+            given = Path(words[at])
+            if not (given.is_dir() or (what == "images" and given.is_file())):
+                raise Refused(f"--{what} {given}: no such folder; README says what belongs in it")
+            words[at], mounts[f"/{what}"] = f"/{what}", given
+    environment, network = {"PROGRESS": "1"} if sys.stderr.isatty() else {}, "none"
+    if name == "ukiyo-e" and "--add" not in words and not set(words) >= FETCHED:
+        network = "host"
+        environment.update({key: os.environ[key] for key in PASSED_ON if key in os.environ})
+        environment.update({"REQUESTS_CA_BUNDLE": "/ca.pem", "SSL_CERT_FILE": "/ca.pem"})
+        mounts["/ca.pem"] = Path(os.environ.get("SSL_CERT_FILE") or certificates())
+    command = ["python", "/repo/prepare_data.py", name, *words, "--out", f"/writable/{name}"]
+    container = engine.Container(f"ar-{os.getpid()}-data", engine.find_image(), command, MEMORY, LIMIT_S, mounts)
+    container.gpu, container.network, container.environment = False, network, environment
+    container.writable = folder(name).parent
+    container.writable.mkdir(exist_ok=True)
+    try:
+        return subprocess.run(engine.arguments(container), stdin=subprocess.DEVNULL).returncode
+    finally:
+        engine.kill(container.name)
+
+
+def certificates() -> Path:
+    """This machine's certificate authorities, which may include the company's own. Raises Refused."""
+    for bundle in map(Path, CA_BUNDLES):
+        if bundle.exists():
+            return bundle
+    raise Refused("no certificate bundle found under /etc/ssl; install ca-certificates")

@@ -1,0 +1,176 @@
+"""What follows from the record, program.md, the data and the image: incumbent, noise, phase, what is due. No state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import dataset
+import git
+import keep_rule
+import locks
+import program as plan
+import record
+from keep_rule import geometric_mean
+from project import number
+from record import JUDGED, Record
+
+PLANNER_EVERY = 5  # discards in a row after which the planner is due again; and at the start of a phase
+
+
+@dataclass
+class History:
+    """The attempts, as far as they can be compared with what would run now.
+
+    Worktrees share the record, each with its own branch: `own` filters. `counted` are the comparable candidates that
+    were judged or failed: what phases count.
+    """
+
+    program: plan.Program
+    image: str
+    comparable: str  # hash of data, judge, image and budget
+    branch: str
+    records: list[Record]
+    incumbent_train: str  # blob of HEAD's train.py
+    values_by_train: dict[str, list[float]] = field(default_factory=dict)  # blob -> the metric of every comparable run
+
+    @classmethod
+    def load(cls, program: plan.Program | None = None, image: str = "") -> History:
+        """image: what would run; without it (hooks, displays) what this branch's newest record was compared with.
+
+        Raises ProgramError, and with an image Refused where the data are missing or damaged.
+        """
+        program, branch = program or plan.read(), git.branch()
+        records = record.load_all()
+        if image:
+            comparable = dataset.comparable(program, image)
+        else:
+            own_first = sorted(reversed(records), key=lambda r: r.branch not in ("", branch))  # noqa: C414 (newest first)
+            comparable = next((r.comparable for r in own_first if r.comparable), "")
+        history = cls(program, image, comparable, branch, records, git.object_id("HEAD:train.py"))
+        for r in history.compared:
+            history.values_by_train.setdefault(r.train, []).extend(history.values(r))
+        return history
+
+    @property
+    def newest(self) -> int:
+        return self.records[-1].number if self.records else 0
+
+    def values(self, r: Record) -> list[float]:
+        """The metric of every run, in the order they ran; [] for a failure."""
+        return r.values(self.program.metric)
+
+    def own(self, records: list[Record]) -> list[Record]:
+        return [r for r in records if r.branch in ("", self.branch)]
+
+    @property
+    def compared(self) -> list[Record]:
+        return [r for r in self.records if r.comparable == self.comparable]
+
+    @property
+    def counted(self) -> list[Record]:
+        return [r for r in self.compared if r.verdict in JUDGED and not r.by_hand]
+
+    @property
+    def tried_here(self) -> list[Record]:
+        """Of this branch, whatever they were compared with: what `stop` counts."""
+        return [r for r in self.own(self.records) if r.verdict in JUDGED and not r.by_hand]
+
+    @property
+    def incumbent(self) -> list[float]:
+        """The metric of every run of HEAD's train.py; [] when nothing comparable was measured."""
+        return self.values_by_train.get(self.incumbent_train, [])
+
+    @property
+    def sigma(self) -> float:
+        return keep_rule.pooled_sigma(self.values_by_train.values())
+
+    # Phases
+
+    def in_phase(self, name: str) -> list[Record]:
+        return [r for r in self.counted if r.phase == name]
+
+    @property
+    def phase(self) -> plan.Phase | None:
+        """The first phase, in file order, whose `until` is not met; None when all are."""
+        for phase in self.program.phases:
+            rows, until = self.in_phase(phase.name), phase.until
+            enough = until.experiments is not None and len(rows) >= until.experiments
+            if not enough and (until.discards is None or discards_in_a_row(rows) < until.discards):
+                return phase
+        return None
+
+    def phase_line(self) -> str:
+        phase = self.phase
+        if not phase:
+            return "all phases of program.md are done"
+        of = f" of {phase.until.experiments}" if phase.until.experiments else ""
+        chain = f", chain {self.link} of at most {phase.patience}" if self.link else ""
+        place = f"{self.program.phases.index(phase) + 1} of {len(self.program.phases)}"
+        return f"{place} ({phase.name}), {len(self.in_phase(phase.name))}{of} experiments{chain}"
+
+    @property
+    def link(self) -> int:
+        """How many losers in a row train.py is built on, in a phase with `patience`; 0 outside a chain."""
+        here = self.own(self.counted)
+        chain = here[-1].chain if here else None
+        return chain.link if chain and chain.continues and chain.base == self.incumbent_train[:9] else 0
+
+    def chain_after(self, verdict: str) -> record.Chain | None:
+        """The chain that an attempt of the current phase extends or opens; it ends with a keep and with the phase."""
+        phase, link = self.phase, self.link + 1
+        limit = phase.patience if phase else 0
+        if limit < 2 and link == 1:
+            return None
+        this = Record(self.newest + 1, 0, verdict, phase=phase.name, comparable=self.comparable) if phase else None
+        after = replace(self, records=[*self.records, this]).phase if phase else None
+        continues = verdict != "kept" and link < limit and after is not None and after.name == phase.name
+        return record.Chain(link, max(link, limit), self.incumbent_train[:9], continues)
+
+    # What is due, and what is worth knowing
+
+    def planner_due(self) -> bool:
+        rows = self.own(self.in_phase(self.phase.name)) if self.phase else []
+        after_keep = bool(rows) and rows[-1].verdict == "kept"
+        return self.phase is not None and not after_keep and discards_in_a_row(rows) % PLANNER_EVERY == 0
+
+    def incumbent_due(self) -> bool:
+        """After every ten discards in a row the incumbent runs again, up to four runs: it may have been lucky."""
+        measured = ("kept", "discarded", "remeasured", "unmeasured")
+        rows = self.own([r for r in self.compared if r.verdict in measured])
+        discards = discards_in_a_row([r for r in rows if r.verdict in ("kept", "discarded")])
+        due = discards > 0 and discards % keep_rule.REMEASURE_AFTER == 0
+        # once, whether it succeeded or not: one that fails now must not keep every later candidate from running
+        return due and rows[-1].verdict in JUDGED and len(self.incumbent) < keep_rule.MAX_INCUMBENT_RUNS
+
+    def best_line(self) -> str:
+        if not self.incumbent:
+            return "not measured yet"
+        now = geometric_mean(self.incumbent)
+        baseline = next((self.values(r) for r in self.compared if r.verdict == "baseline"), self.incumbent)
+        first = geometric_mean(baseline)
+        change = f"{(now / first - 1) * 100:+.1f} % since the baseline {number(first)}"
+        return f"{number(now)} ({change}; noise {self.sigma * 100:.1f} % a run)"
+
+    def better_elsewhere(self) -> str:
+        """A line on the best of another branch, if it beats the incumbent; '' if none does."""
+
+        def value(r: Record) -> float:
+            return geometric_mean(self.values_by_train[r.train])
+
+        others = [r for r in self.compared if r.verdict == "kept" and r.branch not in ("", self.branch)]
+        measured = [r for r in others if self.values_by_train[r.train]]  # one kept by hand perhaps never was
+        best = min(measured, key=value, default=None)
+        if not best or not self.incumbent or value(best) >= geometric_mean(self.incumbent):
+            return ""
+        where = f"experiment {best.number} on branch {best.branch} has {number(value(best))}"
+        return f"{where}; a person takes it over with ./run.sh keep {best.number}"
+
+    def judged_elsewhere_now(self, train: str) -> str:
+        """The name of the worktree in which this very train.py is being judged, '' when none is."""
+        trees = ((tree, locks.running(tree)) for tree in locks.other_worktrees())
+        return next((tree.name for tree, now in trees if now and now.train == train), "")
+
+
+def discards_in_a_row(records: list[Record]) -> int:
+    """Counted from the newest; a failure counts, a keep ends it."""
+    return next((i for i, r in enumerate(reversed(records)) if r.verdict == "kept"), len(records))

@@ -1,0 +1,220 @@
+"""What this machine needs, shown before it is installed: engine and image. And `doctor`: what the machine can hold."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import dataset
+import display
+import engine
+import experiment
+import git
+import program
+from history import History
+from project import ROOT, Refused, read_json, say
+
+ENGINE_PACKAGES = ("podman", "crun", "runc", "uidmap", "slirp4netns", "fuse-overlayfs", "ca-certificates")
+PULL_TIMEOUT_S = 600
+PIP_OPTIONS = ("index-url", "extra-index-url", "trusted-host", "proxy", "timeout")  # of the host's that a build gets
+CLIENT_VERSION = "2.1.328"  # the Claude Code that the tests drive
+DISK_GB = 15  # for the image and some data
+CUDA_DRIVER = 580  # NVIDIA driver branch that torch's default build (CUDA 13) wants
+CUDA_PROOF = ("python", "-c", "import torch; print(torch.cuda.is_available(), torch.cuda.device_count())")
+CLIENT_PLACES = ("~/.local/bin", "~/.claude/local", "~/.npm-global/bin", "~/.volta/bin", "~/node_modules/.bin")
+
+
+def run(*command: str | Path, **options) -> None:
+    """Run a command whose output a person watches. Raises Refused when it fails."""
+    if subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, **options).returncode:
+        raise Refused(f"{Path(command[0]).name} failed (see above); fix that and try again")
+
+
+def install_packages(what: str, *packages: str) -> None:
+    """With Debian's package manager; asks on a terminal, never becomes root silently. Raises Refused."""
+    if not shutil.which("apt-get"):
+        raise Refused(f"{what} is missing; install it with your system's package manager, then try again")
+    as_root = [] if os.geteuid() == 0 else ["sudo"]
+    command = [*as_root, "apt-get", "install", "-y", "--no-install-recommends", *packages]
+    say(f"{what} is missing. To install it:\n    {' '.join(command)}")
+    if sys.stdin.isatty():
+        print("Run this now? [y/N] ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline()[:1] not in ("y", "Y"):
+            raise Refused("nothing was installed")
+    elif as_root:
+        raise Refused("run the command above, then try again")
+    run(*as_root, "apt-get", "update", "-qq")
+    run(*command, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"})
+
+
+def need_image() -> str:
+    """The image's id; the engine and the image are made where they are missing."""
+    try:
+        engine.name()
+    except Refused:
+        install_packages("a container engine", *ENGINE_PACKAGES)
+    try:
+        return engine.find_image()
+    except Refused:
+        return build_image()
+
+
+def build_image() -> str:
+    base = make_base()
+    say(f"building the image from {base}: torch and its friends, about 3 GB to fetch, 5 to 10 minutes")
+    with tempfile.TemporaryDirectory(prefix="ar-build-") as folder:
+        pip = Path(folder, "pip.conf")
+        pip.write_text(pip_settings())
+        secrets = ["--secret", f"id=pip_conf,src={pip}", "--secret", f"id=ca,src={dataset.certificates()}"]
+        options = ["--build-arg", f"BASE={base}", "-t", engine.image_tag(base), *secrets]
+        if engine.name() == "podman":
+            options += engine.ulimits()
+        run(*engine.client(), "build", *options, engine.IMAGE, env={**os.environ, "DOCKER_BUILDKIT": "1"})
+    return engine.find_image()
+
+
+def make_base() -> str:
+    """A base image: from the registry, or, where none is reached, made from this machine's Debian packages."""
+    base, pull = engine.REGISTRY_BASE, [*engine.client(), "pull", engine.REGISTRY_BASE]
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        if engine.image_id(base) or engine.run(pull, timeout=PULL_TIMEOUT_S).returncode == 0:
+            return base
+    say("no image registry in reach: making a base image from Debian packages")
+    if not shutil.which("mmdebstrap"):
+        install_packages("mmdebstrap", "mmdebstrap")
+    if not engine.image_id(engine.DEBIAN_BASE):
+        with tempfile.TemporaryDirectory(prefix="ar-base-") as folder:
+            run(engine.IMAGE / "base_image.sh", f"{folder}/base.tar")
+            run(*engine.client(), "import", f"{folder}/base.tar", engine.DEBIAN_BASE)
+    return engine.DEBIAN_BASE
+
+
+def pip_settings() -> str:
+    """A pip.conf with the host's index settings, for the build step alone. Its paths mean nothing inside."""
+    lines = ["[global]"]
+    for line in engine.run(["python3", "-m", "pip", "config", "list"]).stdout.splitlines():
+        key, _, value = line.partition("=")
+        option, value = key.rpartition(".")[2], value.strip("'\"")
+        if option in PIP_OPTIONS and "file:" not in value:
+            lines.append(f"{option} = {value}")
+    return "\n".join(lines) + "\n"
+
+
+def setup() -> int:
+    """Only what is missing: engine, image, built-in data, baseline. Returns an exit status."""
+    image, plan = need_image(), program.read()
+    if not (dataset.folder(plan.data) / "info.json").exists():
+        if plan.data != "prints":
+            remedy = f"./run.sh data {plan.data} makes it, of your own data with --odvg DIR (program.md names it)"
+            raise Refused(f"data/{plan.data} is missing; {remedy}")
+        if status := dataset.prepare("prints"):
+            return status
+    if History.load(plan, image).incumbent:
+        display.status()
+        return 0
+    say("measuring the baseline: two trainings of the train.py in HEAD")
+    return experiment.run(incumbent_only=True)
+
+
+def test(*words: str) -> None:
+    """tests/run.py installs what the tests need, and becomes pytest."""
+    os.execv(sys.executable, [sys.executable, "-I", "-B", str(ROOT / "tests" / "run.py"), *words])
+
+
+@dataclass
+class Finding:
+    what: str
+    good: bool | None  # None: neither, a note
+    text: str
+
+
+def doctor() -> int:
+    """One line a finding; returns 1 when one is bad."""
+    status = 0
+    for finding in findings():
+        mark = "ok" if finding.good else "note" if finding.good is None else "BAD"
+        print(f"{mark:<4}  {finding.what:<10} {finding.text}", flush=True)
+        if mark == "BAD":
+            status = 1
+    return status
+
+
+def findings() -> Iterator[Finding]:
+    try:
+        yield from check_engine()
+        yield from check_gpu()
+    except Refused as e:
+        yield Finding("engine", False, str(e))
+    yield check_client()
+    yield check_lock()
+    free = shutil.disk_usage(ROOT).free / 1e9
+    yield Finding("disk", free > DISK_GB, f"{free:.0f} GB free")
+    known = git.call("var", "GIT_COMMITTER_IDENT").returncode == 0
+    remedy = "no identity: what is kept is committed as 'autoresearch'; git config user.name and user.email set it"
+    yield Finding("git", True, "identity set") if known else Finding("git", None, remedy)
+
+
+def check_engine() -> Iterator[Finding]:
+    version = engine.run([*engine.client(), "--version"]).stdout.strip()
+    kind = "rootless" if engine.rootless() else "rootful"
+    yield Finding("engine", True, f"{version}, {kind}: {' '.join(engine.client())}")
+    text = "memory, process and CPU limits are enforced"
+    if not engine.limits_hold():
+        remedy = "boot with cgroup v2 (systemd.unified_cgroup_hierarchy=1) or run as root"
+        text = f"rootless podman on cgroup v1 IGNORES memory, process and CPU limits: {remedy}"
+    yield Finding("limits", engine.limits_hold(), text)
+    try:
+        yield Finding("image", True, engine.find_image().replace("sha256:", "")[:12])
+    except Refused as e:
+        yield Finding("image", False, str(e))
+
+
+def check_gpu() -> Iterator[Finding]:
+    """A GPU counts only when torch sees it inside the sandbox, under the real options."""
+    if not engine.gpus():
+        yield Finding("gpu", None, "none found: trainings run on the CPU")
+        return
+    query = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
+    driver, _, model = engine.run(query).stdout.splitlines()[0].partition(", ")
+    if int(driver.partition(".")[0]) < CUDA_DRIVER:
+        remedy = "set ARG TORCH_INDEX in container/image/Containerfile to an older CUDA's wheel index, or update it"
+        yield Finding("driver", False, f"{driver} is older than {CUDA_DRIVER}, which torch's default wants: {remedy}")
+    image, command = engine.find_image(), list(CUDA_PROOF)
+    container = engine.Container("ar-doctor-gpu", image, command, memory="4g", limit_s=120, mounts={})
+    proof = engine.run(engine.arguments(container))
+    seen = proof.stdout.startswith("True")
+    text = f"{model}, driver {driver}; inside the sandbox: {proof.stdout.strip() or proof.stderr.strip()[-200:]}"
+    if not seen:
+        text += "; podman wants a CDI specification (nvidia-ctk cdi generate), docker the NVIDIA container toolkit"
+    yield Finding("gpu", seen, text)
+
+
+def check_client() -> Finding:
+    path = os.pathsep.join([os.environ["PATH"], *map(os.path.expanduser, CLIENT_PLACES)])
+    claude = shutil.which("claude", path=path)
+    version = engine.run([claude, "--version"]).stdout.split(" ")[0] if claude else "not found on the usual paths"
+    text = f"Claude Code {version}"
+    if version == CLIENT_VERSION:
+        return Finding("client", True, text)
+    return Finding("client", None, f"{text}; the lock was tested with {CLIENT_VERSION}: ./run.sh test after an update")
+
+
+def check_lock() -> Finding:
+    """What was planted before a conversation starts could run code or take the guard off; ConfigChange blocks it later.
+
+    Permissions alone are harmless: the guard stands above them.
+    """
+    local = ROOT / ".claude" / "settings.local.json"
+    settings = read_json(local, ["what cannot be read"]) if local.exists() else []
+    keys = ", ".join(sorted(set(settings) - {"permissions"}))
+    if not keys:
+        return Finding("lock", True, "guard in place")
+    danger = "it can run code or switch the guard OFF, remove it"
+    return Finding("lock", False, f".claude/settings.local.json holds {keys}: {danger}")

@@ -1,0 +1,61 @@
+"""The keep rule: how noise is estimated, and what it takes to be kept. tests/unit/test_keep_rule.py simulates it.
+
+Everything is in relative terms: a gain is a difference of log(metric), and sigma is the standard deviation of
+log(metric) of one run, so that 0.04 is about 4 %.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+PRIOR_SIGMA, PRIOR_RUNS = 0.04, 2  # the noise before anything was run twice, and how many runs that is worth
+OUTLIER = 4  # sigmas so far: runs that lie further apart count as this much
+MARGIN = 0.25  # sigmas by which a candidate must win, whether seen once or twice
+REMEASURE_AFTER = 10  # discards in a row after which the incumbent is run again: it may have been lucky
+MAX_INCUMBENT_RUNS = 4
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def pooled_sigma(groups: Iterable[list[float]]) -> float:
+    """Noise of one run, pooled over everything that ran more than once; `groups` has a list of values per train.py.
+
+    Outliers are cut off: one candidate that diverged in its second run would otherwise make sigma ten times as large,
+    and nothing would be kept any more.
+    """
+    total, weight = PRIOR_RUNS * PRIOR_SIGMA**2, PRIOR_RUNS
+    for values in groups:
+        if len(values) > 1:
+            logs = [math.log(v) for v in values]
+            mean = sum(logs) / len(logs)
+            freedom = len(logs) - 1
+            total += min(sum((x - mean) ** 2 for x in logs), OUTLIER**2 * freedom * total / weight)
+            weight += freedom
+    return math.sqrt(total / weight)
+
+
+def gain(candidate: list[float], incumbent: list[float]) -> float:
+    """How much lower the candidate's mean of log(metric) is: 0.1 is about 10 % better."""
+    return math.log(geometric_mean(incumbent) / geometric_mean(candidate))
+
+
+def percent(gain: float) -> float:
+    """The change of the metric; negative is better."""
+    return (math.exp(-gain) - 1) * 100
+
+
+def decide(candidate: list[float], incumbent: list[float], sigma: float, confirm_below: float) -> str:
+    """'kept', 'discarded', or 'again' for a small gain that was seen once.
+
+    Discard below 0.25 sigma; keep at once at `confirm_below` sigmas; in between run it once more and keep it when the
+    mean of the two still wins by 0.25 sigma.
+    """
+    sigmas = gain(candidate, incumbent) / sigma
+    if sigmas < MARGIN:
+        return "discarded"
+    if sigmas >= confirm_below or len(candidate) > 1:
+        return "kept"
+    return "again"

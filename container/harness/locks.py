@@ -1,0 +1,119 @@
+"""Who may work: one run in a worktree, one training on a device, one writer of the record. And what runs now."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import git
+from project import ROOT, RUNS, Refused, read_json, write_json
+
+RUNNING = Path("runs/running.json")  # in every worktree: what runs there now
+
+
+@dataclass
+class Running:
+    """What runs in a worktree now, for the status line and so that no other worktree tries the same."""
+
+    pid: int
+    number: int  # of the experiment
+    activity: str  # "candidate, run 1"
+    started: float  # unix time
+    budget: int  # seconds
+    train: str = ""  # blob of train.py
+
+
+def announce(number: int, activity: str, budget: int, train: str = "") -> None:
+    """Say what runs here from now on. Raises OSError."""
+    write_json(ROOT / RUNNING, asdict(Running(os.getpid(), number, activity, time.time(), budget, train)))
+
+
+def running(root: Path = ROOT) -> Running | None:
+    """What runs in a worktree now. A reboot or a kill leaves the file, and the process number to somebody else."""
+    try:
+        now = Running(**read_json(root / RUNNING, {}))
+        process = Path(f"/proc/{int(now.pid)}")
+        ours = b"container/harness" in (process / "cmdline").read_bytes()
+        return now if ours and (process / "cwd").resolve() == root.resolve() else None
+    except (OSError, TypeError, ValueError):
+        return None
+
+
+def running_line() -> str:
+    """The experiment that runs now and how long it may still train, '' when none does."""
+    now = running()
+    if not now:
+        return ""
+    left = min(now.budget, now.started + now.budget - time.time())  # the clock may have been set back
+    limit = f", at most {left:.0f} s left" if left > 0 else ", finishing"
+    return f"experiment {now.number} ({now.activity})" + (limit if "run" in now.activity else "")
+
+
+def other_worktrees() -> list[Path]:
+    listed = git.read("worktree", "list", "--porcelain").splitlines()
+    return [Path(line[9:]) for line in listed if line.startswith("worktree ") and Path(line[9:]) != ROOT]
+
+
+@contextlib.contextmanager
+def held(file: Path, wait: bool) -> Iterator[int]:
+    """Hold a lock file. A git that writes keeps it open too, so it lasts until that has ended. Raises OSError."""
+    with file.open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        git.held_locks.append(lock.fileno())
+        try:
+            yield lock.fileno()
+        finally:
+            git.held_locks.remove(lock.fileno())
+
+
+@contextlib.contextmanager
+def worktree() -> Iterator[None]:
+    """One run at a time here. Raises Refused."""
+    file = git.folder("--git-dir") / "autoresearch.lock"
+    with contextlib.ExitStack() as stack:
+        try:
+            RUNS.mkdir(exist_ok=True)
+            stack.enter_context(held(file, wait=False))
+        except BlockingIOError:
+            who = running_line() or "it has just begun"
+            raise Refused(f"another experiment is running: {who}; wait for it") from None
+        except OSError as error:
+            where = RUNS if error.filename == str(RUNS) else file
+            raise Refused(f"cannot write {where}; is {where.parent.name} read-only?") from None
+        yield
+
+
+@contextlib.contextmanager
+def record() -> Iterator[None]:
+    """One writer of the record, in all worktrees."""
+    with held(git.folder() / "autoresearch.record", wait=True):
+        yield
+
+
+@dataclass(frozen=True)
+class Device:
+    number: int
+    lock: int  # descriptor of its file: who keeps it open, keeps the device
+
+
+@contextlib.contextmanager
+def device(count: int, waiting) -> Iterator[Device]:
+    """One of `count` devices until the end of the run; waiting() is called while other worktrees use them all."""
+    folder = git.folder()
+    with contextlib.ExitStack() as stack:
+        found = None
+        while not found:
+            for number in range(count):
+                with contextlib.suppress(BlockingIOError):
+                    lock = stack.enter_context(held(folder / f"autoresearch.device-{number}", wait=False))
+                    found = Device(number, lock)
+                    break
+            else:
+                waiting()
+                time.sleep(1)
+        yield found

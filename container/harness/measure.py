@@ -1,0 +1,298 @@
+"""One run of one train.py: train, embed both sides of the pairs, judge.
+
+What the sandboxes send is untrusted: it is capped, never opened here, and passed on to the next sandbox; only the
+judge's answer is read.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import secrets
+import select
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import engine
+from project import INSIDE, Refused, say
+from sandbox import MESSAGE_BYTES, QUEUE_LIMIT_S, Failed, Log, Lost, Sandbox
+
+STAGE, JUDGE = INSIDE / "stage.py", INSIDE / "judge.py"
+RUN_STAGE = ("python", "-Iu", "/harness/stage.py")
+# with the messages that stage.py sends by itself
+RUN_JUDGE = r"""printf '{"up": true}\n{"ready": true}\n'
+exec python -I /harness/judge.py /key.npy /images.npy /captions.npy"""
+SIDES = ("images", "captions")
+EXCEPTION_LENGTH = 120  # characters of an exception in the reason of a failure
+
+
+@dataclass(frozen=True)
+class Limits:
+    grace_s: float = 5  # between the budget, at which PID 1 inside kills, and the kill from outside
+    import_s: int = 120  # until a sandbox has imported torch
+    embed_s: int = 120  # load and encode one side; no longer than training left of its budget: `load` could train on
+    embed_least_s: int = 30  # but so long at least
+    probe_s: int = 60  # load and encode a few training rows, where embedding failed
+    judge_s: int = 120
+    judge_memory: str = "4g"
+    out_size: str = "2g"  # tmpfs for what training leaves, within the memory limit
+    archive_bytes: int = 2 << 30  # of what training leaves
+    array_bytes: int = 512 << 20  # of one side's embeddings
+
+
+LIMITS = Limits()
+
+
+@dataclass
+class Job:
+    work: Path  # world-readable, holds train.py; receives out.tar, images.npy, captions.npy, ranks.npy, examples.npy
+    data: Path  # data/<name>
+    budget: int  # seconds
+    memory: str  # such as 3g
+    seed: int
+    log: Path  # what train.py prints is appended to it
+    image: str
+    split: str = "val"  # what is judged
+    table: str = "train"  # what it trains on
+    scale: float = 1.0  # how much longer than usual train.py should train
+    launch: Sequence[str] = ()  # of program.md
+    device: int = 0  # number of the device lock that is held
+    keep_open: Sequence[int] = ()  # lock files that the engine's clients hold open too
+
+
+@dataclass
+class Run:
+    outcome: str  # ok or failed
+    seed: int
+    reason: str = ""  # of a failure, one line
+    metrics: dict = field(default_factory=dict)  # the judge's
+    train: dict = field(default_factory=dict)  # what PID 1 reported of the training, "device", "claims"
+    timing: dict = field(default_factory=dict)  # seconds of each stage
+
+
+def fresh_seed() -> int:
+    return secrets.randbits(30)
+
+
+def run(job: Job) -> Run:
+    """Train on a table, embed and judge a split; no sandbox is left. Raises Refused or OSError when nothing ran."""
+    if not engine.limits_hold():
+        say("run.sh: warning: this engine enforces no memory and process limits; see ./run.sh doctor")
+    measurement, result = Measurement(job), Run("ok", job.seed)
+    try:
+        measurement.train()
+        measurement.embed()
+        result.metrics = measurement.judge()
+    except (Failed, Lost) as e:
+        result.outcome, result.reason = "failed", str(e)
+    finally:
+        measurement.end()
+    result.train = {**measurement.report, "claims": claims(job.log)}
+    result.timing = measurement.timing()
+    return result
+
+
+def stage_mounts(job: Job) -> dict[str, Path]:
+    """One script of ours, not its folder: train.py is to find nothing else of the harness."""
+    return {"/code/train.py": job.work / "train.py", "/harness/stage.py": STAGE}
+
+
+def train_mounts(job: Job) -> dict[str, Path]:
+    weights = job.data.parent / "weights"  # published ones, which ./run.sh data ukiyo-e fetches; others need none
+    mounts = {**stage_mounts(job), "/data": job.data / job.table}
+    return {**mounts, "/weights": weights} if weights.is_dir() else mounts
+
+
+def side_mounts(job: Job, side: str) -> dict[str, Path]:
+    return {**stage_mounts(job), "/data": job.data / job.split / side}
+
+
+def judge_mounts(job: Job) -> dict[str, Path]:
+    arrays = {f"/{side}.npy": job.work / f"{side}.npy" for side in SIDES}
+    return {"/harness/judge.py": JUDGE, "/key.npy": job.data / f"{job.split}.key.npy", **arrays}
+
+
+class Measurement:
+    """The stages of one run. Each raises Failed or Lost with the reason."""
+
+    def __init__(self, job: Job):
+        self.job, self.log, self.started = job, Log(job.log), time.monotonic()
+        self.ready = self.trained = self.embedded = 0.0  # when training began, and when these stages ended
+        self.report: dict = {}  # what PID 1 says of the training
+        self.sandboxes: dict[str, Sandbox] = {}
+
+    def start(self, stage: str, command: list[str], limit_s: float, mounts: dict, log: Log | None = None, **more):
+        """more: other fields of engine.Container."""
+        job = self.job
+        # on a node, sandboxes of other machines may have our process id
+        name = f"ar-{os.getpid()}-{time.time_ns()}-{stage}"
+        more = {"memory": job.memory, "out_size": LIMITS.out_size, **more}
+        place = {"device": job.device, "launch": job.launch, "folder": job.work, "keep_open": job.keep_open}
+        container = engine.Container(name, job.image, command, limit_s=limit_s, mounts=mounts, **place, **more)
+        self.sandboxes[stage] = Sandbox(container, log)
+        return self.sandboxes[stage]
+
+    def train(self) -> None:
+        """The sandboxes that embed are started when training begins: they import torch meanwhile."""
+        job, places = self.job, {"DATA": "/data", "OUT": "/out", "WEIGHTS": "/weights"}
+        environment = {**places, "BUDGET_S": job.budget, "SEED": job.seed, "SCALE": f"{job.scale:g}"}
+        command, limit_s = [*RUN_STAGE, "train", str(job.budget)], job.budget + LIMITS.import_s
+        trainer = self.start("train", command, limit_s, train_mounts(job), self.log, environment=environment)
+        trainer.send()
+        try:
+            ready = trainer.wait_until_ready(LIMITS.import_s)
+        except Lost as e:
+            if job.launch:
+                raise Refused(f"{e}; nothing ran") from None
+            raise
+        self.ready = time.monotonic()
+        for side in SIDES:
+            command, limit_s = ["nice", *RUN_STAGE, "embed", str(LIMITS.embed_s)], job.budget + 4 * LIMITS.embed_s
+            self.start(side, command, limit_s, side_mounts(job, side))
+        end = trainer.message(job.budget + LIMITS.grace_s)
+        self.report = {**end, "device": ready.get("device", "cpu")}
+        if not end:
+            trainer.raise_if_lost()
+        if end.get("status") != "ok":
+            trainer.wait()
+            raise Failed(why_training_failed(end, trainer.killed, job))
+        with (job.work / "out.tar").open("wb") as f:
+            trainer.copy_to(f, LIMITS.archive_bytes, LIMITS.embed_s)
+        trainer.wait()
+        self.trained = time.monotonic()
+
+    def embed(self) -> None:
+        """Both sides. One has ended before the other gets train.py's model, so they cannot talk."""
+        limit_s = min(LIMITS.embed_s, max(LIMITS.embed_least_s, self.job.budget - self.report["seconds"]))
+        try:
+            for side in self.sides_as_started():
+                self.embed_side(side, limit_s)
+        except Failed:
+            self.probe()
+            raise
+        self.embedded = time.monotonic()
+
+    def sides_as_started(self) -> Iterator[str]:
+        """Both, in the order in which they started: a launch command may have room for one, and start the second."""
+        waiting = {self.sandboxes[side].process.stdout: side for side in SIDES}
+        while waiting:
+            started = select.select(list(waiting), [], [], QUEUE_LIMIT_S)[0] if self.job.launch else []
+            yield waiting.pop((started or list(waiting))[0])
+
+    def embed_side(self, side: str, limit_s: float) -> None:
+        """Send what training left, store this side's array."""
+        sandbox = self.sandboxes[side]
+        sandbox.wait_until_ready(LIMITS.import_s)
+        sandbox.send(self.job.work / "out.tar")
+        end = sandbox.message(limit_s + LIMITS.grace_s)
+        if not end:
+            sandbox.raise_if_lost()
+        if end.get("status") != "ok":
+            reason = why_embedding_failed(end, sandbox.killed, limit_s)
+            raise Failed(f"embedding the validation {side} failed: {reason}")
+        with (self.job.work / f"{side}.npy").open("wb") as f:
+            sandbox.copy_to(f, LIMITS.array_bytes, LIMITS.embed_s)
+
+    def probe(self) -> None:
+        """Where embedding failed: does encoding training rows fail too? Then the log has a traceback."""
+        job, command = self.job, [*RUN_STAGE, "probe", str(LIMITS.probe_s)]
+        sandbox = self.start("probe", command, LIMITS.import_s + LIMITS.probe_s, train_mounts(job), Log(job.log))
+        sandbox.wait_until_ready(LIMITS.import_s)
+        sandbox.send(job.work / "out.tar")
+        end = sandbox.message(LIMITS.probe_s + LIMITS.grace_s)
+        sandbox.wait()
+        if end.get("status") != "ok":
+            what = "load() or encoding training rows failed (traceback in the log)"
+            raise Failed(f"load: training ended well, but {what}")
+
+    def judge(self) -> dict:
+        """Returns the metrics of the two arrays; stores ranks and examples."""
+        work, limit_s = self.job.work, LIMITS.judge_s
+        for side in SIDES:
+            (work / f"{side}.npy").chmod(0o644)
+        limits = {"memory": LIMITS.judge_memory, "gpu": False, "out_size": None}
+        sandbox = self.start("judge", ["sh", "-c", RUN_JUDGE], limit_s, judge_mounts(self.job), **limits)
+        sandbox.send()
+        sandbox.wait_until_ready(limit_s)
+        found, arrays = sandbox.message(limit_s), io.BytesIO()
+        sandbox.copy_to(arrays, LIMITS.array_bytes, limit_s)
+        sandbox.wait()
+        if "metrics" not in found:
+            raise Failed(f"invalid output: {found.get('invalid', 'the judge did not answer')}")
+        (work / "ranks.npy").write_bytes(arrays.getvalue()[: found["bytes"]])
+        (work / "examples.npy").write_bytes(arrays.getvalue()[found["bytes"] :])
+        return found["metrics"]
+
+    def end(self) -> None:
+        """End what still runs; also where the engine's client alone was killed."""
+        shutil.rmtree(self.job.work / "alive", ignore_errors=True)  # the lifelines: they end at the same time
+        for sandbox in self.sandboxes.values():
+            if sandbox.process.poll() != 0:
+                sandbox.kill()
+        self.log.close()
+
+    def timing(self) -> dict[str, float]:
+        """Seconds of each stage; training is what PID 1 measured after its imports, the rest is the harness's own."""
+        now = time.monotonic()
+        seconds = {"total": now - self.started, "train": self.report.get("seconds", now - (self.ready or now))}
+        if self.embedded:
+            seconds["start"] = self.ready - self.started
+            seconds["collect"] = self.trained - self.ready - seconds["train"]
+            seconds["embed"] = self.embedded - self.trained
+            seconds["judge"] = now - self.embedded
+        return {stage: round(s, 2) for stage, s in seconds.items()}
+
+
+def why_training_failed(end: dict, killed: bool, job: Job) -> str:
+    """The reason of a training that did not end well, in one line. end: PID 1's report, {} when there is none."""
+    steps = last_step(job.log)
+    after = (f" after {end['seconds']} s" if end else "") + (f", {steps}" if steps else "")
+    status = end.get("status")
+    if status == "limit" or (not end and killed):
+        return f"time limit: killed at the budget of {job.budget} s, {steps or 'before its first step line'}"
+    if status == "killed" and end.get("oom"):
+        return f"out of memory: more than {job.memory} of main memory{after}"
+    if not end:
+        return f"the sandbox was killed from outside, or ran out of its {job.memory} of memory{after}"
+    if b"OutOfMemoryError" in job.log.read_bytes()[-20000:]:
+        return f"out of memory on the GPU{after}"
+    if status == "killed":
+        return f"killed by its own signal {end.get('signal')}{after}"
+    if end.get("full"):
+        return f"crash{after}; /out, /tmp or /dev/shm is full"
+    return f"crash{after}{last_exception(job.log)}"
+
+
+def why_embedding_failed(end: dict, killed: bool, limit_s: float) -> str:
+    if killed or end.get("status") == "limit":
+        return f"longer than {limit_s:.0f} s"
+    if end.get("status") == "killed":
+        return "out of memory" if end.get("oom") else "killed"
+    error = end.get("error", "Exception")
+    return f"{error} at line {end['line']} of train.py" if end.get("line") else error
+
+
+def last_step(log: Path) -> str:
+    """train.py's own progress: '143 of 300 steps', or '' when it printed none."""
+    found = re.findall(rb"^step (\d{1,9})/(\d{1,9})\b", log.read_bytes(), re.M)
+    return f"{int(found[-1][0])} of {int(found[-1][1])} steps" if found else ""
+
+
+def last_exception(log: Path) -> str:
+    """': ValueError: ...', where that is the last line that train.py printed, else ''."""
+    line = log.read_bytes()[-MESSAGE_BYTES:].decode("utf-8", "replace").rstrip().rpartition("\n")[2]
+    return f": {line[:EXCEPTION_LENGTH]}" if re.match(r"[\w.]*(Error|Exception)\b", line) else ""
+
+
+def claims(log: Path) -> dict[str, str]:
+    """`key: value` lines after the last `---` that train.py printed: shown as its own claims, never used to decide."""
+    found = {}
+    _, mark, last = log.read_bytes().decode("utf-8", "replace").rpartition("\n---\n")
+    for line in last.splitlines()[-20:] if mark else []:
+        if m := re.fullmatch(r"([a-z_]{1,20}):\s*([\w.,%+>/ -]{1,60})", line.strip()):
+            found[m[1]] = m[2].strip()
+    return found

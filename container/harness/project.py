@@ -1,0 +1,55 @@
+"""Where this project is, and the few small things that every module of the harness needs. Standard library only."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = ROOT / "runs"  # logs, diffs and state of this worktree; git ignores it, the agent may read some of it
+INSIDE = ROOT / "container" / "inside"  # what is mounted into containers
+
+
+class Refused(Exception):
+    """Nothing ran. The message is one line: what is wrong, where, and what to do next. Exit status 2."""
+
+
+def say(text: str) -> None:
+    """A line for whoever watches; results alone go to standard output."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def visible(text: str) -> str:
+    """Without control and other invisible characters, so that nothing can steer a terminal or fake a line."""
+    return "".join(c for c in text if c.isprintable()).strip()
+
+
+def number(value: float) -> str:
+    """A metric as it is shown."""
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def write_whole(file: Path, content: bytes | str) -> None:
+    """Write a file in one go: whoever reads it finds the old content or the new one. Raises OSError."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.{os.getpid()}.new")
+    try:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_json(file: Path, default):
+    """What a JSON file holds; the default where it is missing or damaged."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return default
+
+
+def write_json(file: Path, value) -> None:
+    """Raises OSError."""
+    write_whole(file, json.dumps(value) + "\n")

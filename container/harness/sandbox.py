@@ -1,0 +1,231 @@
+"""A container while it runs: its lifeline, the messages and bytes that it sends, its log, and why it ended.
+
+Why a sandbox ended is not always certain. Where PID 1 inside (stage.py) sent no status, we blame train.py unless
+something shows another cause: then it is Lost, and the same idea may be tried again. train.py can fake that, and gains
+nothing by it: both are recorded as failures.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import itertools
+import json
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from subprocess import PIPE
+from typing import BinaryIO
+
+import engine
+from project import Refused, say
+
+QUEUE_LIMIT_S = 23 * 3600  # until a launch command has found a node; Claude Code waits 24 hours for ./run.sh
+NOTICE_S = 10  # after which a person is told that we wait for that
+END_LIMIT_S = 120  # until a sandbox that has sent everything has ended
+TERMINATE_S = 5  # until one elsewhere, whose lifeline was cut, has ended
+BEAT, BEAT_S = b"%020d", 5  # content of the lifeline, always as long, and the seconds from one change to the next
+STILL_S = 45  # without a change, after which a sandbox that is gone may have ended itself
+ENGINE_FAILED = 125  # exit status of podman and docker when they could not start a container
+LIFELINE_LOST = 75  # exit status of a sandbox that saw no change for a minute (stage.py)
+MESSAGE_BYTES = 4096  # of one JSON line
+ERROR_BYTES = 64 << 10  # the end of standard error, in which Slurm's messages are looked for
+LOG_HEAD, LOG_TAIL = 256 << 10, 256 << 10  # bytes of the log kept from either end
+SLURM = (
+    ("DUE TO TIME LIMIT", "Slurm: time limit"),
+    ("(?i)node failure", "Slurm: node failure"),
+    ("DUE TO PREEMPTION", "Slurm: preempted"),
+    ("CANCELLED AT|Force Terminated", "Slurm cancelled the job"),
+)
+NOT_YOURS = "not the edit's fault; the same idea may be tried again"
+
+
+class Failed(Exception):
+    """The attempt failed; the message is its reason, one line."""
+
+
+class Lost(Exception):
+    """The same, for a reason that is not train.py's: a sandbox did not start, or was ended."""
+
+
+class Sandbox:
+    """A started container: JSON lines and raw bytes on its standard output, its log on standard error.
+
+    Its lifeline is a file that we change every few seconds. PID 1 ends the sandbox when that stops or the file is gone,
+    wherever it runs and whatever became of us, the launch command and the engine's client.
+    """
+
+    def __init__(self, container: engine.Container, log: Log | None = None):
+        self.container, self.log, self.stage = container, log, container.name.rpartition("-")[2]
+        self.beat = container.folder / "alive" / self.stage / "beat"
+        self.beat.parent.mkdir(parents=True, exist_ok=True)
+        self.beat.write_bytes(BEAT % 0)
+        argv = engine.arguments(replace(container, mounts={**container.mounts, "/harness/alive": self.beat.parent}))
+        # in its folder: when memory runs out, podman leaves a file "oom" where it was started
+        where = {"cwd": container.folder, "pass_fds": container.keep_open}
+        self.process = subprocess.Popen(argv, stdin=PIPE, stdout=PIPE, stderr=PIPE, **where)
+        self.killed, self.last_error = False, b""
+        self.last_beat, self.longest_silence = time.monotonic(), 0.0
+        threading.Thread(target=self._beat, daemon=True).start()
+        self.log_reader = threading.Thread(target=self._read_log, daemon=True)
+        self.log_reader.start()
+
+    def _read_log(self) -> None:
+        while chunk := self.process.stderr.read1(1 << 16):
+            self.last_error = (self.last_error + chunk)[-ERROR_BYTES:]
+            if self.log:
+                with contextlib.suppress(ValueError, OSError):  # closed: nobody's; disk full: train.py need not wait
+                    self.log.write(chunk)
+
+    def _beat(self) -> None:
+        for n in itertools.count(1):
+            self.longest_silence = max(self.longest_silence, time.monotonic() - self.last_beat)
+            self.last_beat = time.monotonic()
+            try:
+                with self.beat.open("r+b") as f:  # in place: a full disk is no end, and what is gone is not made again
+                    f.write(BEAT % n)
+            except FileNotFoundError:
+                return
+            except OSError:
+                pass  # of a server that is away for a while
+            time.sleep(BEAT_S)
+
+    def wait_until_ready(self, import_s: float) -> dict:
+        """Wait for two messages: it is up, for which a launch command may queue, and it has imported what it needs.
+
+        Returns the second. Raises Lost, and Refused when the engine starts nothing.
+        """
+        launch = " ".join(self.container.launch)
+        notice = threading.Timer(NOTICE_S, say, [f"run.sh: waiting for '{launch}' to start {self.stage}"])
+        notice.daemon = True
+        try:
+            if launch:
+                notice.start()
+            up = self.message(QUEUE_LIMIT_S if launch else import_s)
+        finally:
+            notice.cancel()
+        if up and (ready := self.message(import_s)):
+            return ready
+        self.wait()
+        error = " | ".join(self.last_error[-300:].decode("utf-8", "replace").strip().splitlines())
+        if self.process.returncode == ENGINE_FAILED:  # also with the next edit, and all night
+            raise Refused(f"{engine.name()} could not start the sandbox of {self.stage}: {error}")
+        raise Lost(f"the sandbox of {self.stage} did not start: {error or 'no message in time'}")
+
+    def message(self, limit_s: float) -> dict:
+        """The next JSON line; {} when the container ended, sent nothing in time, or something else."""
+        with self.killed_after(limit_s):
+            try:
+                found = json.loads(self.process.stdout.readline(MESSAGE_BYTES))
+                return found if isinstance(found, dict) else {}
+            except ValueError:
+                return {}
+
+    def copy_to(self, target: BinaryIO, most: int, limit_s: float) -> None:
+        """Copy the rest of its output. Raises Failed beyond `most` bytes or limit_s, or when it is cut short."""
+        size = 0
+        with self.killed_after(limit_s):
+            while chunk := self.process.stdout.read1(1 << 20):
+                size += len(chunk)
+                if size > most:
+                    self.kill()
+                    raise Failed(f"invalid output: more than {most >> 20} MiB")
+                target.write(chunk)
+            status = self.process.wait()
+        if self.killed:
+            raise Failed(f"invalid output: {self.stage} did not hand it over in {limit_s} s")
+        if status:
+            self.raise_if_lost()
+            raise Failed(f"the sandbox of {self.stage} was killed from outside before it had handed everything over")
+
+    def send(self, file: Path | None = None) -> None:
+        """Feed a file to its standard input and close that. A container that has ended is noticed later."""
+        with contextlib.suppress(BrokenPipeError):
+            if file:
+                with file.open("rb") as f:
+                    shutil.copyfileobj(f, self.process.stdin, 1 << 20)
+            self.process.stdin.close()
+
+    @contextlib.contextmanager
+    def killed_after(self, limit_s: float) -> Iterator[None]:
+        timer = threading.Timer(limit_s, self.kill)
+        timer.daemon = True  # a signal may end us before it is cancelled
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def kill(self) -> None:
+        self.killed = True
+        with contextlib.suppress(OSError):
+            self.beat.unlink()
+        if not self.container.launch:
+            engine.kill(self.container.name)
+            self.process.kill()
+            return
+        for stop in (self.process.terminate, self.process.kill):  # of the first, srun takes a job out of the queue
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(TERMINATE_S)
+            stop()
+
+    def raise_if_lost(self) -> None:
+        """Wait for the end of a sandbox that sent no status, and classify it."""
+        self.wait()
+        if self.killed:
+            return
+        status, cause = self.process.returncode, ""
+        if self.container.launch and status == -signal.SIGKILL:
+            cause = "the launch command was killed"
+        # or: the client may have been stopped as we were, and then does not know the status
+        elif status == LIFELINE_LOST or max(self.longest_silence, time.monotonic() - self.last_beat) > STILL_S:
+            cause = "run.sh stood still, or its files were out of reach, for a minute"
+        elif self.container.launch:
+            errors = re.findall(r"^(?:srun|slurmstepd\S*): .*", self.last_error.decode("utf-8", "replace"), re.M)
+            cause = next((reason for pattern, reason in SLURM if re.search(pattern, "\n".join(errors))), "")
+        if cause:
+            raise Lost(f"{cause}: {NOT_YOURS}")
+
+    def wait(self) -> None:
+        """Until it has ended and its log is complete."""
+        with self.killed_after(END_LIMIT_S):
+            self.process.wait()
+        self.log_reader.join(5)
+        if self.log:
+            self.log.close()
+
+
+class Log:
+    """A file that keeps the beginning and the end of what it gets, without invisible characters: the agent reads it."""
+
+    DROP = dict.fromkeys((*range(9), *range(11, 32), 127))
+
+    def __init__(self, path: Path):
+        self.file = path.open("ab", buffering=0)
+        self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self.size, self.tail = 0, b""  # bytes so far; the last of those that went beyond LOG_HEAD
+
+    def write(self, data: bytes) -> None:
+        text = self.decode(data).replace("\r", "\n")
+        if text.isascii():  # a flood is
+            data = text.translate(self.DROP).encode()
+        else:
+            data = "".join(c for c in text if c in "\n\t" or c.isprintable()).encode()
+        room = max(0, LOG_HEAD - self.size)
+        self.size += len(data)
+        self.file.write(data[:room])
+        self.tail = (self.tail + data[room:])[-LOG_TAIL:]
+
+    def close(self) -> None:
+        """Write the end; may be called again."""
+        if not self.file.closed:
+            left_out = self.size - LOG_HEAD - len(self.tail)
+            self.file.write(b"\n[... %d bytes left out ...]\n" % left_out if left_out > 0 else b"")
+            self.file.write(self.tail)
+            self.file.close()

@@ -1,0 +1,163 @@
+"""A conversation with the agent: whether the loop is on in it, what it has used, what ends it. And a night of them.
+
+For the hooks and night.py. runs/session/ID.json holds a Session, beside it ID.usd what the status line said it cost;
+runs/night.json holds the Night, and the process that keeps it going holds runs/night.lock. Times are unix seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import re
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from history import History
+from project import ROOT, RUNS, read_json, write_json, write_whole
+
+SESSIONS = RUNS / "session"
+PLAN, KNOWN_PLAN = ROOT / "program.md", SESSIONS / "program.md"
+NIGHT, NIGHT_LOCK = RUNS / "night.json", RUNS / "night.lock"
+FORMATS = {"experiments": "d", "hours": ".1f", "tokens": ",d", "usd": ".2f"}  # of what program.md's `stop` limits
+TOKENS = ("input_tokens", "output_tokens", "cache_creation_input_tokens")  # what the cache gave is not counted
+
+
+def load(kind: type, file: Path, **default):
+    """A dataclass as write_json left it; its defaults where the file is missing or damaged."""
+    known = read_json(file, {})
+    return kind(**{**default, **{f.name: known[f.name] for f in fields(kind) if f.name in known}})
+
+
+@dataclass
+class Night:
+    since: float = 0.0
+    after: int = 0  # experiments with a higher number count
+    clock: str = ""  # HH:MM at which the person wants it to end
+    stop: str = ""  # why no further experiment may begin
+    tokens: int = 0  # of the conversations that have ended
+    usd: float = 0.0  # likewise
+    cost_unknown: int = 0  # conversations that did not say what they cost
+    conversations: int = 0
+    pid: int = 0
+    log: int = 0  # byte of night.log at which it begins
+    status: int | None = None  # exit status, once it is over
+
+
+def current_night() -> Night | None:
+    """The night under way in this worktree."""
+    with contextlib.suppress(OSError), NIGHT_LOCK.open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return load(Night, NIGHT)
+    return None
+
+
+@dataclass
+class Session:
+    id: str = ""
+    transcript: str = ""  # the client's file
+    on: bool = False
+    stopped: bool = False  # by a person, who has not typed anything since
+    since: float = 0.0
+    after: int = 0  # experiments with a higher number count
+    clock: str = ""  # HH:MM at which the night ends that it is a part of
+    seen: int = 0  # newest experiment at the end of the last turn
+    idle: int = 0  # turns in a row without an experiment
+    tokens_before: int = 0  # used before `start`, less what the night had used by then
+    usd_before: float = 0.0  # likewise
+
+    @classmethod
+    def load(cls, conversation) -> Session:
+        """By the id that the client gives with every hook call."""
+        ident = re.sub(r"[^A-Za-z0-9_-]", "", str(conversation))[:100]
+        return load(cls, SESSIONS / f"{ident}.json", id=ident)
+
+    def save(self) -> None:
+        write_json(SESSIONS / f"{self.id}.json", asdict(self))
+
+    def start(self, night: Night | None, newest: int) -> None:
+        """The loop is on, and everything counts from here; in a night, from where that began."""
+        night = night or Night(since=time.time(), after=newest)
+        self.on, self.stopped, self.idle, self.seen = True, False, 0, newest
+        self.since, self.after, self.clock = night.since, night.after, night.clock
+        self.tokens_before, self.usd_before = self.tokens() - night.tokens, self.usd() - night.usd
+
+    def usd(self) -> float:
+        """What the conversation cost so far; 0 without a terminal, whose status line is told."""
+        return read_json(SESSIONS / f"{self.id}.usd", 0.0)
+
+    def transcripts(self) -> list[Path]:
+        """Of the conversation and its subagents, as the client writes them."""
+        if not self.transcript:
+            return []
+        main = Path(self.transcript)
+        return [file for file in (main, *main.with_suffix("").glob("subagents/*.jsonl")) if file.is_file()]
+
+    def tokens(self) -> int:
+        """Of all messages; one is written once for each of its blocks."""
+        used: dict[str, int] = {}
+        lines = [line for file in self.transcripts() for line in file.read_bytes().splitlines()]
+        for line in (line for line in lines if b'"usage"' in line):
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # half-written, or no message
+                message = json.loads(line)["message"]
+                n = sum(message["usage"].get(kind) or 0 for kind in TOKENS)
+                used[message["id"]] = max(n, used.get(message["id"], 0))
+        return sum(used.values())
+
+    def used(self, history: History) -> dict:
+        """{unit: (used since start, limit)} of everything that program.md's `stop` limits."""
+        stop = history.program.stop
+        used = {
+            "experiments": sum(r.number > self.after for r in history.tried_here),
+            "hours": (time.time() - self.since) / 3600,
+            "tokens": self.tokens() - self.tokens_before,
+            "usd": self.usd() - self.usd_before,
+        }
+        return {unit: (n, getattr(stop, unit)) for unit, n in used.items() if getattr(stop, unit) is not None}
+
+    def progress(self, history: History) -> str:
+        """' Since start 12 of 100 experiments, 3.2 of 9.5 hours.', '' without such a limit."""
+        near = [amount(unit, n, f" of {limit:{FORMATS[unit]}}") for unit, (n, limit) in self.used(history).items()]
+        return f" Since start {', '.join(near)}." if near else ""
+
+    def reason_to_end(self, history: History) -> str:
+        """Why no further experiment may begin; '' while one may, and where the loop was never on."""
+        if self.stopped or not self.on:
+            return "the person said stop" if self.stopped else ""
+        night, stop = current_night(), history.program.stop
+        if night and night.since == self.since and night.stop:
+            return night.stop
+        for clock, source in ((self.clock, "the person said"), (stop.clock, "program.md's `stop` says")):
+            if clock and time.time() >= next_time(clock, self.since):
+                return f"it is {clock}, as {source}"
+        for unit, (n, limit) in self.used(history).items():
+            if n >= limit:
+                return f"{amount(unit, n)} since start, as program.md's `stop` says"
+        return "" if history.phase else "all phases of program.md are done"
+
+
+def amount(unit: str, n: float, of: str = "") -> str:
+    return f"{n:{FORMATS[unit]}}{of} {'USD' if unit == 'usd' else unit}"
+
+
+def next_time(clock: str, since: float) -> float:
+    """The first HH:MM, local time, after `since`."""
+    day, (hour, minute) = time.localtime(since), map(int, clock.split(":"))
+    today, tomorrow = (time.mktime((*day[:2], day.tm_mday + n, hour, minute, 0, 0, 0, -1)) for n in (0, 1))
+    return today if today > since else tomorrow
+
+
+def progressed(history: History, after: int) -> bool:
+    """Whether anything ran since that experiment. HEAD's own train.py, if it does not run, is for a person to fix."""
+    return any(r.number > after and r.verdict != "unmeasured" for r in history.own(history.records))
+
+
+def plan_has_changed() -> bool:
+    """Whether program.md is not what the agent last knew. From now on it knows this one."""
+    now, known = (file.read_bytes() if file.exists() else b"" for file in (PLAN, KNOWN_PLAN))
+    if now != known:
+        write_whole(KNOWN_PLAN, now)
+    return bool(known) and now != known
