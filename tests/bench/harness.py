@@ -1,6 +1,6 @@
 """What the harness costs: seconds around a training, bytes the agent reads, milliseconds of the guard, lines of code.
 
-usage: tests/.venv/bin/python tests/bench/harness.py [RUNS]
+usage: PYTHONPATH=tests/support:container/harness tests/.venv/bin/python tests/bench/harness.py [RUNS]
 
 Runs the shipped train.py with a short training on the whole built-in data. Seconds of training are those that PID 1 in
 the sandbox measures from the end of its imports to the end of train.py; everything else of run.sh's wall clock is ours.
@@ -17,8 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from conftest import ROOT, copy_of_the_repository, tracked_code
+from repository import ROOT, copy_of_the_repository, git_at, product_code
 
 GUARD_CALLS = 40
 
@@ -83,11 +82,10 @@ def main(runs: int) -> None:
         for key, value in found.items():
             print(f"{key}: {value}")
         print(f"around a training, as a share of a budget of 300 s: {found['around'] / 300:.1%}")
-    code, load = sum(tracked_code().values()), os.getloadavg()[0]
+    code, load = sum(product_code().values()), os.getloadavg()[0]
     print(f"lines of product code: {code}; load {load:.1f}, {os.cpu_count()} cores")
 
 
 if __name__ == "__main__":
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    print("commit", head.strip())
+    print("commit", git_at(ROOT, "rev-parse", "--short", "HEAD"))
     main(int(sys.argv[1]) if len(sys.argv) > 1 else 5)

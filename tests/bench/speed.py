@@ -28,19 +28,19 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[2]
 INSIDE = sys.argv[1:2] == ["inside"]
-sys.path[:0] = [str(ROOT), str(ROOT / "container")]
+sys.path[:0] = [str(ROOT), *(str(ROOT / "container" / room) for room in ("inside", "data_sets", "harness"))]
 if INSIDE:
-    import judge
     import numpy as np
     import open_clip
-    import prints
     import torch
     from open_clip_train.train import train_one_epoch
     from PIL import Image
     from torch.utils.data import DataLoader, Dataset
     from torch.utils.flop_counter import FlopCounterMode
 
+    import judge
     import prepare_data
+    import prints
     import train
 
     CUDA = torch.cuda.is_available()
@@ -339,15 +339,16 @@ def measure_compile(rounds: int) -> Iterator[dict]:
 
 def in_sandbox(part: str, data: Path, rounds: int) -> list[dict]:
     command = ["python", "-Iu", "/repo/tests/bench/speed.py", "inside", part, str(rounds)]
-    argv = engine.sandbox(
-        f"ar-bench-{os.getpid()}",
-        engine.find_image(),
-        command,
+    container = engine.Container(
+        name=f"ar-bench-{os.getpid()}",
+        image=engine.find_image(),
+        command=command,
         memory=MEMORY,
         limit_s=LIMIT_S,
-        out_size="2g",
         mounts={"/repo": ROOT, "/data": data / "train"},
+        out_size="2g",
     )
+    argv = engine.arguments(container)
     return json.loads(subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True).stdout)
 
 
@@ -357,7 +358,7 @@ def output(*argv: str) -> str:
 
 def machine() -> str:
     cpus = [line.split(": ")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    gpu = output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") if engine.gpu_flags() else "no GPU"
+    gpu = output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") if engine.gpus() else "no GPU"
     client = " ".join([output(engine.name(), "--version"), *engine.client()[1:]])
     return f"{cpus[0] if cpus else platform.machine()}, {os.cpu_count()} cores, {gpu}; {client}"
 

@@ -26,7 +26,7 @@ import torch
 from datasets import load_from_disk
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parent / "support"))
 from changes import PROJECTORS, SOFT_TARGETS  # noqa: E402
 
 Edits = list[tuple[str, str]]  # old text, new text; the old one has to occur exactly once

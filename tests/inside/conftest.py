@@ -13,11 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import prepare_data
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-import prepare_data  # noqa: E402
-
 FIXTURE = ROOT / "tests" / "fixtures" / "odvg"
 SIZE = 32
 COUNTS = {"train": 40, "val": 12, "test": 9}

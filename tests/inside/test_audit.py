@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 
 import datasets
 import numpy as np
-import prints
 import pytest
-from conftest import COUNTS, ROOT, SIZE, TINY, make
+from conftest import COUNTS, SIZE, TINY, make
 from scipy import stats
 
 import prepare_data
-
-sys.path[:0] = [str(ROOT / "container"), str(ROOT / ".claude" / "hooks")]
-import audit  # noqa: E402
+import prints
+import publish
 
 
 @pytest.fixture
@@ -59,9 +56,16 @@ def test_an_audit_draws_pairs_that_nothing_else_has(made: Path):
     assert not list(made.glob("*.partial"))
 
 
+def test_an_audit_of_prints_that_another_version_drew_is_refused(made: Path, capsys, monkeypatch):
+    monkeypatch.setattr(prints, "VERSION", prints.VERSION + 1)
+    assert prepare_data.main(["prints", "--add", "audit=0", "--out", str(made)]) == 1
+    assert "was drawn by another version of prints.py; move it away" in capsys.readouterr().err
+    assert not (made / "audit").exists()
+
+
 @pytest.mark.parametrize(("before", "after"), [([285.0, 270, 301], [160.0, 171, 150]), ([10.0, 12], [10.5, 11.9, 11])])
 def test_the_interval_is_welchs(before: list, after: list):
-    found = audit.difference(before, after)
+    found = publish.difference(before, after)
     welch = stats.ttest_ind(np.log(after), np.log(before), equal_var=False)
     shift = np.log(after).mean() - np.log(before).mean()
     assert found["percent"] == pytest.approx((math.exp(shift) - 1) * 100, abs=0.06)

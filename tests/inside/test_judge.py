@@ -9,9 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-CONTAINER = Path(__file__).resolve().parents[2] / "container"
-sys.path.insert(0, str(CONTAINER))
-import judge  # noqa: E402
+import judge
 
 
 def brute_force(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
@@ -105,7 +103,7 @@ def test_the_program_prints_metrics_then_ranks(tmp_path: Path):
     ):
         np.save(tmp_path / f"{name}.npy", x)
     out = subprocess.run(
-        [sys.executable, CONTAINER / "judge.py", *(tmp_path / f"{n}.npy" for n in ("key", "i", "c"))],
+        [sys.executable, judge.__file__, *(tmp_path / f"{n}.npy" for n in ("key", "i", "c"))],
         capture_output=True,
         check=True,
     ).stdout

@@ -1,6 +1,7 @@
 """A scripted day: the real client, the real engine, real trainings on the built-in prints; only the ideas are a script.
 
     ./run.sh test --version                      once: makes tests/.venv and tests/.client
+    export PYTHONPATH=tests:tests/support:container/harness
     tests/.venv/bin/python tests/long/day.py FOLDER [--steps 150] [--seeds 3]
 
 Makes FOLDER/repo, a copy of this repository with the plan and the data that ship, and lets Claude Code work there from
@@ -16,16 +17,16 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from changes import PROJECTORS, SOFT_TARGETS  # noqa: E402
-from client import Conversation, Shown, call, say  # noqa: E402
-from conftest import ROOT, Project, block, engine, tracked  # noqa: E402
+from conftest import engine_name
 
+from changes import PROJECTORS, SOFT_TARGETS
+from client import Conversation, Shown, call, say
+from repository import ROOT, Project, block, git_at, tracked
+
+HERE = Path(__file__).resolve().parent
 HOURS = 6 * 3600  # s until the day is given up
 CAST = "    with torch.autocast(a."
 DROPOUT = [(CAST, "    a, b = F.dropout(a, 0.1), F.dropout(b, 0.1)\n" + CAST)]
@@ -157,14 +158,14 @@ def person(project: Project, *words: str) -> str:
 
 
 def write_table(project: Project, said: dict[str, str], options: argparse.Namespace) -> None:
-    commit = Project(ROOT).git("rev-parse", "--short", "HEAD")
+    commit = git_at(ROOT, "rev-parse", "--short", "HEAD")
     table = [line.split("\t") for line in project.read("runs/experiments.tsv").splitlines()]
     last = table[-1][0]
     stamps = [int(project.git("show", "-s", "--format=%ct", f"refs/experiments/{n}")) for n in ("1", last)]
     lines = [
         "# A scripted day",
         "",
-        f"`tests/long/day.py` at {commit}, {time.strftime('%Y-%m-%d')}, {engine()}, {os.cpu_count()} cores, "
+        f"`tests/long/day.py` at {commit}, {time.strftime('%Y-%m-%d')}, {engine_name()}, {os.cpu_count()} cores, "
         f"{options.steps} steps a training instead of the shipped number, {(stamps[1] - stamps[0]) / 60:.0f} minutes "
         "from the baseline to the last experiment.",
         "",

@@ -1,11 +1,12 @@
 """A long night: ./run.sh night with real experiments that take seconds, and a fault at every second one.
 
-usage: tests/.venv/bin/python tests/long/night.py OUT [N]     N experiments, 200 where nothing is said
+usage: export PYTHONPATH=tests:tests/support:container/harness
+       tests/.venv/bin/python tests/long/night.py OUT [N]     N experiments, 200 where nothing is said
 
-Makes OUT/repo, a copy of this repository with small data and a train.py that takes no time (the judge's containers do
-not import open_clip), and lets a scripted model work there through the real client: most ideas are worse, some better,
-some crash. At seeded random places comes one of tests/faults.py, the client is killed in the middle of a training, or
-the model is silent until the keeper ends its client. Appends a row for tests/long/trust.py to OUT/figures.jsonl.
+Makes OUT/repo, a copy of this repository with small data and a train.py that takes no time, and lets a scripted model
+work there through the real client: most ideas are worse, some better, some crash. At seeded random places comes one of
+support/faults.py, the client is killed in the middle of a training, or the model is silent until the keeper ends its
+client. Appends a row for tests/long/trust.py to OUT/figures.jsonl.
 """
 
 from __future__ import annotations
@@ -22,16 +23,26 @@ import time
 from collections import Counter
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from client import CLIENT, Model, Shown, Turn, call, environment, prepare_home, say  # noqa: E402
-from conftest import ROOT, TINY, Project, block, copy_of_the_repository, engine_name, git_at  # noqa: E402
-from faults import ALL, Silence  # noqa: E402
-from sweep import QUICK  # noqa: E402
+from conftest import engine_name
+
+from client import CLIENT, Model, Shown, Turn, call, environment, prepare_home, say
+from faults import ALL, Silence
+from record import JUDGED
+from repository import QUICK, ROOT, TINY, Project, block, copy_of_the_repository, git_at
 
 SEED = 4
 FAULTS_EVERY = 2  # experiments, in the mean
-CONSTANTS = {"FIRST_WAIT, LONGEST_WAIT": "1, 8", "POLL": "0.5", "SILENT, BARREN": "20, 600"}  # s
+# Given to the night: shorter waits, in seconds; and that the keeper, a process of its own, has them too (see given.py)
+SHORT = """
+import subprocess
+import sys
+
+night.FIRST_WAIT, night.LONGEST_WAIT, night.POLL, night.SILENT, night.BARREN = 1, 8, 0.5, 20, 600
+given = [sys.executable, "-I", "-B", *sys.argv[:3]]
+night.run = lambda command, **how: subprocess.run(
+    ["setsid", "--fork", *given, "night", "keep"] if command[0] == "setsid" else command, **how
+)
+"""
 HOURS = 6 * 3600  # s until it is given up
 START = 120.0  # the noise that an idea raises or lowers
 NOISY = QUICK.replace("SIGN = 0", f"SIGN = 1\nNOISE = {START}").replace(
@@ -105,15 +116,9 @@ class Agent:
 
 def make(folder: Path, count: int) -> Project:
     project = copy_of_the_repository(folder)
-    for name, value in CONSTANTS.items():
-        text = project.read(".claude/night.py")
-        project.write(".claude/night.py", re.sub(rf"^{name} = [^#\n]*", f"{name} = {value}  ", text, flags=re.M))
-        assert project.read(".claude/night.py") != text, name
     project.write("program.md", re.sub("stop: .*", f"stop: {count} experiments", project.read("program.md")))
     project.write("train.py", NOISY)
-    imports = next(x for x in project.read("container/stage.py").splitlines() if x.startswith("import open_clip"))
-    project.edit(imports, "", "container/stage.py")
-    project.git("commit", "-qam", "a quick train.py, a night of short waits")
+    project.git("commit", "-qam", "a quick train.py")
     for words in (("data", "prints", *TINY), ()):
         done = project.run(*words)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -124,7 +129,7 @@ def complaints(project: Project, agent: Agent, count: int, status: int) -> list[
     """Every experiment is recorded once, as the model was told it; the kept ones are the branch; nothing is left."""
     numbers = project.experiments()
     rows = [project.trailers(f"refs/experiments/{n}") for n in numbers]
-    judged = [r for r in rows if r["Verdict"] in ("kept", "discarded", "failed")]
+    judged = [r for r in rows if r["Verdict"] in JUDGED]
     ideas = Counter(r["Hypothesis"] for r in judged)
     wrong = [] if status == 0 else [f"the night ended with status {status}"]
     wrong += [f"recorded {n} times: {idea}" for idea, n in ideas.items() if n > 1]
@@ -138,7 +143,7 @@ def complaints(project: Project, agent: Agent, count: int, status: int) -> list[
         wrong.append("the branch is not what was kept")
     listed = project.read("runs/experiments.tsv").splitlines()[1:]
     wrong += ["runs/experiments.tsv is not the record"] * ([int(x.split("\t")[0]) for x in listed] != numbers)
-    left = [str(f) for f in (project.path / "runs").glob("work.*")] + [*(project.path / ".git").rglob("*.lock")]
+    left = [str(f) for f in (project.path / "runs").glob("work*")] + [*(project.path / ".git").rglob("*.lock")]
     left = [f for f in map(str, left) if "autoresearch" not in f] + project.containers().split()
     return wrong + [f"left behind: {left}"] * bool(left)
 
@@ -154,7 +159,7 @@ def main(out: str, count: str = "200") -> int:
         prepare_home(folder / "home", project.path), model, {"PATH": path, "CLAUDE_CODE_MAX_RETRIES": "1"}
     )
     night = time.monotonic()
-    status = subprocess.run(["./run.sh", "night"], cwd=project.path, env=env, timeout=HOURS).returncode
+    status = subprocess.run(project.command("night", given=SHORT), cwd=project.path, env=env, timeout=HOURS).returncode
     seconds = time.monotonic() - night
     if model.error:
         raise model.error
@@ -184,6 +189,6 @@ def main(out: str, count: str = "200") -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     sys.exit(main(*sys.argv[1:]))

@@ -4,7 +4,7 @@ usage: tests/.venv/bin/python tests/long/trust.py FIGURES [PYTEST ARGUMENTS]   r
        tests/.venv/bin/python tests/long/trust.py FIGURES --table              only write the table again
 
 FIGURES is a file of JSON lines to which the tests themselves append what they counted. To have more engines in the
-table, run tests/test_sandbox.py with `--full --figures FIGURES` as another user (rootless podman) or with
+table, run tests/engine/test_sandbox.py with `--full --figures FIGURES` as another user (rootless podman) or with
 AR_ENGINE=docker, then write the table again. Takes about two hours on two cores. The row of a night comes from
 tests/long/night.py, which leaves it in a file of its own: append that to FIGURES.
 """
@@ -17,7 +17,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = ["sandbox", "lock", "planted", "cheats", "lost", "web", "worktrees"]
+TESTS = ["engine/test_sandbox", "client/test_lock", "engine/test_planted", "engine/test_cheats", "unit/test_record"]
+TESTS += ["engine/test_lost", "unit/test_guard", "unit/test_experiment"]
 OWN = (
     "sweep",
     "tried",
@@ -57,7 +58,7 @@ def table(figures: Path) -> str:
 def main(figures: str, *arguments: str) -> int:
     status = 0
     if arguments != ("--table",):
-        tests = [f"tests/test_{name}.py" for name in TESTS]
+        tests = [f"tests/{name}.py" for name in TESTS]
         command = [sys.executable, "-m", "pytest", "--full", "--figures", figures, *(arguments or tests)]
         status = subprocess.run(command, cwd=ROOT).returncode
     (ROOT / "tests/long/trust.md").write_text(table(Path(figures)))
@@ -65,6 +66,6 @@ def main(figures: str, *arguments: str) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     sys.exit(main(*sys.argv[1:]))

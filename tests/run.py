@@ -1,0 +1,82 @@
+"""./run.sh test: install what the tests need, showing each command first, then become pytest.
+
+usage: run.py              everything a contributor and CI need: unit, engine, client
+       run.py unit         only what needs no engine, no client and no image
+       run.py --full       the long sweeps too, every point of them
+       run.py PYTEST...    a part: tests/engine/test_run.py -k crash
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+sys.dont_write_bytecode = True
+sys.path.insert(0, str(TESTS.parent / "container" / "harness"))
+
+import engine  # noqa: E402
+import install  # noqa: E402
+from project import Refused, say  # noqa: E402
+
+UNIT_REQUIREMENTS = ("pytest==9.2.0", "ruff==0.17.6")
+REQUIREMENTS = (*UNIT_REQUIREMENTS, "playwright==1.65.2")  # playwright drives the system's chromium
+TOOLS = ("npm", "tmux", "shellcheck", "chromium", "slurmctld", "slurmd", "srun")
+ALL = [str(TESTS / tier) for tier in ("unit", "engine", "client")]
+
+
+def need_tools(unit: bool) -> None:
+    """Programs of the system's package manager."""
+    missing = [] if importlib.util.find_spec("ensurepip") else ["python3-venv"]
+    if not shutil.which("shellcheck"):
+        missing.append("shellcheck")
+    if not unit:
+        missing += [{"srun": "slurm-client"}.get(tool, tool) for tool in TOOLS if not shutil.which(tool)]
+    if missing:
+        install.install_packages(f"for the tests, {' '.join(missing)}", *dict.fromkeys(missing))
+
+
+def need_python(requirements: tuple[str, ...]) -> str:
+    """The tests' own Python, with these packages."""
+    folder, installed = TESTS / ".venv", TESTS / ".venv" / "requirements"
+    if not installed.exists() or not set(requirements) <= set(installed.read_text().split()):
+        say(f"tests: a virtual environment with {' '.join(requirements)}")
+        install.run(sys.executable, "-m", "venv", "--clear", folder)
+        install.run(folder / "bin/python", "-m", "pip", "install", "-q", *requirements)
+        installed.write_text(" ".join(requirements) + "\n")
+    return str(folder / "bin/python")
+
+
+def need_client() -> None:
+    """Claude Code, in the version that the tests drive."""
+    claude, version = TESTS / ".client/node_modules/.bin/claude", install.CLIENT_VERSION
+    if not claude.exists() or engine.run([str(claude), "--version"]).stdout.split(" ")[0] != version:
+        say(f"tests: Claude Code {version}")
+        quiet = ["--silent", "--no-audit", "--no-fund"]
+        install.run("npm", "install", *quiet, "--prefix", TESTS / ".client", f"@anthropic-ai/claude-code@{version}")
+
+
+def main(words: list[str]) -> None:
+    unit = words[:1] == ["unit"]
+    need_tools(unit)
+    if not unit:
+        install.need_image()
+        need_client()
+    python = need_python(UNIT_REQUIREMENTS if unit else REQUIREMENTS)
+    if unit:
+        words = [str(TESTS / "unit"), *words[1:]]
+    elif set(words) <= {"--full"}:
+        words = [*ALL, *words]
+    os.chdir(TESTS.parent)
+    os.execv(python, [python, "-m", "pytest", *words])
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except Refused as error:
+        say(f"run.sh: {error}")
+        sys.exit(2)

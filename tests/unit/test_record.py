@@ -1,0 +1,295 @@
+"""The record: what a commit's message keeps, and that nothing gets lost: killed anywhere, locked, cloned, set back."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import record
+from in_process import VALUES, Point, Scenario, Small, made_up_run, train_py
+from measure import Run
+from record import Attempt, Chain
+from repository import CRASH, block
+from sweep import DISK_KIB, again, consistent, fill, mounted, next_run
+
+KILLS, ROOMS = 3, 3  # points of each scenario, and sizes of a full disk, in an ordinary test run
+CHAINS = "until: 40 experiments\npatience: 3"
+
+# Messages
+
+
+WHOLE = Attempt(
+    "candidate", "a" * 40, "b" * 40, "Verdict: failed: an idea like a trailer", 12, "kept",
+    runs=[made_up_run(80.25, 1), made_up_run(81, 2)], phase="first: optimiser", before=[100.0, 102.0], sigma=0.03,
+    percent=-20.2, sigmas=7.5, comparable="0123456789ab", branch="main", chain=Chain(2, 3, "c" * 9, False),
+    web="2 requests, 28 characters", by_hand=True, when=5,
+)  # fmt: skip
+
+
+def test_a_record_says_what_the_attempt_was():
+    found = record.parse("12", "34", WHOLE.message())
+    kept = ("verdict", "hypothesis", "phase", "train", "comparable", "branch", "chain", "web", "by_hand", "reason")
+    assert {key: getattr(found, key) for key in kept} == {key: getattr(WHOLE, key) for key in kept}
+    assert (found.number, found.when, found.test_evaluation) == (12, 34, 0)
+    assert found.runs == {"mean_rank": [80.25, 81.0], "median_rank": [40.125, 40.5]}
+    assert found.change == "-20.2 % (7.5 sigma better)" and found.percent == -20.2
+    assert WHOLE.message().startswith("Verdict: failed: an idea like a trailer (101.0 → 80.6)\n\nExperiment: 12\n")
+    assert json.loads(WHOLE.json())["runs"][1]["metrics"]["mean_rank"] == 81
+
+
+def test_a_failure_has_its_reason_and_no_numbers():
+    run = Run("failed", 7, "crash after 3 s: ValueError: x: y")
+    attempt = replace(WHOLE, verdict="failed", by_hand=False, runs=[run], reason=run.reason, percent=None, chain=None)
+    found = record.parse("1", "0", attempt.message())
+    assert (found.reason, found.change, found.percent, found.values("mean_rank")) == (run.reason, "", 0.0, [])
+    assert attempt.message().startswith("failed: Verdict: failed: an idea") and found.chain is None
+
+
+@pytest.mark.parametrize("chain", [Chain(1, 3, "0" * 9, True), Chain(10, 12, "f" * 9, False)])
+def test_a_chain_is_read_as_it_was_written(chain: Chain):
+    assert Chain.parse(str(chain)) == chain and chain.position == f"{chain.link} of {chain.limit}"
+
+
+def test_messages_of_others_are_empty_records():
+    for text in ("", "one line", "a subject\n\nExperiment: 5\nChain: nonsense\nVerdict kept\n"):
+        found = record.parse("5", "0", text)
+        assert (found.verdict, found.chain, found.runs["mean_rank"]) == ("", None, [])
+
+
+def test_an_attempt_in_git(small: Small):
+    small.write("train.py", train_py(VALUES["kept"]))
+    _, shown = small.experiment("better")
+    assert shown["commit"] == small.git("rev-parse", "refs/experiments/2")[:9]
+    files = small.git("ls-tree", "--name-only", "refs/experiments/2:experiment").split()
+    assert files == ["examples.npy", "program.md", "ranks.npy", "result.json", "train.log"]
+    result = json.loads(small.git("show", "refs/experiments/2:experiment/result.json"))
+    assert result["verdict"] == "kept" and result["runs"][0]["metrics"]["mean_rank"] == 50
+    assert result["experiment"] == 2 and result["before"] == [100.0, 100.1]
+    assert small.git("show", "HEAD", "--format=", "--name-only").split() == ["scratchpad.md", "train.py"]
+    assert small.trailers("HEAD") == small.trailers("refs/experiments/2")
+    loaded = small.python("r = record.load_all()[-1]; print(r.number, r.verdict, r.values('mean_rank'), r.train)")
+    assert loaded == f"2 kept [50.0] {small.git('rev-parse', 'HEAD:train.py')}"
+
+
+# Kill points
+
+
+@pytest.fixture(scope="session")
+def scenarios(small_base: Small, tmp_path_factory) -> dict[str, Scenario]:
+    folder, found = tmp_path_factory.mktemp("scenarios"), {}
+
+    def prepare(name: str, verdict: str, value: float, *words: str, plan: str = "") -> None:
+        project = small_base.copy(folder / name)
+        if plan:
+            project.edit("until: 40 experiments", plan, "program.md")
+        project.write("train.py", train_py(value))
+        project.hypothesis(f"to be {verdict}")
+        if words:  # by hand: what was discarded a moment ago
+            assert project.run().returncode == 0
+        found[name] = Scenario.prepare(project, train_py(value), verdict, *words)
+
+    prepare("kept", "kept", VALUES["kept"])
+    prepare("discarded", "discarded", VALUES["discarded"])
+    prepare("kept after two runs", "kept", VALUES["small gain"])
+    prepare("in a chain", "discarded", VALUES["discarded"], plan=CHAINS)
+    prepare("by hand", "kept", VALUES["discarded"], "keep", "2")
+    return found
+
+
+@pytest.mark.parametrize("name", ["kept", "discarded", "kept after two runs", "in a chain", "by hand"])
+def test_killed_anywhere(scenarios, name: str, request, tmp_path, figure):
+    """At a seeded sample of points, more of them from the record on; at all with --full."""
+    scenario = scenarios[name]
+    points, recorded = scenario.points(), next(n for n, c in enumerate(scenario.calls, 1) if "pending.json" in c)
+    if not request.config.getoption("full"):
+        late = [point for point in points if point.at >= recorded]
+        rng = random.Random(name)
+        points = [*rng.sample(late, KILLS - 1), *rng.sample(points[: -len(late)], 1)]
+    elif name != "kept":
+        points = [point for point in points if point.at >= recorded - 20]  # until there it is the same
+    wrong = [complaint for point in points if (complaint := scenario.kill(point, tmp_path / "point"))]
+    print(*("\n    ".join(lines) for lines in wrong), sep="\n")
+    figure(f"kill points in process: {name}", len(points), len(wrong))
+    assert not wrong
+
+
+def test_a_full_disk(scenarios, sample, tmp_path, figure):
+    """With more and more room left: an error in one line, or a verdict; nothing is lost, and it goes on later."""
+    scenario, complaints, sizes = scenarios["kept"], {}, sample(list(DISK_KIB), ROOMS)
+    (disk := tmp_path / "disk").mkdir()
+    for room in sizes:
+        with mounted("tmpfs", disk, "-t", "tmpfs", "-o", "size=16m") as small:
+            if not small:
+                pytest.skip("this user may not mount; tests/engine/test_lost.py has another way")
+            project = scenario.project.copy(disk / "repo")
+            fill(disk / "filler", room)
+            done = project.run()
+            (disk / "filler").unlink()
+            ended = (done.returncode, block(done.stdout).get("verdict"))
+            wrong = [] if ended in ((0, "kept"), (2, None)) else [f"ended as {ended}"]
+            if "Traceback" in done.stderr or not (done.stderr or done.stdout).splitlines()[-1].startswith(
+                ("run.sh:", "next:")
+            ):
+                wrong.append(done.stderr)
+            wrong += consistent(project, scenario.before, recovered=False) + next_run(project, scenario.before)
+            if wrong:
+                complaints[room] = [done.stderr, *wrong]
+                print(f"{room} KiB free", *complaints[room], sep="\n    ", flush=True)
+    figure("full disk, in process", len(sizes), len(complaints))
+    assert not complaints
+
+
+def killed_before(small: Small, words: str) -> None:
+    small.write("train.py", train_py(VALUES["kept"]))
+    small.hypothesis("to be kept")
+    assert small.run(point=Point(words, "before")).returncode == -9
+
+
+def test_killed_between_record_and_branch_the_verdict_waits_for_this_worktrees_next_run(small: Small, tmp_path):
+    other, head = small.worktree(tmp_path / "second", "second"), small.git("rev-parse", "HEAD")
+    killed_before(small, "update-ref -m")
+    other.write("train.py", CRASH)
+    (other.path / "runs").mkdir()
+    for name in ("runs/0002.log", "runs/0003.log"):  # left by a run here that was killed while it trained
+        other.write(name, "step 1\n")
+    done, shown = other.experiment("crash")
+    assert "completed" not in done.stderr and shown["experiment"] == "3", done.stdout + done.stderr
+    assert other.git("rev-parse", "HEAD") == head == small.git("rev-parse", "HEAD")
+    small.edit("data: prints", "data: nowhere", "program.md")
+    assert "completed experiment 2," in small.run().stderr
+    assert small.git("show", "HEAD:train.py") + "\n" == train_py(VALUES["kept"])
+    assert "completed" not in small.run().stderr
+
+
+def test_an_interrupted_chain_is_carried_out_by_the_next_run(small: Small):
+    """The file stays, for the next idea builds on it."""
+    small.edit("until: 40 experiments", CHAINS, "program.md")
+    small.write("train.py", train_py(VALUES["discarded"]))
+    small.hypothesis("worse")
+    assert small.run(point=Point("update-ref refs/experiments/2", "after")).returncode == -9
+    done = small.run()
+    assert "completed experiment 2" in done.stderr and done.returncode == 2 and "already judged" in done.stderr
+    assert small.read("train.py") == train_py(VALUES["discarded"])
+
+
+def test_what_was_recorded_on_another_branch_is_left_to_that_branch(small: Small):
+    killed_before(small, "update-ref -m")
+    small.git("switch", "-qc", "other")
+    assert "completed" not in small.run().stderr and small.git("log", "--format=%s") == "start"
+    small.git("switch", "-q", "main")
+    assert "completed experiment 2" in small.run().stderr
+    assert small.git("show", "HEAD:train.py") + "\n" == train_py(VALUES["kept"])
+
+
+def test_a_stale_lock_on_the_record_goes_also_while_a_git_runs(small: Small):
+    """A log left open in a pager is a git that runs all night. A lock that is new is waited for."""
+    (lock := small.path / ".git/refs/experiments/2.lock").touch()
+    small.write("train.py", train_py(VALUES["discarded"]))
+    with subprocess.Popen(["git", "cat-file", "--batch"], cwd=small.path, stdin=subprocess.PIPE) as left_open:
+        done, shown = small.experiment("worse")
+        assert left_open.poll() is None
+        left_open.stdin.close()
+    assert shown["verdict"] == "discarded" and small.experiments() == [1, 2], done.stdout + done.stderr
+    assert "removed" in done.stderr and not lock.exists()
+
+
+@pytest.mark.parametrize("name", ["index.lock", "HEAD.lock", "refs/heads/main.lock"])
+def test_a_lock_that_is_not_ours_is_reported_and_left_alone(small: Small, name: str):
+    (lock := small.path / ".git" / name).touch()
+    os.utime(lock, (time.time() - 60,) * 2)
+    done = small.run()
+    assert done.returncode == 2 and f"{lock} exists: a git is at work, or was killed" in done.stderr and lock.exists()
+
+
+@pytest.mark.parametrize("state", ["MERGE", "rebase", "CHERRY_PICK", "REVERT"])
+def test_in_the_middle_of_something_nothing_runs(small: Small, state: str):
+    small.git("commit", "-qm", "what is staged")
+    for branch in ("other", "main"):
+        small.git("switch", "-qC", branch)
+        small.write("LICENSE", branch)
+        small.git("commit", "-qam", branch)
+        small.git("branch", "-f", "old", "HEAD^")
+    small.git("branch", "-f", "other", "old")
+    small.git("switch", "-q", "other")
+    small.write("LICENSE", "something else")
+    small.git("commit", "-qam", "something else")
+    command = {"MERGE": "merge", "rebase": "rebase", "CHERRY_PICK": "cherry-pick", "REVERT": "revert"}[state]
+    small.git(command, *(["--no-edit", "main^"] if state == "REVERT" else ["main"]), check=False)
+    small.write("train.py", train_py(VALUES["kept"]))
+    for verb in ([], ["keep", "1"], ["final"]):
+        done = small.run(*verb)
+        text = f"run.sh: git is in the middle of a {state}; finish or abort it first\n"
+        assert (done.returncode, done.stderr) == (2, text)
+    small.git(command, "--abort")
+    assert small.experiments() == [1] and small.git("rev-parse", "HEAD") == small.git("rev-parse", "other")
+
+
+# Odd repositories
+
+
+def test_clones_shallow_and_without_the_record(small: Small, tmp_path):
+    small.write("train.py", train_py(VALUES["kept"]))
+    assert small.experiment("better")[1]["verdict"] == "kept"
+    for name, *options in (("plain",), ("shallow", "--depth=1")):
+        subprocess.run(["git", "clone", "-q", *options, f"file://{small.path}", tmp_path / name], check=True)
+        clone = Small(tmp_path / name)
+        shutil.copytree(small.path / "data", clone.path / "data")
+        clone.git("config", "user.name", "A Researcher")
+        clone.git("config", "user.email", "researcher@example.org")
+        clone.write("train.py", CRASH)
+        done, shown = clone.experiment("crash")
+        assert (done.returncode, shown.get("verdict"), shown.get("experiment")) == (1, "failed", "3"), (
+            done.stdout + done.stderr
+        )
+        assert "best:     mean_rank 50.0" in clone.run("status").stdout
+        assert clone.git("status", "--porcelain") == "M scratchpad.md" and clone.experiments() == [3]
+
+
+def test_a_clock_that_was_set_back(small: Small):
+    """Records, and what is left of a killed run, from next year: numbers count, not times."""
+    small.write("train.py", train_py(VALUES["kept"]))
+    small.hypothesis("to be kept")
+    scenario = Scenario.prepare(small, train_py(VALUES["kept"]), "kept")
+    later = f"{time.time() + 366 * 86400:.0f}"
+    text = small.git("cat-file", "commit", "refs/experiments/1")
+    text = re.sub(r"^(author|committer)(.*> )\d+", rf"\1\g<2>{later}", text, flags=re.M) + "\n"
+    made = subprocess.run(["git", "hash-object", "-t", "commit", "-w", "--stdin"], cwd=small.path, input=text,
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    small.git("update-ref", "refs/experiments/1", made.stdout.strip())
+    for file in (small.path / "runs").glob("*.*"):
+        os.utime(file, (int(later), int(later)))
+    (lock := small.path / ".git/refs/experiments/2.lock").touch()
+    os.utime(lock, (int(later), int(later)))
+    runs = subprocess.Popen(["bash", "-c", "exec -a container/harness sleep 300"], cwd=small.path)
+    try:
+        left = {"pid": runs.pid, "number": 9, "activity": "run 1", "started": int(later), "budget": 5}
+        small.write("runs/running.json", json.dumps(left))
+        assert re.search(r"running: +experiment 9 \(run 1\), at most [0-5] s left", small.run("status").stdout)
+    finally:
+        runs.kill()
+        runs.wait()
+    done = small.run()
+    assert block(done.stdout)["verdict"] == "kept" and not lock.exists(), done.stdout + done.stderr
+    assert consistent(small, scenario.before, recovered=True) == [] and "nothing" in small.run("status").stdout
+
+
+def test_read_only_git_is_one_line(small: Small):
+    """For a run that may not write there; tests/engine/test_lost.py has the mount."""
+    lock = small.path / ".git/autoresearch.lock"
+    lock.unlink()
+    lock.mkdir()  # for root, whom permissions do not stop
+    assert again(small).stderr == f"run.sh: cannot write {lock}; is .git read-only?\n"
+    lock.rmdir()
+    (runs := Path(small.path / "runs")).rename(small.path / "kept")
+    runs.touch()
+    done = small.run()
+    assert (done.returncode, done.stderr) == (2, f"run.sh: cannot write {runs}; is {small.path.name} read-only?\n")

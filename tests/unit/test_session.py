@@ -1,0 +1,423 @@
+"""The loop in one conversation: on and off, what counts, what ends it, in and outside of a night; loop.py, in process.
+
+The record and the plan are made up (support/recorded.py); files are real.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.util
+import io
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import display
+import locks
+import night
+import session
+from recorded import Recorded
+from repository import PROGRAM, ROOT
+from session import Night, Session
+
+GO_ON = "write one line under '## Next experiment' in scratchpad.md, edit train.py, run ./run.sh"
+
+
+class Loop:
+    """loop.py and a made-up record; every method is in conversation "s", unless another is named."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys, folder: Path):
+        self.patch, self.capsys, self.folder = monkeypatch, capsys, folder
+        self.plan = Recorded(monkeypatch, PROGRAM)
+        (folder / "runs").mkdir()
+        (folder / "program.md").write_text(PROGRAM)
+        for name, file in {
+            "SESSIONS": "runs/session",
+            "PLAN": "program.md",
+            "KNOWN_PLAN": "runs/session/program.md",
+            "NIGHT": "runs/night.json",
+            "NIGHT_LOCK": "runs/night.lock",
+        }.items():
+            monkeypatch.setattr(session, name, folder / file)
+        monkeypatch.setattr(locks, "running", lambda: None)
+        spec = importlib.util.spec_from_file_location("loop", ROOT / ".claude/hooks/loop.py")
+        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+        self.main = module.main
+
+    def call(self, *words: str, **given) -> str:
+        """What loop.py prints."""
+        text = json.dumps({"session_id": "s", **given})
+        self.patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        self.patch.setattr(sys, "argv", ["loop.py", *words])
+        self.main()
+        return self.capsys.readouterr().out
+
+    def hook(self, event: str, **given) -> dict:
+        return json.loads(self.call(hook_event_name=event, **given))
+
+    def type(self, prompt: str, **given) -> str:
+        """What the agent is told with it."""
+        answer = self.hook("UserPromptSubmit", prompt=prompt, **given)
+        return answer.get("hookSpecificOutput", {}).get("additionalContext", "")
+
+    def turn(self, **given) -> dict:
+        """The end of a turn."""
+        return self.hook("Stop", **given)
+
+    def end(self, **given) -> str:
+        """What the person is told at the end of a turn that is the last; '' if it is not."""
+        return self.turn(**given).get("systemMessage", "")
+
+    def stop_at(self, stop: str) -> None:
+        """The line of the plan."""
+        self.plan.text = PROGRAM.replace("stop: 100 experiments", f"stop: {stop}")
+
+    @property
+    def session(self) -> Session:
+        return Session.load("s")
+
+    @property
+    def why(self) -> str:
+        return self.session.reason_to_end(self.plan.history)
+
+    @contextlib.contextmanager
+    def night(self, **state):
+        """As if one were under way: its lock is held."""
+        (self.folder / "runs/night.json").write_text(json.dumps(state))
+        with (self.folder / "runs/night.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+@pytest.fixture
+def loop(monkeypatch, capsys, tmp_path) -> Loop:
+    return Loop(monkeypatch, capsys, tmp_path)
+
+
+# On and off
+
+
+@pytest.mark.parametrize("word", ["Stop", "pause", " STOP! "])
+def test_start_and_stop_as_whole_messages(loop, word):
+    assert loop.turn() == {} and not loop.session.on
+    assert "The loop is on. Phase 1 of 2 (first), 0 of 40 experiments." in loop.type(" Start. ")
+    assert loop.turn()["decision"] == "block"
+    assert "The loop is still on" in loop.type("do not stop before morning, and start with the learning rate")
+    assert loop.turn()["decision"] == "block"
+    assert "The loop is off" in loop.type(word) and loop.why == "the person said stop"
+    assert loop.turn() == {} and loop.session.stopped
+    assert loop.type("what now?") == "" and loop.why == "", "the person may ask for one experiment"
+    assert loop.turn() == {}
+
+
+def test_it_is_on_in_its_own_conversation(loop):
+    loop.type("start")
+    assert loop.turn(session_id="other") == {} and loop.type("hello", session_id="other") == ""
+    assert "The loop is on." in loop.hook("SessionStart")["hookSpecificOutput"]["additionalContext"]
+    other = loop.hook("SessionStart", session_id="other")["hookSpecificOutput"]["additionalContext"]
+    assert "The loop is off until the person types: start" in other
+
+
+def test_it_says_where_things_stand_and_when_to_ask_the_planner(loop):
+    assert display.ASK in loop.type("start")
+    loop.plan.add("discarded")
+    reason = loop.turn()["reason"]
+    assert reason.startswith("Phase 1 of 2 (first), 1 of 40 experiments. Since start 1 of 100 experiments. Next")
+    assert GO_ON in reason and display.ASK not in reason
+    loop.plan.add(*["discarded"] * 4)
+    assert display.ASK in loop.turn()["reason"]
+
+
+def test_what_a_conversation_is_told_stays_short(loop):
+    """With forty records, long hypotheses and phase names."""
+    loop.plan.text = PROGRAM.replace("## Phase 1 — first", "## Phase 1 — " + "long name " * 5)
+    for n in range(41):
+        loop.plan.add("discarded", percent=n + 1.0, sigmas=-1.0, hypothesis=f"idea {n} " + "é wide " * 13)
+    for event in ("SessionStart", "UserPromptSubmit"):
+        said = loop.hook(event, prompt="start")["hookSpecificOutput"]["additionalContext"]
+        assert len(said.encode()) <= 1500, said
+    assert "idea 40" in loop.hook("SessionStart")["hookSpecificOutput"]["additionalContext"]
+
+
+def test_a_plan_that_cannot_be_read_is_told_and_ends_it(loop):
+    loop.type("start")
+    loop.plan.edit("budget: 120", "budget: soon")
+    told = "program.md line 5: budget: soon"
+    assert told in loop.end() and "decision" not in loop.turn()
+    assert told in loop.type("start") and told in loop.call("statusline")
+    at_start = loop.hook("SessionStart")
+    assert told in at_start["systemMessage"] and told in at_start["hookSpecificOutput"]["additionalContext"]
+
+
+def test_a_changed_plan_is_told_once(loop):
+    """As run.sh does, in its result; a conversation that begins reads it anyway."""
+    assert not session.plan_has_changed(), "never read"
+    loop.type("start")
+    assert not session.plan_has_changed()
+    (loop.folder / "program.md").write_text("other\n")
+    assert session.plan_has_changed() and not session.plan_has_changed()
+    (loop.folder / "program.md").unlink()
+    loop.hook("SessionStart")  # resumed or compacted, while the loop is on
+    assert not session.plan_has_changed()
+
+
+def test_damaged_files_and_strange_ids(loop):
+    loop.type("start")
+    (loop.folder / "runs/session/s.json").write_text('{"on": tr')
+    assert loop.session == Session("s") and loop.turn() == {}
+    (loop.folder / "runs/session/s.json").write_text('{"on": true, "of another version": 1}')
+    assert loop.session == Session("s", on=True)
+    assert Session.load("../../x/y").id == "xy" and len(Session.load("x" * 999).id) == 100
+    loop.type("stop", session_id="../../x")
+    assert (loop.folder / "runs/session/x.json").exists()
+
+
+# What ends it
+
+
+def test_turns_without_an_experiment(loop):
+    loop.type("start")
+    assert loop.turn()["decision"] == loop.turn()["decision"] == "block"
+    loop.plan.add("failed")
+    for _ in range(3):
+        assert loop.turn()["decision"] == "block"
+    loop.plan.add("unmeasured")  # HEAD's own train.py does not run: for a person
+    ended = loop.end()
+    assert "3 turns in a row brought no experiment. Type start to go on" in ended and not loop.session.on
+    loop.type("start")
+    assert loop.turn()["decision"] == "block"
+
+
+def test_another_branchs_experiments_are_not_its_own(loop):
+    loop.stop_at("2 experiments")
+    loop.type("start")
+    for _ in range(2):
+        loop.plan.add("discarded", branch="second")
+        assert loop.turn()["decision"] == "block"
+    assert "3 turns in a row" in loop.end()
+
+
+def test_experiments_since_start(loop):
+    loop.stop_at("2 experiments")
+    loop.plan.add("baseline", "discarded", "discarded")
+    loop.type("start")
+    loop.plan.add("remeasured", "kept")
+    assert "Since start 1 of 2 experiments." in loop.turn()["reason"] and not loop.why
+    loop.plan.add("failed")
+    assert loop.why == "2 experiments since start, as program.md's `stop` says"
+    assert loop.end().startswith("The loop has ended: 2 experiments since start, as program.md's `stop` says. Type")
+    assert loop.why == "" and not loop.session.on, "the person may ask for one more"
+    loop.type("start")
+    assert loop.turn()["decision"] == "block"
+
+
+def test_the_last_phase(loop):
+    loop.plan.text = PROGRAM.replace("until: 40", "until: 1").replace("## Phase 2 — second\n", "")
+    loop.type("start")
+    loop.plan.add("discarded")
+    assert "all phases of program.md are done" in loop.end()
+
+
+def test_hours_and_several_limits(loop, monkeypatch):
+    loop.stop_at("50 experiments, 1.5 hours, 20 USD")
+    loop.type("start")
+    began = time.time()
+    monkeypatch.setattr(time, "time", lambda: began + 3600)
+    loop.plan.add("discarded")
+    assert "Since start 1 of 50 experiments, 1.0 of 1.5 hours, 0.00 of 20.00 USD." in loop.turn()["reason"]
+    monkeypatch.setattr(time, "time", lambda: began + 5401)
+    assert "1.5 hours since start, as program.md's `stop` says" in loop.end()
+
+
+@pytest.fixture
+def zone(monkeypatch):
+    def set_to(name: str) -> None:
+        monkeypatch.setenv("TZ", name)
+        time.tzset()
+
+    yield set_to
+    monkeypatch.undo()
+    time.tzset()
+
+
+SUMMER = "CET-1CEST,M3.5.0,M10.5.0/3"  # in the night of 25 October 2026 clocks go back: it has 25 hours
+
+
+@pytest.mark.parametrize(
+    ("where", "clock", "since", "then"),
+    [
+        ("UTC", "07:30", "2026-11-23 22:10", "2026-11-24 07:30"),
+        ("UTC", "23:30", "2026-11-23 22:10", "2026-11-23 23:30"),
+        ("UTC", "22:10", "2026-12-31 22:10", "2027-01-01 22:10"),
+        (SUMMER, "07:30", "2026-10-24 22:00", "2026-10-25 07:30"),
+        ("UTC", "7:05", "2026-02-28 07:06", "2026-03-01 07:05"),
+    ],
+)
+def test_a_clock_is_the_next_such_time(zone, where, clock, since, then):
+    zone(where)
+    began = time.mktime(time.strptime(since, "%Y-%m-%d %H:%M"))
+    at = session.next_time(clock, began)
+    assert time.strftime("%Y-%m-%d %H:%M", time.localtime(at)) == then
+
+
+def test_the_clock_ends_it(loop, zone, monkeypatch):
+    zone("UTC")
+    monkeypatch.setattr(time, "time", lambda: 22 * 3600.0)
+    loop.stop_at("07:30")
+    loop.type("start")
+    monkeypatch.setattr(time, "time", lambda: (24 + 7) * 3600 + 1799.0)
+    assert not loop.why
+    monkeypatch.setattr(time, "time", lambda: (24 + 7) * 3600 + 1800.0)
+    assert loop.why == "it is 07:30, as program.md's `stop` says"
+    Session("night", on=True, since=22 * 3600.0, clock="6:00").save()
+    assert Session.load("night").reason_to_end(loop.plan.history) == "it is 6:00, as the person said"
+
+
+# Tokens and cost
+
+
+def message(ident: str, **usage: int | None) -> str:
+    return json.dumps({"type": "assistant", "message": {"id": ident, "usage": usage}}) + "\n"
+
+
+def add(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as f:
+        f.write(text)
+
+
+def test_tokens_of_a_transcript(loop):
+    """Each message once, without what the cache gave; subagents too; what is half written waits."""
+    loop.stop_at("1000 tokens")
+    transcript, helper = loop.folder / "t.jsonl", loop.folder / "t/subagents/agent-1.jsonl"
+    add(transcript, message("m0", input_tokens=5000))
+    loop.type("start", transcript_path=str(transcript))
+    given = {"input_tokens": 100, "output_tokens": 1, "cache_read_input_tokens": 10**6}
+    add(transcript, message("m1", **given) + 'no JSON "usage"\n{"usage": 1}\n[{"usage": 1}]\n')
+    add(transcript, 2 * message("m1", input_tokens=100, output_tokens=100))
+    add(transcript, message("m2", cache_creation_input_tokens=300, output_tokens=None))
+    add(helper, message("a1", input_tokens=400))
+    assert loop.session.used(loop.plan.history) == {"tokens": (900, 1000)}
+    last = message("m3", output_tokens=100)
+    add(transcript, last[:40])
+    assert "Since start 900 of 1,000 tokens." in loop.turn()["reason"]
+    add(transcript, last[40:])
+    assert "1,000 tokens since start, as program.md's `stop` says" in loop.end()
+    loop.type("start", transcript_path=str(transcript))  # counted from here
+    assert loop.session.used(loop.plan.history)["tokens"] == (0, 1000)
+    transcript.unlink()
+    assert loop.turn() != {}, "a transcript that is gone ends nothing"
+
+
+def test_a_long_transcript_is_read_at_once(loop):
+    loop.stop_at("900M tokens")
+    transcript, text = loop.folder / "t.jsonl", json.dumps({"content": "x" * 10_000}) + "\n"
+    add(transcript, "".join(message(f"message-{n:027}", input_tokens=1, output_tokens=2) + text for n in range(3000)))
+    loop.type("start", transcript_path=str(transcript))
+    assert loop.session.tokens_before == 9000
+    began = time.monotonic()
+    loop.turn()
+    assert time.monotonic() - began < 2, "30 MB take a tenth of that"
+
+
+def test_the_status_line_reports_the_cost(loop):
+    loop.stop_at("2 USD")
+    loop.plan.add("baseline", train=loop.plan.incumbent)
+
+    def status(usd: float | None) -> str:
+        return loop.call("statusline", cost={"total_cost_usd": usd})
+
+    line = "#1 | mean_rank 100.0 (+0.0 % since the baseline 100.0; noise 4.0 % a run) | phase 1 of 2 (first), 0 of"
+    assert status(1.5).startswith(line), status(1.5)
+    loop.type("start")
+    status(3.49)
+    status(None)
+    assert "Since start 1.99 of 2.00 USD." in loop.turn()["reason"]
+    status(3.5)
+    assert "2.00 USD since start, as program.md's `stop` says" in loop.end()
+
+
+# In a night
+
+
+def test_start_in_a_night_is_the_nights(loop):
+    since = time.time() - 3 * 3600
+    loop.stop_at("2 hours, 50 USD")
+    loop.type("start")
+    assert loop.turn()["decision"] == "block"
+    with loop.night(since=since, usd=99, clock=""):
+        assert loop.turn()["decision"] == "block", "begun before"
+        loop.type("start")
+        assert "3.0 hours since start" in loop.end()
+    loop.type("start")
+    assert loop.turn()["decision"] == "block", "the night is over"
+
+
+def test_a_nights_tokens_cost_and_experiments_are_of_all_its_conversations(loop):
+    loop.stop_at("5 experiments, 1000 tokens, 2 USD")
+    loop.plan.add(*["discarded"] * 3)
+    with loop.night(since=time.time(), after=1, tokens=600, usd=1.5):
+        add(loop.folder / "t.jsonl", message("m1", input_tokens=100))  # before `start`
+        loop.type("start", transcript_path=str(loop.folder / "t.jsonl"))
+        add(loop.folder / "t.jsonl", message("m2", input_tokens=50))
+        assert loop.session.used(loop.plan.history) == {"experiments": (2, 5), "tokens": (650, 1000), "usd": (1.5, 2)}
+
+
+def test_what_the_night_says_ends_its_conversations_alone(loop):
+    since = time.time() - 60
+    loop.type("start", session_id="before")
+    with loop.night(since=since, clock="", stop="the person said night stop"):
+        loop.type("start")
+        assert loop.why == "the person said night stop"
+        assert loop.turn(session_id="before")["decision"] == "block"
+    assert not loop.why, "its lock is free: it is over"
+
+
+def test_a_night_is_under_way_while_its_keeper_holds_the_lock(loop):
+    assert session.current_night() is None
+    with loop.night(since=1.0, pid=7, clock="07:30"):
+        assert session.current_night() == Night(since=1.0, pid=7, clock="07:30")
+        (loop.folder / "runs/night.json").write_text("half a f")
+        assert session.current_night() == Night()
+    assert session.current_night() is None
+
+
+def test_when_the_client_must_be_ended(loop, monkeypatch):
+    """Silence, unless an experiment runs; no experiment for long, whatever it says; sooner once the loop has ended."""
+    clock, transcript = [0.0], loop.folder / "t.jsonl"
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    one, dog = Session("s", str(transcript)), night.Watchdog(last_message=0, last_experiment=0, newest=3)
+
+    def fault(after: float, newest: int = 3, ended: bool = False) -> str:
+        clock[0] += after
+        return dog.fault(one, newest, ended)
+
+    assert not fault(night.SILENT) and "no word" in fault(1)
+    add(transcript, "a message\n")
+    assert not fault(1) and not fault(night.LATE, ended=True) and "no word" in fault(1, ended=True)
+    monkeypatch.setattr(locks, "running", lambda: object())
+    assert not fault(10 * night.BARREN)
+    monkeypatch.setattr(locks, "running", lambda: None)
+    for _ in range(int(night.BARREN / night.SILENT)):
+        add(transcript, "a message\n")
+        assert not fault(night.SILENT)
+    add(transcript, "a message\n")
+    assert "no experiment" in fault(1)
+    assert not fault(0, newest=4) and not fault(night.SILENT)
+
+
+def test_only_its_keeper_begins_a_night_that_is_announced(loop, monkeypatch, tmp_path):
+    """`night keep` is not for people."""
+    monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("nothing is to be killed"))
+    for words in (("keep",), ("7.30",), ("24:00",), ("stop", "now")):
+        with pytest.raises(night.Refused, match="usage: ./run.sh night"):
+            night.main(*words)
+    with loop.night(since=1.0, pid=7), pytest.raises(night.Refused, match="usage"):
+        night.main("keep")
+    with pytest.raises(night.Refused, match="no night is under way here"):
+        night.main("stop")
