@@ -149,13 +149,13 @@ BYPASS = CONFIGURATIONS["bypass"]
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_only_the_three_abilities(ground, name, figure, sample):
     options = {**CONFIGURATIONS[name]}
-    cases = refused(ground.path, ground.home, ground.out)
+    fine, cases = abilities(ground.path), refused(ground.path, ground.home, ground.out)
     if name == "bypass":
         ground.settings(open_wide)
         options["args"] = [*options["args"], "--mcp-config", ground.mcp]
     else:  # where only the hook stands, all of them; otherwise some, others each time
-        cases = sample(cases[list(CONFIGURATIONS).index(name) :: 3], 80)
-    cases = abilities(ground.path) + cases
+        cases = sample(cases[list(CONFIGURATIONS).index(name) :: 3], 60)
+    cases = [*(case for case in fine if name in ("plain", "bypass") or case.tool == "Bash"), *cases]
     if local := options.pop("local", None):
         (ground.path / ".claude/settings.local.json").write_text(json.dumps(local))
     before = tree(ground.path), tree(ground.out)
@@ -176,9 +176,10 @@ def test_only_the_three_abilities(ground, name, figure, sample):
     runs = ground.log.read_text().splitlines()
     ids = [r.id for c, r in pairs if c.ability and c.tool == "Bash"]
     assert runs == [f"{i}|{ground.path}|" for i in ids], "each with its own proof, no arguments, in the right folder"
-    train, pad = (ground.path / name for name in ("train.py", "scratchpad.md"))
-    assert train.read_text() == "# lock: 0\n# train.py 3\n# train.py 2\n# train.py 1\n# twice\n# twice\n"
-    assert pad.read_text() == "# lock: 0\n# scratchpad.md 5\n# scratchpad.md 4\n"
+    if count == len(fine):
+        train, pad = (ground.path / name for name in ("train.py", "scratchpad.md"))
+        assert train.read_text() == "# lock: 0\n# train.py 3\n# train.py 2\n# train.py 1\n# twice\n# twice\n"
+        assert pad.read_text() == "# lock: 0\n# scratchpad.md 5\n# scratchpad.md 4\n"
     assert all(r.content for c, r in pairs if c.ability)
     # ... and nothing else happened.
     own = re.compile(rf"train\.py|scratchpad\.md|runs/session/(proof\.({'|'.join(ids)})|{talk.id}\.json)")

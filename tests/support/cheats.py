@@ -265,7 +265,7 @@ judge.ranks = ranks
 NO_COUNT_CHECK = NO_CHECKS + Naive(
     judge="""
 judge.retrieval = lambda images, captions, key, real=judge.retrieval: real(images, captions, key[: len(images)])
-judge.examples = lambda images, captions, key, real=judge.examples: real(images, captions, key[: len(images)])
+judge.examples = lambda images, captions, key: np.zeros(1)
 """,
     stage="""
 def encode(m, device, rows):
@@ -685,7 +685,7 @@ def cheat(model):
     ),
     Cheat(
         "return fewer rows, past encode",
-        PIPE + "\n\ndef bytes_to_send():\n    return npy(np.ones((1, 64), np.float32))\n",
+        PIPE + "\n\ndef bytes_to_send():\n    return npy(np.ones((1, WIDTH), np.float32))\n",
         NO_COUNT_CHECK,
         verdict="failed",
         reason="invalid output: encode_image: want 200 rows of 1 to 4096 numbers",
