@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -212,12 +213,15 @@ def test_no_secret_reaches_the_build(project: Project, monkeypatch):
     """An image of its own, whose only step looks around; container/image is all that it is given."""
     (project.path / "container/image/Containerfile").write_text(
         "ARG BASE\nFROM ${BASE}\nCOPY . /context\n"
-        "RUN env; cat /proc/*/environ | tr '\\000' '\\n'; find /context /run /tmp; echo looked around\n"
+        f"RUN : {secrets.token_hex()}; "  # new each time: what an earlier run left, image or layers, is not taken
+        "env; cat /proc/*/environ | tr '\\000' '\\n'; find /context /run /tmp; echo looked around\n"
     )
-    done = project.run("setup", env=SECRETS)
     monkeypatch.setattr(engine, "IMAGE", project.path / "container/image")
-    for base in (engine.REGISTRY_BASE, engine.DEBIAN_BASE):
-        engine.run([*engine.client(), "rmi", "-f", engine.image_tag(base)])
+    try:
+        done = project.run("setup", env=SECRETS)
+    finally:
+        for base in (engine.REGISTRY_BASE, engine.DEBIAN_BASE):
+            engine.run([*engine.client(), "rmi", "-f", engine.image_tag(base)])
     assert "looked around" in done.stderr and "PATH=" in done.stderr and "/context/seccomp.json" in done.stderr, (
         done.stderr
     )
