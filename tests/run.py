@@ -22,10 +22,13 @@ import engine  # noqa: E402
 import install  # noqa: E402
 from project import Refused, say  # noqa: E402
 
-UNIT_REQUIREMENTS = ("pytest==9.2.0", "ruff==0.17.6")
+UNIT_REQUIREMENTS = ("pytest==9.2.0", "pytest-xdist==3.8.0", "ruff==0.17.6")
 REQUIREMENTS = (*UNIT_REQUIREMENTS, "playwright==1.65.2")  # playwright drives the system's chromium
 TOOLS = ("npm", "tmux", "shellcheck", "chromium", "slurmctld", "slurmd", "srun")
 ALL = [str(TESTS / tier) for tier in ("unit", "engine", "client")]
+# Two processes share the files between them: much of a test is waiting for an engine or a client. What measures time
+# or kills at a moment (--full) has the machine for itself.
+TWO_AT_ONCE = ["-n", "2", "--dist", "loadfile"]
 
 
 def need_tools(unit: bool) -> None:
@@ -67,8 +70,10 @@ def main(words: list[str]) -> None:
         need_client()
     python = need_python(UNIT_REQUIREMENTS if unit else REQUIREMENTS)
     if unit:
-        words = [str(TESTS / "unit"), *words[1:]]
-    elif set(words) <= {"--full"}:
+        words = [*TWO_AT_ONCE, str(TESTS / "unit"), *words[1:]]
+    elif not words:
+        words = [*TWO_AT_ONCE, *ALL]
+    elif words == ["--full"]:
         words = [*ALL, *words]
     os.chdir(TESTS.parent)
     os.execv(python, [python, "-m", "pytest", *words])

@@ -151,7 +151,10 @@ def test_a_night_goes_through_every_fault(quick, night):
 
 
 def test_real_experiments_and_a_client_that_is_killed(fast, night):
-    """A discarded, a repeated and a kept one; two clients die, one of them while a training runs."""
+    """A discarded, a repeated and a kept one; two clients die, one of them while a training runs. Nothing is given:
+    the night, its keeper and every experiment are started by run.sh itself.
+    """
+    fast.given = ""
     set_stop(fast, "3 experiments")
     slow = CANDIDATES["discarded"].replace("    table =", "    import time; time.sleep(5)\n    table =")
     ideas = {"words turned": CANDIDATES["discarded"], "words": CANDIDATES["kept"], "wait": slow}
@@ -175,7 +178,7 @@ def test_real_experiments_and_a_client_that_is_killed(fast, night):
         yield from [DONE] * 9
 
     steps = script()
-    went = night(fast, lambda shown: next(steps), given=FAST)
+    went = night(fast, lambda shown: next(steps))
     went.wait_for(lambda: experiment_runs(fast) and "wait" in fast.read("scratchpad.md"))
     time.sleep(1)
     os.kill(went.client(), signal.SIGKILL)

@@ -145,10 +145,7 @@ def test_without_web_in_the_phase_nothing_is_fetched(project, home, tmp_path):
         yield say("done")
 
     steps = script()
-    # a planted variable must not name another plan
-    (tmp_path / "plan.md").write_text(plan)
-    env = {**internet.env, "AR_PLAN": str(tmp_path / "plan.md")}
-    talk = Conversation(project.path, home, lambda shown: next(steps), env=env).run("hello")
+    talk = Conversation(project.path, home, lambda shown: next(steps), env=internet.env).run("hello")
     results = in_order(talk)
     assert [r.is_error for r in results] == [True] * 10 + [False] * 2, results
     reasons = ["'first' has no web", "'second' has no web", "'none' has no web", "line 5: budget", "program.md"]
@@ -205,6 +202,7 @@ def test_the_planner_reads_and_nothing_else(project, home, tmp_path):
     by_guard = [r for r in inner if r.is_error and INSTEAD.search(r.content)]
     assert len(by_guard) >= 6, [r.content for r in inner if r.is_error]
     assert project.read("train.py") == train and internet.urls == {"https://arxiv.org/abs/2"}
+    assert not list(project.path.glob("runs/session/proof.*")), "its ./run.sh was approved"
     fetched, searched = ["WebFetch", "23", "https://arxiv.org/abs/2"], ["WebSearch", "4", "clip"]
     assert sorted(row[1:] for row in web_log(project)) == [fetched, searched]
 
