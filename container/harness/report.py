@@ -61,9 +61,8 @@ def diff(r: Record) -> str:
     return "".join(c for c in hunks if c.isprintable() or c == "\n")  # what is invisible could fake a line
 
 
-def experiments(history: History, sides: dict[str, Record]) -> list[dict]:
+def experiments(history: History, incumbent: dict[int, float], sides: dict[str, Record]) -> list[dict]:
     """All attempts, with what the page shows of each."""
-    incumbent, _ = incumbents(history)
     detailed = [*history.records[-MAX_DETAILED:], *sides.values()]
     result, log = (f"{REFS}{{}}:experiment/{name}".format for name in ("result.json", "train.log"))
     files = git.contents([result(r.number) for r in history.records] + [log(r.number) for r in detailed])
@@ -86,11 +85,11 @@ def gather() -> dict:
     history = History.load()
     if not any(history.values_by_train[r.train] for r in history.compared if r.verdict in KEPT):
         raise NothingToShow("there is nothing to show: nothing comparable was measured yet; run ./run.sh first")
-    _, best = incumbents(history)
+    incumbent, best = incumbents(history)
     if not best:
         fetch = "git fetch origin 'refs/experiments/*:refs/experiments/*'"
         raise Refused(f"the report was not drawn: what this branch kept is missing; {fetch}")
-    measured = [r for r in history.compared if history.values(r)]
+    measured = [r for r in history.compared if history.values(r) and r.number in incumbent]
     sides = {"baseline": measured[0], "best": [r for r in measured if r.train == best][-1]}
     arrays = {}
     for side, r in sides.items():
@@ -102,7 +101,7 @@ def gather() -> dict:
         "now": int(time.time()),
         "running": locks.running_line(),
         "comparable": history.comparable,
-        "experiments": experiments(history, sides),
+        "experiments": experiments(history, incumbent, sides),
         "sides": {side: r.number for side, r in sides.items()},
         "arrays": arrays,  # of each side: ranks.npy, examples.npy, where the record has them
     }

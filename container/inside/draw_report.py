@@ -27,19 +27,11 @@ LIGHT = {"ink": "#1b2430", "muted": "#66707d", "grid": "#e3e5e8", "paper": "#fff
 LIGHT |= {"discarded": "#a3abb5", "failed": "#c8402f", "audit": "#b07508", "baseline": "#5b6673"}
 DARK = {"ink": "#e6e9ee", "muted": "#97a1ad", "grid": "#2c333c", "paper": "#12161b", "kept": "#79b0f2"}
 DARK |= {"discarded": "#69737f", "failed": "#f07a66", "audit": "#e2b04c", "baseline": "#a9b3bf"}
-# verdict -> marker and its area in square points; the last lies on top
-MARKERS = {
-    "discarded": ("o", 26),
-    "remeasured": (".", 26),
-    "failed": ("X", 44),
-    "baseline": ("D", 40),
-    "kept": ("o", 52),
-}
+MARKERS = {"discarded": "o", "remeasured": ".", "failed": "X", "baseline": "D", "kept": "o"}  # the last lies on top
 CURVE_SIZE, LOSS_SIZE = (800 / 72, 430 / 72), (6.5, 2.9)  # inches
 PNG_DPI = 144  # 1600 pixels wide
 WORST = 1.30  # times the first incumbent: what is worse is drawn there
 NAME_CHARS, NAMES = 32, 30  # length of a name at the curve; how many have room beside each other
-EXAMPLES = 12
 THUMBNAIL = 128  # pixels
 LOSS = re.compile(r"^step (\d{1,9})/\d{1,9} loss (\d{1,6}(?:\.\d{1,6})?)\s*$", re.M)
 rc("svg", fonttype="none")
@@ -86,19 +78,19 @@ def progress(d: dict, rows: list) -> Figure:
     ax.step(x, line, where="post", color=LIGHT["kept"], lw=2, label="incumbent")
     worst, best = line[0] * WORST, min(e["value"] for e in rows if e["value"])
     foot = best / noise * (best / line.max()) ** 0.5  # there is room for names above
-    for verdict, (marker, area) in MARKERS.items():
+    for verdict, marker in MARKERS.items():
         some = [e for e in rows if e["verdict"] == verdict and (e["value"] or verdict == "failed")]
         if some:
             y = [min(e["value"], worst) if e["value"] else foot for e in some]
             style = {"color": LIGHT.get(verdict, LIGHT["baseline"]), "edgecolor": LIGHT["paper"], "lw": 0.8}
-            dots = ax.scatter([e["number"] for e in some], y, area, marker=marker, label=verdict, zorder=3, **style)
+            style |= {"s": 52 if verdict == "kept" else 30, "marker": marker, "label": verdict, "zorder": 3}
+            dots = ax.scatter([e["number"] for e in some], y, **style)
             dots.set(urls=[f"#e{e['number']}" for e in some], gid=f"v-{verdict}", clip_on=False)
     draw_audits(ax, d, rows)
     name_the_kept(ax, rows)
     low, high = ax.set_ylim(bottom=foot)
-    ax.yaxis.set_major_locator(
-        LogLocator(subs=(1, 2, 5)) if high > 8 * low else MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])
-    )
+    even = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10])
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 8 * low else even)
     ax.yaxis.set_major_formatter("{x:g}")
     ax.minorticks_off()
     ax.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
@@ -191,11 +183,10 @@ def retrieval(d: dict) -> dict:
         for side, pair in d["arrays"].items()
     }
     count = arrays["best"][1].shape[1]
-    queries = np.linspace(0, len(key) - 1, count).astype(int)
-    shown = np.linspace(0, count - 1, min(EXAMPLES, count)).astype(int)
+    queries = np.linspace(0, len(key) - 1, count).astype(int)  # as judge.py chose them
     return {
         "arrays": arrays,
-        "queries": [(i, queries[i], key[queries[i]]) for i in shown],
+        "queries": [(i, queries[i], key[queries[i]]) for i in range(0, count, 2)],
         "thumbnail": lambda row: thumbnail(images[int(row)]["image"]),
         "caption": lambda row: captions[int(row)]["caption"],
     }
