@@ -83,7 +83,7 @@ def progress(d: dict, rows: list) -> Figure:
         if some:
             y = [min(e["value"], worst) if e["value"] else foot for e in some]
             style = {"color": LIGHT.get(verdict, LIGHT["baseline"]), "edgecolor": LIGHT["paper"], "lw": 0.8}
-            style |= {"s": 52 if verdict == "kept" else 30, "marker": marker, "label": verdict, "zorder": 3}
+            style |= {"s": 52 if verdict == "kept" else 36, "marker": marker, "label": verdict, "zorder": 3}
             dots = ax.scatter([e["number"] for e in some], y, **style)
             dots.set(urls=[f"#e{e['number']}" for e in some], gid=f"v-{verdict}", clip_on=False)
     draw_audits(ax, d, rows)
