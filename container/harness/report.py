@@ -61,19 +61,23 @@ def diff(r: Record) -> str:
     return "".join(c for c in hunks if c.isprintable() or c == "\n")  # what is invisible could fake a line
 
 
+def path(r: Record, name: str) -> str:
+    """How git calls a file of an experiment's record."""
+    return f"{REFS}{r.number}:experiment/{name}"
+
+
 def experiments(history: History, incumbent: dict[int, float], sides: dict[str, Record]) -> list[dict]:
     """All attempts, with what the page shows of each."""
     detailed = [*history.records[-MAX_DETAILED:], *sides.values()]
-    result, log = (f"{REFS}{{}}:experiment/{name}".format for name in ("result.json", "train.log"))
-    files = git.contents([result(r.number) for r in history.records] + [log(r.number) for r in detailed])
+    files = git.contents([path(r, "result.json") for r in history.records] + [path(r, "train.log") for r in detailed])
     return [
         {
             **asdict(r),
             "runs": history.values(r),
             "value": geometric_mean(history.values(r)) if history.values(r) else None,
             "incumbent": incumbent.get(r.number),
-            "result": json.loads(files.get(result(r.number), b"{}")),
-            "log": files.get(log(r.number), b"").decode("utf-8", "replace")[:MAX_TEXT],
+            "result": json.loads(files.get(path(r, "result.json"), b"{}")),
+            "log": files.get(path(r, "train.log"), b"").decode("utf-8", "replace")[:MAX_TEXT],
             "diff": diff(r) if r in detailed else None,
         }
         for r in history.records
@@ -93,8 +97,8 @@ def gather() -> dict:
     sides = {"baseline": measured[0], "best": [r for r in measured if r.train == best][-1]}
     arrays = {}
     for side, r in sides.items():
-        names = [f"{REFS}{r.number}:experiment/{name}.npy" for name in ("ranks", "examples")]
-        arrays[side] = [base64.b64encode(content).decode() for content in git.contents(names).values()]
+        found = git.contents([path(r, "ranks.npy"), path(r, "examples.npy")])
+        arrays[side] = [base64.b64encode(content).decode() for content in found.values()]
     return {
         "program": asdict(history.program),
         "sigma": history.sigma,
