@@ -186,7 +186,7 @@ def retrieval(d: dict) -> dict:
     queries = np.linspace(0, len(key) - 1, count).astype(int)  # as judge.py chose them
     return {
         "arrays": arrays,
-        "queries": [(i, queries[i], key[queries[i]]) for i in range(0, count, 2)],
+        "queries": [(i, queries[i], key[queries[i]]) for i in range(0, count, 4)],
         "thumbnail": lambda row: thumbnail(images[int(row)]["image"]),
         "caption": lambda row: captions[int(row)]["caption"],
     }

@@ -225,7 +225,7 @@ def test_light_dark_and_print(page, tmp_path):
 def test_examples_mark_the_right_one(drawn, page):
     tab = page()
     tab.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true })")
-    assert tab.locator(".example").count() == 12
+    assert tab.locator(".example").count() == 6
     for side in tab.locator(".sides > div").all():
         for title, answers in ((side.locator("> span"), ".thumbs img"), (side.locator("summary"), "li")):
             rank = float(re.search(r"rank ([\d.]+)", title.inner_text())[1])
