@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import fcntl
 import json
 import os
 import subprocess
@@ -20,50 +19,95 @@ import engine
 import git
 import locks
 from history import History
+from keep_rule import geometric_mean
 from project import INSIDE, ROOT, RUNS, Refused, visible, write_whole
 from record import REFS, Record
 
 ERROR = RUNS / "report.err"  # why drawing in the background failed the last time
 LIMIT_S = 180
 MEMORY = "2g"
-MAX_DIFFS = 200  # the newest experiments whose diff is in the page
-MAX_DIFF = 12_000  # characters
-MAX_DETAILED = 40  # the newest experiments whose log and retrieval are sent, besides the kept ones
+MAX_DETAILED = 200  # the newest experiments whose diff and training loss are in the page
+MAX_TEXT = 20_000  # characters of a diff, and of a log
+KEPT = ("kept", "baseline")
 
 
 class NothingToShow(Refused):
     """Nothing comparable was measured yet."""
 
 
+def incumbents(history: History) -> tuple[dict[int, float], str]:
+    """{experiment: mean of all runs until then of what this branch had kept after it}, and the train.py kept last.
+
+    What others kept before the branch's first experiment came with the branch.
+    """
+    found, runs, train, begun = {}, {}, "", False
+    for r in history.compared:
+        runs.setdefault(r.train, []).extend(history.values(r))
+        begun = begun or r.branch == history.branch
+        ours = r.branch in ("", history.branch) or not begun
+        if ours and r.verdict in KEPT and runs[r.train]:  # one kept by hand may be unmeasured
+            train = r.train
+        if train:
+            found[r.number] = geometric_mean(runs[train])
+    return found, train
+
+
 def diff(r: Record) -> str:
     """The hunks of an experiment's change to train.py; '' without one, or where its commit is not in this clone."""
     options = ["--no-color", "--no-ext-diff", "--no-textconv"]
     text = git.read("diff", *options, f"{REFS}{r.number}^", f"{REFS}{r.number}", "--", "train.py", check=False)
-    hunks = text[text.find("\n@@") + 1 :].rstrip("\n")
-    return hunks if len(hunks) <= MAX_DIFF else hunks[:MAX_DIFF] + "\n[... cut ...]"
+    hunks = text[text.find("\n@@") + 1 :].rstrip("\n").expandtabs(4)
+    hunks = hunks if len(hunks) <= MAX_TEXT else hunks[:MAX_TEXT] + "\n[... cut ...]"
+    return "".join(c for c in hunks if c.isprintable() or c == "\n")  # what is invisible could fake a line
+
+
+def path(r: Record, name: str) -> str:
+    """How git calls a file of an experiment's record."""
+    return f"{REFS}{r.number}:experiment/{name}"
+
+
+def experiments(history: History, incumbent: dict[int, float], sides: dict[str, Record]) -> list[dict]:
+    """All attempts, with what the page shows of each."""
+    detailed = [*history.records[-MAX_DETAILED:], *sides.values()]
+    files = git.contents([path(r, "result.json") for r in history.records] + [path(r, "train.log") for r in detailed])
+    return [
+        {
+            **asdict(r),
+            "runs": history.values(r),
+            "value": geometric_mean(history.values(r)) if history.values(r) else None,
+            "incumbent": incumbent.get(r.number),
+            "result": json.loads(files.get(path(r, "result.json"), b"{}")),
+            "log": files.get(path(r, "train.log"), b"").decode("utf-8", "replace")[:MAX_TEXT],
+            "diff": diff(r) if r in detailed else None,
+        }
+        for r in history.records
+    ]
 
 
 def gather() -> dict:
-    """What the report is drawn from. Raises NothingToShow, ProgramError."""
+    """What the report is drawn from. Raises NothingToShow, Refused, ProgramError."""
     history = History.load()
-    compared = [r for r in history.compared if r.verdict not in ("audit", "final")]
-    kept = [r for r in compared if r.verdict in ("kept", "baseline")]
-    if not any(history.values_by_train[r.train] for r in kept):
+    if not any(history.values_by_train[r.train] for r in history.compared if r.verdict in KEPT):
         raise NothingToShow("there is nothing to show: nothing comparable was measured yet; run ./run.sh first")
-    path = (REFS + "{}:experiment/{}").format
-    names = [path(r.number, "result.json") for r in history.records]
-    for r in compared:
-        if r in kept or r in compared[-MAX_DETAILED:]:
-            names += [path(r.number, file) for file in ("train.log", "ranks.npy", "examples.npy")]
+    incumbent, best = incumbents(history)
+    if not best:
+        fetch = "git fetch origin 'refs/experiments/*:refs/experiments/*'"
+        raise Refused(f"the report was not drawn: what this branch kept is missing; {fetch}")
+    measured = [r for r in history.compared if history.values(r) and r.number in incumbent]
+    sides = {"baseline": measured[0], "best": [r for r in measured if r.train == best][-1]}
+    arrays = {}
+    for side, r in sides.items():
+        found = git.contents([path(r, "ranks.npy"), path(r, "examples.npy")])
+        arrays[side] = [base64.b64encode(content).decode() for content in found.values()]
     return {
         "program": asdict(history.program),
         "sigma": history.sigma,
         "now": int(time.time()),
         "running": locks.running_line(),
-        "branch": history.branch,
-        "experiments": [{**asdict(r), "comparable": r in compared} for r in history.records],
-        "diffs": {r.number: diff(r) for r in history.records[-MAX_DIFFS:]},
-        "files": {name: base64.b64encode(content).decode() for name, content in git.contents(names).items()},
+        "comparable": history.comparable,
+        "experiments": experiments(history, incumbent, sides),
+        "sides": {side: r.number for side, r in sides.items()},
+        "arrays": arrays,  # of each side: ranks.npy, examples.npy, where the record has them
     }
 
 
@@ -71,27 +115,22 @@ def draw(found: dict) -> dict[str, str]:
     """{file: content in base64}, drawn in a container. Raises Refused."""
     data = dataset.folder(found["program"]["data"])
     mounts = {"/harness": INSIDE, "/data/val": data / "val", "/data/val.key.npy": data / "val.key.npy"}
+    mounts = {inside: host for inside, host in mounts.items() if host.exists()}
+    name, command = f"ar-{os.getpid()}-report", ["nice", "-n19", "python", "-I", "/harness/draw_report.py"]
     container = engine.Container(
-        name=f"ar-{os.getpid()}-report",
-        image=engine.find_image(),
-        command=["timeout", "-k1", str(LIMIT_S), "nice", "-n19", "python", "-I", "/harness/draw_report.py"],
-        memory=MEMORY,
-        limit_s=LIMIT_S,
-        mounts={inside: host for inside, host in mounts.items() if host.exists()},
-        gpu=False,
-        background=True,
+        name, engine.find_image(), command, MEMORY, LIMIT_S, mounts, gpu=False, background=True
     )
-    argv = engine.arguments(container)
+    argv, given = engine.arguments(container), json.dumps(found).encode()
     try:
-        done = subprocess.run(argv, input=json.dumps(found).encode(), capture_output=True, timeout=LIMIT_S + 10)
-        return json.loads(done.stdout)
+        done = subprocess.run(argv, input=given, capture_output=True, timeout=LIMIT_S)
     except subprocess.TimeoutExpired:
         raise Refused(f"the report was not drawn within {LIMIT_S} s; try again when the machine is less busy") from None
-    except ValueError:
-        error = visible(done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2])
-        raise Refused(f"the report was not drawn: {error or 'the container said nothing'}") from None
     finally:
-        engine.kill(container.name)
+        engine.kill(name)
+    if done.returncode:
+        error = visible(done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2])
+        raise Refused(f"the report was not drawn: {error or 'the container said nothing'}")
+    return json.loads(done.stdout)
 
 
 def make(wait: bool) -> None:
@@ -99,8 +138,7 @@ def make(wait: bool) -> None:
 
     Raises Refused, ProgramError, and BlockingIOError when another is under way and is not to be waited for.
     """
-    with (git.folder() / "autoresearch.report").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    with locks.held(git.folder() / "autoresearch.report", wait):
         engine.sweep(background=True)  # what a killed one left
         for name, content in draw(gather()).items():
             write_whole(ROOT / name, base64.b64decode(content))
