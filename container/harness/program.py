@@ -28,7 +28,7 @@ DOMAIN = r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,63}"
 DOMAINS = rf"({DOMAIN}(?:\s*,\s*{DOMAIN})*)"
 COMMAND = r"([A-Za-z0-9_./=:,@+% -]{1,200})"
 
-# What Limits are written of
+# What limits are written of; the groups are fields of Limits
 EXPERIMENTS = r"(?P<experiments>\d{1,9}) experiments?"
 UNTIL = re.compile(rf"{EXPERIMENTS}|(?P<discards>\d{{1,9}}) discards?")
 STOP = re.compile(
@@ -44,18 +44,13 @@ class ProgramError(Refused):
         super().__init__(f"program.md line {line}: {what}" if line else what)
 
 
-class Spelling(NamedTuple):
-    """How a value is written, how the first group of that is read, and what to write instead of anything else."""
+def setting(default, pattern: str, parse: Callable, hint: str):
+    """A field of a dataclass that program.md can set; default: a value, or the class of a new one.
 
-    pattern: str
-    parse: Callable
-    hint: str
-
-
-def setting(default, *spelling):
-    """A field of a dataclass that program.md can set. default: a value, or the class of a new one."""
+    What the pattern's first group matches is parsed; the hint says what to write instead of anything else.
+    """
     how = {"default_factory" if isinstance(default, type) else "default": default}
-    return field(metadata={"spelling": Spelling(*spelling)}, **how)
+    return field(metadata={"pattern": pattern, "parse": parse, "hint": hint}, **how)
 
 
 def size(text: str) -> str:
@@ -154,7 +149,7 @@ def sections(text: str) -> list[Section]:
 def pairs(section: Section, kind: type) -> dict:
     """The `key: value` lines directly under a heading, as fields of a dataclass. Raises ProgramError."""
     found: dict = {}
-    known = {f.name: f.metadata["spelling"] for f in fields(kind) if f.metadata}
+    known = {f.name: f.metadata for f in fields(kind) if f.metadata}
     for number, line in enumerate(section.lines, section.number + 1):
         pair = PAIR.match(line)
         if not pair and (line.strip() or found):  # prose, or an empty line after the first pair, ends the block
@@ -166,10 +161,10 @@ def pairs(section: Section, kind: type) -> dict:
                 raise ProgramError(number, f"unknown key '{name}'; {here}")
             if name in found:
                 raise ProgramError(number, f"a second '{name}'")
-            m = re.fullmatch(known[name].pattern, value)
-            found[name] = known[name].parse(m[1]) if m else None
+            m = re.fullmatch(known[name]["pattern"], value)
+            found[name] = known[name]["parse"](m[1]) if m else None
             if found[name] is None:
-                raise ProgramError(number, f"{name}: {value[:60] or '(empty)'}: want {known[name].hint}")
+                raise ProgramError(number, f"{name}: {value[:60] or '(empty)'}: want {known[name]['hint']}")
     return found
 
 
