@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from subprocess import DEVNULL, Popen, run
 
@@ -46,21 +47,21 @@ def tell(text: str) -> None:
         print(time.strftime("%m-%d %H:%M  ") + text, flush=True)
 
 
-def end(kill, gone) -> None:
-    """Ask a process to end, by kill(signal), and make it when it is not gone() in time."""
+def end(pid: int, runs: Callable) -> None:
+    """Ask a process (-pid: its group) to end, and make it when it still runs() after a while."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        if gone():
+        if not runs():
             return
         until = time.monotonic() + DYING
         with contextlib.suppress(ProcessLookupError):
-            kill(number)
-        while not gone() and time.monotonic() < until:
+            os.kill(pid, number)
+        while runs() and time.monotonic() < until:
             time.sleep(0.2)
 
 
 def end_experiment() -> None:
     if now := locks.running():
-        end(lambda number: os.kill(now.pid, number), lambda: not locks.running())
+        end(now.pid, locks.running)
 
 
 @dataclass
@@ -75,10 +76,10 @@ class Watchdog:
     def fault(self, session: Session, newest: int, loop_ended: bool) -> str:
         """Why the client must be ended, '' while it need not be."""
         now, size = time.monotonic(), sum(file.stat().st_size for file in session.transcripts())
-        if size > self.size:
-            self.last_message, self.size = now, size
         if locks.running() or newest > self.newest:
             self.last_message, self.last_experiment, self.newest = now, now, newest
+        elif size > self.size:
+            self.last_message, self.size = now, size
         if now > self.last_experiment + BARREN:
             return "no experiment from the client for long, so it was ended"
         late = now > self.last_message + (LATE if loop_ended else SILENT)
@@ -160,7 +161,7 @@ class Keeper:
             fault = "the client was ended at once" if self.stops > 1 else fault
         if fault:
             end_experiment()
-            end(lambda number: os.killpg(client.pid, number), lambda: client.poll() is not None)
+            end(-client.pid, lambda: client.poll() is None)
         return self.conclude(Session.load(ident), client.wait(), fault)
 
     def conclude(self, session: Session, code: int, fault: str) -> str:
@@ -176,11 +177,11 @@ class Keeper:
         self.night.usd += result.get("total_cost_usd") or 0
         self.night.cost_unknown += "total_cost_usd" not in result
         self.save()
-        if fault or code == 0 and not result.get("is_error") and not session.on:  # switched off by its Stop hook
+        in_order = code == 0 and not result.get("is_error") and not session.on  # switched off by its Stop hook
+        if fault or in_order:
             return fault
-        return (
-            f"the client {f'was killed by signal {-code}' if code < 0 else f'ended with status {code}'}: {self.message}"
-        )
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+        return f"the client {how}: {self.message}"
 
     def sum_up(self, why: str) -> None:
         night, history = self.night, self.history
@@ -221,18 +222,18 @@ def follow(start: int) -> int:
     try:
         with LOG.open("rb") as log:
             log.seek(start)
-            under_way = True
-            while under_way:
-                under_way = current_night()
+            while current_night():
                 print(log.read().decode("utf-8", "replace"), end="", flush=True)
-                time.sleep(1 if under_way else 0)
+                time.sleep(1)
+            print(log.read().decode("utf-8", "replace"), end="", flush=True)
     except KeyboardInterrupt:
         print("\nThe night goes on. ./run.sh night shows it again, ./run.sh night stop ends it.")
         return 0
     status = load(Night, NIGHT).status
     if status is None:
         print("The night was cut off: its keeper is gone. What was recorded is safe; ./run.sh night begins another.")
-    return 1 if status is None else status
+        return 1
+    return status
 
 
 def main(word: str = "", *more: str) -> int:
