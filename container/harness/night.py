@@ -41,13 +41,13 @@ CLIENT = ("setpriv", "--pdeathsig", "TERM", "claude", "-p", "start", "--output-f
 HINT = "It needs no terminal: Ctrl-C ends this view, ./run.sh night stop the night, after its running experiment."
 
 
-def tell(text: str) -> None:
+def log_line(text: str) -> None:
     """A line of the log: the keeper's standard output."""
     with contextlib.suppress(OSError):  # a full disk
         print(time.strftime("%m-%d %H:%M  ") + text, flush=True)
 
 
-def end(pid: int, runs: Callable) -> None:
+def end_process(pid: int, runs: Callable) -> None:
     """Ask a process (-pid: its group) to end, and make it when it still runs() after a while."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         if not runs():
@@ -61,7 +61,7 @@ def end(pid: int, runs: Callable) -> None:
 
 def end_experiment() -> None:
     if now := locks.running():
-        end(now.pid, locks.running)
+        end_process(now.pid, locks.running)
 
 
 @dataclass
@@ -97,7 +97,7 @@ class Keeper:
         with contextlib.suppress(OSError):  # a full disk
             write_json(NIGHT, asdict(self.night))
 
-    def look(self) -> str:
+    def check(self) -> str:
         """Log what was recorded meanwhile; why the loop has ended, as the hooks see it, '' while it goes on."""
         if self.stops:
             self.night.stop = "the person said night stop"
@@ -107,7 +107,7 @@ class Keeper:
         for r in self.history.own(self.history.records):
             if r.number > self.logged:
                 text, value = " — ".join(filter(None, [r.hypothesis, r.reason])), display.shown_value(self.history, r)
-                tell(f"#{r.number:<4} {r.verdict:<10} {value:>7} {r.change.split(' (')[0]:>9}  {text}")
+                log_line(f"#{r.number:<4} {r.verdict:<10} {value:>7} {r.change.split(' (')[0]:>9}  {text}")
         self.logged = self.history.newest
         whole = Session()
         whole.start(self.night, self.logged)
@@ -117,34 +117,35 @@ class Keeper:
         """Conversations until there is a reason to end; the exit status."""
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stops", self.stops + 1))
         self.night.pid = os.getpid()
-        tell(f"A night, until {self.night.clock or 'the plan ends'}; phase {self.history.phase_line()}")
+        log_line(f"A night, until {self.night.clock or 'the plan ends'}; phase {self.history.phase_line()}")
         fruitless, wait = 0, FIRST_WAIT
-        while not (why := self.look()) and fruitless < FRUITLESS:
-            before, fault = self.logged, self.converse()
-            ended = self.look()
+        while not (why := self.check()) and fruitless < FRUITLESS:
+            before, fault = self.logged, self.run_client()
+            ended = self.check()
             if progressed(self.history, before):
                 fruitless, wait = 0, FIRST_WAIT
             elif not fault:
                 fruitless += 1
             if not ended and fruitless < FRUITLESS:
-                tell(f"{fault or f'the conversation has ended: {self.message}'}; again in {wait} s")
+                log_line(f"{fault or f'the conversation has ended: {self.message}'}; again in {wait} s")
                 until, wait = time.monotonic() + wait, min(2 * wait, LONGEST_WAIT)
-                while (time.monotonic() < until or locks.running()) and not self.look():
+                while (time.monotonic() < until or locks.running()) and not self.check():
                     time.sleep(POLL)
         while locks.running() and self.stops < 2:  # an experiment whose client was killed
             time.sleep(POLL)
         end_experiment()
-        self.look()
-        self.sum_up(why or f"{fruitless} conversations in a row brought no experiment; the last said: {self.message}")
+        self.check()
+        in_vain = f"{fruitless} conversations in a row brought no experiment; the last said: {self.message}"
+        self.log_summary(why or in_vain)
         self.night.status = 0 if why else 1
         self.save()
         return self.night.status
 
-    def converse(self) -> str:
+    def run_client(self) -> str:
         """One conversation to its end; what went wrong in it, '' when nothing did."""
         self.night.conversations += 1
         self.save()
-        tell(f"Claude Code starts, conversation {self.night.conversations}")
+        log_line(f"Claude Code starts, conversation {self.night.conversations}")
         ident, watchdog, fault = str(uuid.uuid4()), Watchdog(newest=self.logged), ""
         command, limit = [*CLIENT, ident], self.history.program.stop.usd
         if limit is not None:
@@ -156,12 +157,12 @@ class Keeper:
             return f"the client cannot be started: {e}"
         while client.poll() is None and not fault:
             time.sleep(POLL)
-            ended = bool(self.look())
+            ended = bool(self.check())
             fault = watchdog.fault(Session.load(ident), self.logged, ended)
             fault = "the client was ended at once" if self.stops > 1 else fault
         if fault:
             end_experiment()
-            end(-client.pid, lambda: client.poll() is None)
+            end_process(-client.pid, lambda: client.poll() is None)
         return self.conclude(Session.load(ident), client.wait(), fault)
 
     def conclude(self, session: Session, code: int, fault: str) -> str:
@@ -183,16 +184,16 @@ class Keeper:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
         return f"the client {how}: {self.message}"
 
-    def sum_up(self, why: str) -> None:
+    def log_summary(self, why: str) -> None:
         night, history = self.night, self.history
         verdicts = [r.verdict for r in history.tried_here if r.number > night.after]
         counts = ", ".join(f"{verdicts.count(v)} {v}" for v in JUDGED)
-        tell(f"{len(verdicts)} experiments: {counts}; {history.program.metric} {history.best_line()}")
+        log_line(f"{len(verdicts)} experiments: {counts}; {history.program.metric} {history.best_line()}")
         unknown = f", and what {night.cost_unknown} cost that did not tell" if night.cost_unknown else ""
-        tell(f"{night.conversations} conversations, {night.tokens:,} tokens, {night.usd:.2f} USD{unknown}")
+        log_line(f"{night.conversations} conversations, {night.tokens:,} tokens, {night.usd:.2f} USD{unknown}")
         drawn = run([ROOT / "run.sh", "report"], stdin=DEVNULL, capture_output=True, text=True)
-        tell("report.html shows it" if drawn.returncode == 0 else f"no report: {drawn.stderr.strip()[-200:]}")
-        tell(f"The night has ended: {why}")
+        log_line("report.html shows it" if drawn.returncode == 0 else f"no report: {drawn.stderr.strip()[-200:]}")
+        log_line(f"The night has ended: {why}")
 
 
 def begin(clock: str) -> int:
@@ -206,7 +207,7 @@ def begin(clock: str) -> int:
         except BlockingIOError:
             raise Refused("another night has just begun here; ./run.sh night shows it") from None
         keeper = Keeper(Night(since=time.time(), after=History.load().newest, clock=clock, log=log.tell()))
-        if why := keeper.look():
+        if why := keeper.check():
             raise Refused(f"there is nothing to do: {why}")
         if NIGHT.exists() and load(Night, NIGHT).status is None:
             print("The last night was cut off (the machine went down, or its keeper was killed).")

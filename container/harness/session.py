@@ -47,13 +47,11 @@ class Night:
 
 def current_night() -> Night | None:
     """The night under way in this worktree."""
-    try:
-        with NIGHT_LOCK.open() as lock:
+    with contextlib.suppress(OSError), NIGHT_LOCK.open() as lock:
+        try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return load(Night, NIGHT)
-    except OSError:  # there never was one
-        pass
+        except BlockingIOError:
+            return load(Night, NIGHT)
     return None
 
 
