@@ -156,8 +156,8 @@ class ECLIP(nn.Module):
         super().__init__()
         self.kind, self.image_size, self.vocabulary = kind, image_size, vocabulary
         embed_dim, vision, text, self.pixels, _ = MODELS[kind]
-        vision, text = vision | {"image_size": image_size, "output_tokens": True}, dict(text)
-        text["vocab_size"] = len(vocabulary) + 1  # one more: the unknown token
+        vision = {**vision, "image_size": image_size, "output_tokens": True}
+        text = {**text, "vocab_size": len(vocabulary) + 1}  # one more: the unknown token
         self.clip = open_clip.CLIP(embed_dim, vision, text, init_logit_scale=LOGIT_SCALE_INIT)
         trunk = getattr(self.clip.visual, "trunk", None)  # where the image tower is one of timm's
         conv = trunk.patch_embed.proj if trunk else self.clip.visual.conv1
@@ -217,8 +217,7 @@ def contrastive(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     with torch.autocast(a.device.type, enabled=False):  # the only product that needs all of float32
         logits = scale * F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).T
     target = torch.arange(len(a), device=a.device)
-    loss = F.cross_entropy(logits, target, label_smoothing=LABEL_SMOOTHING)
-    return (loss + F.cross_entropy(logits.T, target, label_smoothing=LABEL_SMOOTHING)) / 2
+    return sum(F.cross_entropy(x, target, label_smoothing=LABEL_SMOOTHING) for x in (logits, logits.T)) / 2
 
 
 def losses(model: ECLIP, data: Data, rows: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor | float]:

@@ -30,8 +30,10 @@ STILL_ON = "The loop is still on: answer the person in a few lines, then go on w
 OFF = "The loop is off: do not run another experiment. Sum up in a few lines what was learned. 'start' goes on."
 
 
-def context(event: str, text: str) -> dict:
-    return {"hookSpecificOutput": {"hookEventName": event, "additionalContext": text}}
+def context(call: dict, text: str) -> dict:
+    """What tells the agent something; nothing where there is no text."""
+    told = {"hookEventName": call.get("hook_event_name", ""), "additionalContext": text}
+    return {"hookSpecificOutput": told} if text else {}
 
 
 def go_on(history: History, now: Session) -> str:
@@ -45,7 +47,7 @@ def session_start(call: dict, now: Session) -> dict:
         session.plan_has_changed()  # with CLAUDE.md comes the plan as it is now
     history = History.load()
     loop = f"on. {go_on(history, now)}" if now.on else "off until the person types: start"
-    return context("SessionStart", f"{display.brief(history)}\nThe loop is {loop}")
+    return context(call, f"{display.brief(history)}\nThe loop is {loop}")
 
 
 def prompt(call: dict, now: Session) -> dict:
@@ -56,16 +58,13 @@ def prompt(call: dict, now: Session) -> dict:
         session.plan_has_changed()
         now.transcript = call.get("transcript_path", "")
         now.start(session.current_night(), history.newest)
-        now.save()
-        return context("UserPromptSubmit", f"The loop is on. {go_on(history, now)}")
-    if word in ("stop", "pause"):
-        now.on, now.stopped = False, True
-        now.save()
-        return context("UserPromptSubmit", OFF)
-    if now.stopped:
-        now.stopped = False
-        now.save()
-    return context("UserPromptSubmit", STILL_ON) if now.on else {}
+        text = f"The loop is on. {go_on(history, now)}"
+    elif word in ("stop", "pause"):
+        now.on, now.stopped, text = False, True, OFF
+    else:
+        now.stopped, text = False, STILL_ON if now.on else ""
+    now.save()
+    return context(call, text)
 
 
 def stop(call: dict, now: Session) -> dict:
@@ -103,9 +102,8 @@ def main() -> None:
     now, event = Session.load(call.get("session_id", "")), call.get("hook_event_name", "")
     try:
         answer = status_line(call, now) if sys.argv[1:] else json.dumps(EVENTS[event](call, now))
-    except Exception as e:
-        # what cannot be read, program.md most often, ends the loop; person and agent both see why
-        told = {} if event == "Stop" else context(event, f"{e}. Tell the person; nothing can run before it is fixed.")
+    except Exception as e:  # program.md cannot be read, most often: the loop ends; person and agent both see why
+        told = {} if event == "Stop" else context(call, f"{e}. Tell the person; nothing can run before it is fixed.")
         answer = str(e)[:150] if sys.argv[1:] else json.dumps({"systemMessage": f"The loop cannot go on: {e}", **told})
     print(answer)
 

@@ -1,6 +1,14 @@
-"""The verbs of ./run.sh, for a person or for the agent.
-
-exit status: 0 recorded or shown, 1 recorded as failed, 2 refused and nothing ran, 130 or 143 ended by a signal
+"""./run.sh                one experiment: train, judge, commit or revert (this is what Claude Code runs)
+./run.sh setup          engine, image, built-in data, baseline; only what is missing
+./run.sh test [unit | --full]     the tests, with what they need
+./run.sh data NAME [--odvg DIR]   draw prints, fetch ukiyo-e, or import your own ODVG lines and images
+./run.sh status|log [N]|report    where things stand; the last N experiments; report.html for a browser
+./run.sh night [HH:MM|stop]       Claude Code at work until the plan ends or that hour, whatever happens meanwhile
+./run.sh keep N         overrule a verdict: make experiment N the incumbent
+./run.sh audit [K] [--ablate]     baseline against best on fresh pairs, K seeds each: the numbers to publish
+./run.sh final          the best, trained longer on all but the test pairs, judged once on those
+./run.sh doctor         what this machine can hold, and what it cannot
+exit status             0 recorded, 1 recorded as failed, 2 refused and nothing ran
 """
 
 from __future__ import annotations
@@ -20,52 +28,33 @@ import publish
 import report
 from project import ROOT, RUNS, Refused, say
 
-USAGE = """\
-./run.sh                one experiment: train, judge, commit or revert (this is what Claude Code runs)
-./run.sh setup          engine, image, built-in data, baseline; only what is missing
-./run.sh test [unit | --full]     the tests, with what they need
-./run.sh data NAME [--odvg DIR]   draw prints, fetch ukiyo-e, or import your own ODVG lines and images
-./run.sh status|log [N]|report    where things stand; the last N experiments; report.html for a browser
-./run.sh night [HH:MM|stop]       Claude Code at work until the plan ends or that hour, whatever happens meanwhile
-./run.sh keep N         overrule a verdict: make experiment N the incumbent
-./run.sh audit [K] [--ablate]     baseline against best on fresh pairs, K seeds each: the numbers to publish
-./run.sh final          the best, trained longer on all but the test pairs, judged once on those
-./run.sh doctor         what this machine can hold, and what it cannot
-exit status             0 recorded, 1 recorded as failed, 2 refused and nothing ran
-"""
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def require_proof() -> None:
-    """Claude Code must show that its guard let this very call through. Raises Refused."""
-    name = re.sub(r"[^A-Za-z0-9_-]", "", os.environ.get("AR_PROOF", ""))
-    proof = RUNS / "session" / f"proof.{name}"
-    if not name or not proof.is_file():
-        raise Refused(
-            "called by Claude Code, but its guard did not approve this call: the hooks are off or this is a typed "
-            f"'!' command. Start claude in {ROOT} with its hooks on, or use a terminal."
-        )
-    proof.unlink()
+def by_agent() -> bool:
+    return bool(os.environ.get("CLAUDECODE"))
 
 
 def one_experiment() -> int:
+    """Claude Code must show that its guard let this very call through. Raises Refused."""
     if by_agent():
-        require_proof()
+        name = re.sub(r"[^A-Za-z0-9_-]", "", os.environ.get("AR_PROOF", ""))
+        proof = RUNS / "session" / f"proof.{name}"
+        if not name or not proof.is_file():
+            raise Refused(
+                "called by Claude Code, but its guard did not approve this call: the hooks are off or this is a typed "
+                f"'!' command. Start claude in {ROOT} with its hooks on, or use a terminal."
+            )
+        proof.unlink()
     return experiment.run()
 
 
 def usage() -> None:
-    print(USAGE, end="")
+    print(__doc__, end="")
 
 
-FOR_ANYBODY = {
-    "": one_experiment,
-    "status": display.status,
-    "log": display.log,
-    "doctor": install.doctor,
-    "help": usage,
-    "--help": usage,
-    "-h": usage,
-}
+HELP = dict.fromkeys(("help", "--help", "-h"), usage)
+FOR_ANYBODY = {"": one_experiment, "status": display.status, "log": display.log, "doctor": install.doctor, **HELP}
 FOR_A_PERSON = {
     "setup": install.setup,
     "test": install.test,
@@ -77,10 +66,6 @@ FOR_A_PERSON = {
     "audit": publish.audit,
     "final": publish.final,
 }
-
-
-def by_agent() -> bool:
-    return bool(os.environ.get("CLAUDECODE"))
 
 
 def run_verb(verb: str, words: list[str]) -> int:
@@ -101,16 +86,16 @@ def run_verb(verb: str, words: list[str]) -> int:
 
 def end(number: int, _) -> None:
     """On a signal: leave through every `finally`, which ends the containers; a second one must not cut that short."""
-    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for s in ENDING:
         signal.signal(s, signal.SIG_IGN)
-    raise SystemExit(128 + number)
+    raise SystemExit(128 + number)  # 130, 143: as shells have it
 
 
 def main(words: list[str]) -> int:
     verb = words[0] if words else ""
     os.umask(0o022)  # containers read what is written here as another user
     if verb != "night":
-        for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for s in ENDING:
             signal.signal(s, end)
     try:
         return run_verb(verb, words[1:])

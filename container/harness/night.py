@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from subprocess import DEVNULL, Popen, run
 
@@ -40,27 +41,27 @@ CLIENT = ("setpriv", "--pdeathsig", "TERM", "claude", "-p", "start", "--output-f
 HINT = "It needs no terminal: Ctrl-C ends this view, ./run.sh night stop the night, after its running experiment."
 
 
-def tell(text: str) -> None:
+def log_line(text: str) -> None:
     """A line of the log: the keeper's standard output."""
     with contextlib.suppress(OSError):  # a full disk
         print(time.strftime("%m-%d %H:%M  ") + text, flush=True)
 
 
-def end(kill, gone) -> None:
-    """Ask a process to end, by kill(signal), and make it when it is not gone() in time."""
+def end_process(pid: int, runs: Callable) -> None:
+    """Ask a process (-pid: its group) to end, and make it when it still runs() after a while."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        if gone():
+        if not runs():
             return
         until = time.monotonic() + DYING
         with contextlib.suppress(ProcessLookupError):
-            kill(number)
-        while not gone() and time.monotonic() < until:
+            os.kill(pid, number)
+        while runs() and time.monotonic() < until:
             time.sleep(0.2)
 
 
 def end_experiment() -> None:
     if now := locks.running():
-        end(lambda number: os.kill(now.pid, number), lambda: not locks.running())
+        end_process(now.pid, locks.running)
 
 
 @dataclass
@@ -75,10 +76,10 @@ class Watchdog:
     def fault(self, session: Session, newest: int, loop_ended: bool) -> str:
         """Why the client must be ended, '' while it need not be."""
         now, size = time.monotonic(), sum(file.stat().st_size for file in session.transcripts())
-        if size > self.size:
-            self.last_message, self.size = now, size
         if locks.running() or newest > self.newest:
             self.last_message, self.last_experiment, self.newest = now, now, newest
+        elif size > self.size:
+            self.last_message, self.size = now, size
         if now > self.last_experiment + BARREN:
             return "no experiment from the client for long, so it was ended"
         late = now > self.last_message + (LATE if loop_ended else SILENT)
@@ -96,7 +97,7 @@ class Keeper:
         with contextlib.suppress(OSError):  # a full disk
             write_json(NIGHT, asdict(self.night))
 
-    def look(self) -> str:
+    def check(self) -> str:
         """Log what was recorded meanwhile; why the loop has ended, as the hooks see it, '' while it goes on."""
         if self.stops:
             self.night.stop = "the person said night stop"
@@ -106,7 +107,7 @@ class Keeper:
         for r in self.history.own(self.history.records):
             if r.number > self.logged:
                 text, value = " — ".join(filter(None, [r.hypothesis, r.reason])), display.shown_value(self.history, r)
-                tell(f"#{r.number:<4} {r.verdict:<10} {value:>7} {r.change.split(' (')[0]:>9}  {text}")
+                log_line(f"#{r.number:<4} {r.verdict:<10} {value:>7} {r.change.split(' (')[0]:>9}  {text}")
         self.logged = self.history.newest
         whole = Session()
         whole.start(self.night, self.logged)
@@ -116,34 +117,35 @@ class Keeper:
         """Conversations until there is a reason to end; the exit status."""
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stops", self.stops + 1))
         self.night.pid = os.getpid()
-        tell(f"A night, until {self.night.clock or 'the plan ends'}; phase {self.history.phase_line()}")
+        log_line(f"A night, until {self.night.clock or 'the plan ends'}; phase {self.history.phase_line()}")
         fruitless, wait = 0, FIRST_WAIT
-        while not (why := self.look()) and fruitless < FRUITLESS:
-            before, fault = self.logged, self.converse()
-            ended = self.look()
+        while not (why := self.check()) and fruitless < FRUITLESS:
+            before, fault = self.logged, self.run_client()
+            ended = self.check()
             if progressed(self.history, before):
                 fruitless, wait = 0, FIRST_WAIT
             elif not fault:
                 fruitless += 1
             if not ended and fruitless < FRUITLESS:
-                tell(f"{fault or f'the conversation has ended: {self.message}'}; again in {wait} s")
+                log_line(f"{fault or f'the conversation has ended: {self.message}'}; again in {wait} s")
                 until, wait = time.monotonic() + wait, min(2 * wait, LONGEST_WAIT)
-                while (time.monotonic() < until or locks.running()) and not self.look():
+                while (time.monotonic() < until or locks.running()) and not self.check():
                     time.sleep(POLL)
         while locks.running() and self.stops < 2:  # an experiment whose client was killed
             time.sleep(POLL)
         end_experiment()
-        self.look()
-        self.sum_up(why or f"{fruitless} conversations in a row brought no experiment; the last said: {self.message}")
+        self.check()
+        in_vain = f"{fruitless} conversations in a row brought no experiment; the last said: {self.message}"
+        self.log_summary(why or in_vain)
         self.night.status = 0 if why else 1
         self.save()
         return self.night.status
 
-    def converse(self) -> str:
+    def run_client(self) -> str:
         """One conversation to its end; what went wrong in it, '' when nothing did."""
         self.night.conversations += 1
         self.save()
-        tell(f"Claude Code starts, conversation {self.night.conversations}")
+        log_line(f"Claude Code starts, conversation {self.night.conversations}")
         ident, watchdog, fault = str(uuid.uuid4()), Watchdog(newest=self.logged), ""
         command, limit = [*CLIENT, ident], self.history.program.stop.usd
         if limit is not None:
@@ -155,12 +157,12 @@ class Keeper:
             return f"the client cannot be started: {e}"
         while client.poll() is None and not fault:
             time.sleep(POLL)
-            ended = bool(self.look())
+            ended = bool(self.check())
             fault = watchdog.fault(Session.load(ident), self.logged, ended)
             fault = "the client was ended at once" if self.stops > 1 else fault
         if fault:
             end_experiment()
-            end(lambda number: os.killpg(client.pid, number), lambda: client.poll() is not None)
+            end_process(-client.pid, lambda: client.poll() is None)
         return self.conclude(Session.load(ident), client.wait(), fault)
 
     def conclude(self, session: Session, code: int, fault: str) -> str:
@@ -176,22 +178,22 @@ class Keeper:
         self.night.usd += result.get("total_cost_usd") or 0
         self.night.cost_unknown += "total_cost_usd" not in result
         self.save()
-        if fault or code == 0 and not result.get("is_error") and not session.on:  # switched off by its Stop hook
+        in_order = code == 0 and not result.get("is_error") and not session.on  # switched off by its Stop hook
+        if fault or in_order:
             return fault
-        return (
-            f"the client {f'was killed by signal {-code}' if code < 0 else f'ended with status {code}'}: {self.message}"
-        )
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+        return f"the client {how}: {self.message}"
 
-    def sum_up(self, why: str) -> None:
+    def log_summary(self, why: str) -> None:
         night, history = self.night, self.history
         verdicts = [r.verdict for r in history.tried_here if r.number > night.after]
         counts = ", ".join(f"{verdicts.count(v)} {v}" for v in JUDGED)
-        tell(f"{len(verdicts)} experiments: {counts}; {history.program.metric} {history.best_line()}")
+        log_line(f"{len(verdicts)} experiments: {counts}; {history.program.metric} {history.best_line()}")
         unknown = f", and what {night.cost_unknown} cost that did not tell" if night.cost_unknown else ""
-        tell(f"{night.conversations} conversations, {night.tokens:,} tokens, {night.usd:.2f} USD{unknown}")
+        log_line(f"{night.conversations} conversations, {night.tokens:,} tokens, {night.usd:.2f} USD{unknown}")
         drawn = run([ROOT / "run.sh", "report"], stdin=DEVNULL, capture_output=True, text=True)
-        tell("report.html shows it" if drawn.returncode == 0 else f"no report: {drawn.stderr.strip()[-200:]}")
-        tell(f"The night has ended: {why}")
+        log_line("report.html shows it" if drawn.returncode == 0 else f"no report: {drawn.stderr.strip()[-200:]}")
+        log_line(f"The night has ended: {why}")
 
 
 def begin(clock: str) -> int:
@@ -205,7 +207,7 @@ def begin(clock: str) -> int:
         except BlockingIOError:
             raise Refused("another night has just begun here; ./run.sh night shows it") from None
         keeper = Keeper(Night(since=time.time(), after=History.load().newest, clock=clock, log=log.tell()))
-        if why := keeper.look():
+        if why := keeper.check():
             raise Refused(f"there is nothing to do: {why}")
         if NIGHT.exists() and load(Night, NIGHT).status is None:
             print("The last night was cut off (the machine went down, or its keeper was killed).")
@@ -221,18 +223,18 @@ def follow(start: int) -> int:
     try:
         with LOG.open("rb") as log:
             log.seek(start)
-            under_way = True
-            while under_way:
-                under_way = current_night()
+            while current_night():
                 print(log.read().decode("utf-8", "replace"), end="", flush=True)
-                time.sleep(1 if under_way else 0)
+                time.sleep(1)
+            print(log.read().decode("utf-8", "replace"), end="", flush=True)
     except KeyboardInterrupt:
         print("\nThe night goes on. ./run.sh night shows it again, ./run.sh night stop ends it.")
         return 0
     status = load(Night, NIGHT).status
     if status is None:
         print("The night was cut off: its keeper is gone. What was recorded is safe; ./run.sh night begins another.")
-    return 1 if status is None else status
+        return 1
+    return status
 
 
 def main(word: str = "", *more: str) -> int:

@@ -99,8 +99,8 @@ class Session:
     def tokens(self) -> int:
         """Of all messages; one is written once for each of its blocks."""
         used: dict[str, int] = {}
-        lines = [line for file in self.transcripts() for line in file.read_bytes().splitlines()]
-        for line in (line for line in lines if b'"usage"' in line):
+        lines = (line for file in self.transcripts() for line in file.read_bytes().splitlines() if b'"usage"' in line)
+        for line in lines:
             with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # half-written, or no message
                 message = json.loads(line)["message"]
                 n = sum(message["usage"].get(kind) or 0 for kind in TOKENS)
