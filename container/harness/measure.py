@@ -6,7 +6,6 @@ judge's answer is read.
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import secrets
@@ -23,9 +22,7 @@ from sandbox import MESSAGE_BYTES, QUEUE_LIMIT_S, Failed, Log, Lost, Sandbox
 
 STAGE, JUDGE = INSIDE / "stage.py", INSIDE / "judge.py"
 RUN_STAGE = ("python", "-Iu", "/harness/stage.py")
-# with the messages that stage.py sends by itself
-RUN_JUDGE = r"""printf '{"up": true}\n{"ready": true}\n'
-exec python -I /harness/judge.py /key.npy /images.npy /captions.npy"""
+RUN_JUDGE = ("python", "-I", "/harness/judge.py", "/key.npy", "/images.npy", "/captions.npy")
 SIDES = ("images", "captions")
 EXCEPTION_LENGTH = 120  # characters of an exception in the reason of a failure
 
@@ -88,6 +85,8 @@ def run(job: Job) -> Run:
         measurement.embed()
         result.metrics = measurement.judge()
     except (Failed, Lost) as e:
+        if job.launch and not measurement.ready:
+            raise Refused(f"{e}; nothing ran") from None
         result.outcome, result.reason = "failed", str(e)
     finally:
         measurement.end()
@@ -103,8 +102,8 @@ def stage_mounts(job: Job) -> dict[str, Path]:
 
 def train_mounts(job: Job) -> dict[str, Path]:
     weights = job.data.parent / "weights"  # published ones, which ./run.sh data ukiyo-e fetches; others need none
-    mounts = {**stage_mounts(job), "/data": job.data / job.table}
-    return {**mounts, "/weights": weights} if weights.is_dir() else mounts
+    published = {"/weights": weights} if weights.is_dir() else {}
+    return {**stage_mounts(job), "/data": job.data / job.table, **published}
 
 
 def side_mounts(job: Job, side: str) -> dict[str, Path]:
@@ -125,7 +124,7 @@ class Measurement:
         self.report: dict = {}  # what PID 1 says of the training
         self.sandboxes: dict[str, Sandbox] = {}
 
-    def start(self, stage: str, command: list[str], limit_s: float, mounts: dict, log: Log | None = None, **more):
+    def start(self, stage: str, command: Sequence, limit_s: float, mounts: dict, log: Log | None = None, **more):
         """more: other fields of engine.Container."""
         job = self.job
         # on a node, sandboxes of other machines may have our process id
@@ -140,30 +139,25 @@ class Measurement:
         """The sandboxes that embed are started when training begins: they import torch meanwhile."""
         job, places = self.job, {"DATA": "/data", "OUT": "/out", "WEIGHTS": "/weights"}
         environment = {**places, "BUDGET_S": job.budget, "SEED": job.seed, "SCALE": f"{job.scale:g}"}
-        command, limit_s = [*RUN_STAGE, "train", str(job.budget)], job.budget + LIMITS.import_s
+        command, limit_s = (*RUN_STAGE, "train", str(job.budget)), job.budget + LIMITS.import_s
         trainer = self.start("train", command, limit_s, train_mounts(job), self.log, environment=environment)
         trainer.send()
-        try:
-            ready = trainer.wait_until_ready(LIMITS.import_s)
-        except Lost as e:
-            if job.launch:
-                raise Refused(f"{e}; nothing ran") from None
-            raise
+        self.report["device"] = trainer.wait_until_ready(LIMITS.import_s).get("device", "cpu")
         self.ready = time.monotonic()
-        for side in SIDES:
-            command, limit_s = ["nice", *RUN_STAGE, "embed", str(LIMITS.embed_s)], job.budget + 4 * LIMITS.embed_s
-            self.start(side, command, limit_s, side_mounts(job, side))
-        end = trainer.message(job.budget + LIMITS.grace_s)
-        self.report = {**end, "device": ready.get("device", "cpu")}
-        if not end:
-            trainer.raise_if_lost()
+        self.start_sides()
+        end = trainer.report(job.budget + LIMITS.grace_s)
+        self.report |= end
         if end.get("status") != "ok":
             trainer.wait()
             raise Failed(why_training_failed(end, trainer.killed, job))
-        with (job.work / "out.tar").open("wb") as f:
-            trainer.copy_to(f, LIMITS.archive_bytes, LIMITS.embed_s)
+        trainer.copy_to(job.work / "out.tar", LIMITS.archive_bytes, LIMITS.embed_s)
         trainer.wait()
         self.trained = time.monotonic()
+
+    def start_sides(self) -> None:
+        command, limit_s = ("nice", *RUN_STAGE, "embed", str(LIMITS.embed_s)), self.job.budget + 4 * LIMITS.embed_s
+        for side in SIDES:
+            self.start(side, command, limit_s, side_mounts(self.job, side))
 
     def embed(self) -> None:
         """Both sides. One has ended before the other gets train.py's model, so they cannot talk."""
@@ -186,24 +180,23 @@ class Measurement:
     def embed_side(self, side: str, limit_s: float) -> None:
         """Send what training left, store this side's array."""
         sandbox = self.sandboxes[side]
-        sandbox.wait_until_ready(LIMITS.import_s)
-        sandbox.send(self.job.work / "out.tar")
-        end = sandbox.message(limit_s + LIMITS.grace_s)
-        if not end:
-            sandbox.raise_if_lost()
+        end = self.load_in(sandbox, limit_s)
         if end.get("status") != "ok":
             reason = why_embedding_failed(end, sandbox.killed, limit_s)
             raise Failed(f"embedding the validation {side} failed: {reason}")
-        with (self.job.work / f"{side}.npy").open("wb") as f:
-            sandbox.copy_to(f, LIMITS.array_bytes, LIMITS.embed_s)
+        sandbox.copy_to(self.job.work / f"{side}.npy", LIMITS.array_bytes, LIMITS.embed_s)
+
+    def load_in(self, sandbox: Sandbox, limit_s: float) -> dict:
+        """Send what training left; returns what is reported of `load` and of encoding with it."""
+        sandbox.wait_until_ready(LIMITS.import_s)
+        sandbox.send(self.job.work / "out.tar")
+        return sandbox.report(limit_s + LIMITS.grace_s)
 
     def probe(self) -> None:
         """Where embedding failed: does encoding training rows fail too? Then the log has a traceback."""
-        job, command = self.job, [*RUN_STAGE, "probe", str(LIMITS.probe_s)]
+        job, command = self.job, (*RUN_STAGE, "probe", str(LIMITS.probe_s))
         sandbox = self.start("probe", command, LIMITS.import_s + LIMITS.probe_s, train_mounts(job), Log(job.log))
-        sandbox.wait_until_ready(LIMITS.import_s)
-        sandbox.send(job.work / "out.tar")
-        end = sandbox.message(LIMITS.probe_s + LIMITS.grace_s)
+        end = self.load_in(sandbox, LIMITS.probe_s)
         sandbox.wait()
         if end.get("status") != "ok":
             what = "load() or encoding training rows failed (traceback in the log)"
@@ -211,20 +204,18 @@ class Measurement:
 
     def judge(self) -> dict:
         """Returns the metrics of the two arrays; stores ranks and examples."""
-        work, limit_s = self.job.work, LIMITS.judge_s
-        for side in SIDES:
-            (work / f"{side}.npy").chmod(0o644)
+        limit_s, work = LIMITS.judge_s, self.job.work
         limits = {"memory": LIMITS.judge_memory, "gpu": False, "out_size": None}
-        sandbox = self.start("judge", ["sh", "-c", RUN_JUDGE], limit_s, judge_mounts(self.job), **limits)
+        sandbox = self.start("judge", RUN_JUDGE, limit_s, judge_mounts(self.job), **limits)
         sandbox.send()
         sandbox.wait_until_ready(limit_s)
-        found, arrays = sandbox.message(limit_s), io.BytesIO()
-        sandbox.copy_to(arrays, LIMITS.array_bytes, limit_s)
-        sandbox.wait()
+        found = sandbox.message(limit_s)
+        sandbox.copy_to(work / "judged", LIMITS.array_bytes, limit_s)
         if "metrics" not in found:
             raise Failed(f"invalid output: {found.get('invalid', 'the judge did not answer')}")
-        (work / "ranks.npy").write_bytes(arrays.getvalue()[: found["bytes"]])
-        (work / "examples.npy").write_bytes(arrays.getvalue()[found["bytes"] :])
+        arrays = (work / "judged").read_bytes()
+        (work / "ranks.npy").write_bytes(arrays[: found["bytes"]])
+        (work / "examples.npy").write_bytes(arrays[found["bytes"] :])
         return found["metrics"]
 
     def end(self) -> None:

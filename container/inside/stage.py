@@ -14,7 +14,6 @@ import builtins
 import contextlib
 import ctypes
 import gc
-import io
 import json
 import math
 import os
@@ -71,6 +70,7 @@ LIBC = ctypes.CDLL(None)
 CODE = Path("/code/train.py")
 MAX_ROWS_OF_TRACE = 40
 MAX_LINE = 999  # of train.py that is named where embedding failed: how much it may say there is bounded
+MAX_ERROR = 200  # bytes, in which it says that
 TMPFS = ("/out", "/tmp", "/dev/shm")
 NO_SPACE = 1 << 20  # bytes left on one that is full
 
@@ -81,63 +81,48 @@ def report(stream, **fields) -> None:
     stream.flush()
 
 
-def in_child(work, limit_s: float) -> tuple[dict, bytes]:
-    """Fork, run work(pipe) in the child for at most limit_s, collect what it writes into the pipe.
+def in_child(work, limit_s: float, result) -> dict:
+    """Fork and run work(result) in the child, for at most limit_s. Nothing that it started lives on.
 
-    Returns ({"status": "ok" | "crashed" | "killed" | "limit", "seconds": s, "signal": n, "oom": bool}, bytes).
+    Returns {"seconds": s, "status": "ok" | "crashed" | "killed" | "limit"}, of a killed one with "signal" and "oom".
     """
-    kills, start, (read, write) = oom_kills(), time.monotonic(), os.pipe()
+    kills, start = oom_kills(), time.monotonic()
     LIBC.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     pid = os.fork()
     if pid == 0:
         LIBC.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
-        os.closerange(3, write)  # the stream to the host is not the child's
-        os.closerange(write + 1, MAX_FD)
+        os.closerange(3, result.fileno())  # the stream to the host is not the child's
+        os.closerange(result.fileno() + 1, MAX_FD)
         Path("/proc/self/oom_score_adj").write_text("1000")  # when memory runs out the kernel ends this one, not PID 1
         os.dup2(2, 1)
-        os._exit(exit_status(work, write))
-    os.close(write)
+        os._exit(exit_status(work, result))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one signal that the child could end this process with
-    done, collected = drain_until_exit(os.pidfd_open(pid), read, start + limit_s)
-    if not done:
+    in_time = select.select([os.pidfd_open(pid)], [], [], limit_s)[0]
+    if not in_time:
         os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
+    end_everybody_else()
+    end = {"seconds": round(time.monotonic() - start, 2)}
+    if not in_time:
+        return {**end, "status": "limit"}
+    if os.WIFSIGNALED(status):
+        return {**end, "status": "killed", "signal": os.WTERMSIG(status), "oom": oom_kills() > kills}
+    return {**end, "status": "crashed" if os.WEXITSTATUS(status) else "ok"}
+
+
+def end_everybody_else() -> None:
+    """As PID 1: daemons would train on, and change what is sent while it is."""
     with contextlib.suppress(ProcessLookupError, ChildProcessError):
-        while (
-            os.getpid() == 1
-        ):  # -1 is everybody else in here: daemons would train on, and change /out while it is sent
+        while os.getpid() == 1:
             os.kill(-1, signal.SIGKILL)
             os.waitpid(-1, 0)
-    end = {"seconds": round(time.monotonic() - start, 2)}
-    if not done:
-        end |= {"status": "limit"}
-    elif os.WIFSIGNALED(status):
-        end |= {"status": "killed", "signal": os.WTERMSIG(status), "oom": oom_kills() > kills}
-    else:
-        end |= {"status": "crashed" if os.WEXITSTATUS(status) else "ok"}
-    return end, collected
 
 
-def drain_until_exit(process: int, pipe: int, deadline: float) -> tuple[bool, bytes]:
-    """Collect the pipe until the process (a pidfd) has ended: (True, bytes), or (False, b"") at the deadline."""
-    os.set_blocking(pipe, False)
-    parts, open_fds = [], [process, pipe]
-    while left := max(0.0, deadline - time.monotonic()):
-        ready = select.select(open_fds, [], [], left)[0]
-        if pipe in ready:
-            parts.append(os.read(pipe, 1 << 20))
-            if not parts[-1]:
-                open_fds.remove(pipe)
-        elif process in ready:
-            return True, b"".join(parts)
-    return False, b""
-
-
-def exit_status(work, pipe: int) -> int:
-    """Run work(pipe), print the part of a traceback that lies in train.py's reach, return an exit status."""
+def exit_status(work, result) -> int:
+    """Run work(result), print the part of a traceback that lies in train.py's reach, return an exit status."""
     status = 0
     try:
-        work(pipe)
+        work(result)
     except SystemExit as e:
         status = e.code if isinstance(e.code, int) else int(e.code is not None)
         if isinstance(e.code, str):
@@ -162,7 +147,7 @@ def oom_kills() -> int:
     return 0
 
 
-def run_training(_: int) -> None:
+def run_training(_) -> None:
     """What `python train.py` does, in a process where torch is already imported."""
     sys.argv[:] = ["train.py"]
     sys.path.insert(0, str(CODE.parent))
@@ -208,7 +193,7 @@ def pixels(column) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def encode_probe(_: int) -> None:
+def encode_probe(_) -> None:
     """In the child: encode a few training rows with what training left; a mistake in `load` shows its traceback."""
     m, device = load_model()
     table = datasets.load_from_disk("/data")
@@ -218,58 +203,26 @@ def encode_probe(_: int) -> None:
 
 
 @torch.inference_mode()
-def encode_side(pipe: int) -> None:
+def encode_side(result) -> None:
     """In the child: embed this side with what training left, write the array, or what went wrong."""
     try:
-        array = io.BytesIO()
-        np.save(array, encode(*load_model(), datasets.load_from_disk("/data")))
-        payload = b"A" + array.getvalue()
+        np.save(result, encode(*load_model(), datasets.load_from_disk("/data")))
     except BaseException as e:
         # Only the exception's type and its line: a message could carry validation captions to the agent.
         lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(CODE)]
-        payload = b"E" + json.dumps([type(e).__name__, lines[-1] if lines else 0]).encode()
-    with os.fdopen(pipe, "wb") as f:
-        f.write(payload)
+        result.write(json.dumps([type(e).__name__, lines[-1] if lines else 0]).encode())
+        sys.exit(1)
+    finally:
+        result.flush()
 
 
-def train(out, limit_s: float) -> None:
-    """Report how the training ended; then, if well, send the archive of /out."""
-    report(out, ready=True, device="cuda" if torch.cuda.is_available() else "cpu")
-    end, _ = in_child(run_training, limit_s)
-    if end["status"] == "crashed" and min(shutil.disk_usage(d).free for d in TMPFS) < NO_SPACE:
-        end["full"] = True
-    report(out, **end)
-    if end["status"] == "ok":
-        with tarfile.open(fileobj=out, mode="w|") as tar:
-            tar.add("/out", arcname=".")
-
-
-def probe(out, limit_s: float) -> None:
-    report(out, ready=True)
-    report(out, **in_child(encode_probe, limit_s)[0])
-
-
-def embed(out, limit_s: float) -> None:
-    """Wait for the archive of /out on standard input; report how embedding ended, then, if well, send the array."""
-    report(out, ready=True)
-    select.select([sys.stdin], [], [])  # comes when training has ended; only then does the clock start
-    end, payload = in_child(encode_side, limit_s)
-    if end["status"] != "ok":
-        report(out, **end, **error_of(payload))
-    elif payload[:1] != b"A":
-        report(out, **{**end, "status": "load"}, **error_of(payload))
-    else:
-        report(out, **end)
-        out.write(payload[1:])
-
-
-def error_of(payload: bytes) -> dict:
+def error_of(result: bytes) -> dict:
     """What the child says went wrong, reduced to a known exception's name and one line that train.py has: 16 bits.
 
     The child chooses both freely, from captions if it likes; `line` is 0 where it names no line of train.py.
     """
     try:
-        kind, line = json.loads(payload[1:200])
+        kind, line = json.loads(result)
         type_ = getattr(builtins, kind, None)
         known = isinstance(type_, type) and issubclass(type_, BaseException) or kind == "OutOfMemoryError"
         there = type(line) is int and 1 <= line <= min(MAX_LINE, CODE.read_bytes().count(b"\n") + 1)
@@ -278,8 +231,27 @@ def error_of(payload: bytes) -> dict:
         return {"error": "Exception", "line": 0}
 
 
+def main(stage: str, limit_s: float) -> None:
+    """Report that we are ready and how the stage ended; then, if well, send what it leaves."""
+    work = {"train": run_training, "embed": encode_side, "probe": encode_probe}[stage]
+    with os.fdopen(os.dup(1), "wb") as out, os.fdopen(os.memfd_create("result"), "w+b") as result:
+        report(out, ready=True, device="cuda" if torch.cuda.is_available() else "cpu")
+        if stage != "train":  # the archive comes when training has ended; only then does the clock start
+            select.select([sys.stdin], [], [])
+        end = in_child(work, limit_s, result)
+        result.seek(0)
+        if end["status"] != "ok" and stage == "embed":
+            end |= error_of(result.read(MAX_ERROR))
+        if end["status"] == "crashed" and min(shutil.disk_usage(d).free for d in TMPFS) < NO_SPACE:
+            end["full"] = True
+        report(out, **end)
+        if end["status"] == "ok" and stage == "train":
+            with tarfile.open(fileobj=out, mode="w|") as tar:
+                tar.add("/out", arcname=".")
+        elif end["status"] == "ok":
+            shutil.copyfileobj(result, out)
+
+
 if __name__ == "__main__":
-    stages, stdout = {"train": train, "embed": embed, "probe": probe}, os.fdopen(os.dup(1), "wb")
-    stages[sys.argv[1]](stdout, float(sys.argv[2]))
-    stdout.flush()
+    main(sys.argv[1], float(sys.argv[2]))
     os._exit(0)  # at once: tearing down what was imported takes time and says things that end up in the log
