@@ -22,7 +22,9 @@ from sandbox import MESSAGE_BYTES, QUEUE_LIMIT_S, Failed, Log, Lost, Sandbox
 
 STAGE, JUDGE = INSIDE / "stage.py", INSIDE / "judge.py"
 RUN_STAGE = ("python", "-Iu", "/harness/stage.py")
-RUN_JUDGE = ("python", "-I", "/harness/judge.py", "/key.npy", "/images.npy", "/captions.npy")
+# with the messages that stage.py sends by itself
+RUN_JUDGE = r"""printf '{"up": true}\n{"ready": true}\n'
+exec python -I /harness/judge.py /key.npy /images.npy /captions.npy"""
 SIDES = ("images", "captions")
 EXCEPTION_LENGTH = 120  # characters of an exception in the reason of a failure
 
@@ -178,25 +180,18 @@ class Measurement:
             yield waiting.pop((started or list(waiting))[0])
 
     def embed_side(self, side: str, limit_s: float) -> None:
-        """Send what training left, store this side's array."""
-        sandbox = self.sandboxes[side]
-        end = self.load_in(sandbox, limit_s)
+        """Store this side's array."""
+        end = self.work(side, "out.tar", limit_s)
         if end.get("status") != "ok":
-            reason = why_embedding_failed(end, sandbox.killed, limit_s)
+            reason = why_embedding_failed(end, self.sandboxes[side].killed, limit_s)
             raise Failed(f"embedding the validation {side} failed: {reason}")
-        sandbox.copy_to(self.job.work / f"{side}.npy", LIMITS.array_bytes, LIMITS.embed_s)
-
-    def load_in(self, sandbox: Sandbox, limit_s: float) -> dict:
-        """Send what training left; returns what is reported of `load` and of encoding with it."""
-        sandbox.wait_until_ready(LIMITS.import_s)
-        sandbox.send(self.job.work / "out.tar")
-        return sandbox.report(limit_s + LIMITS.grace_s)
+        self.sandboxes[side].copy_to(self.job.work / f"{side}.npy", LIMITS.array_bytes, LIMITS.embed_s)
 
     def probe(self) -> None:
         """Where embedding failed: does encoding training rows fail too? Then the log has a traceback."""
         job, command = self.job, (*RUN_STAGE, "probe", str(LIMITS.probe_s))
         sandbox = self.start("probe", command, LIMITS.import_s + LIMITS.probe_s, train_mounts(job), Log(job.log))
-        end = self.load_in(sandbox, LIMITS.probe_s)
+        end = self.work("probe", "out.tar", LIMITS.probe_s)
         sandbox.wait()
         if end.get("status") != "ok":
             what = "load() or encoding training rows failed (traceback in the log)"
@@ -204,19 +199,23 @@ class Measurement:
 
     def judge(self) -> dict:
         """Returns the metrics of the two arrays; stores ranks and examples."""
-        limit_s, work = LIMITS.judge_s, self.job.work
         limits = {"memory": LIMITS.judge_memory, "gpu": False, "out_size": None}
-        sandbox = self.start("judge", RUN_JUDGE, limit_s, judge_mounts(self.job), **limits)
-        sandbox.send()
-        sandbox.wait_until_ready(limit_s)
-        found = sandbox.message(limit_s)
-        sandbox.copy_to(work / "judged", LIMITS.array_bytes, limit_s)
+        sandbox = self.start("judge", ("sh", "-c", RUN_JUDGE), LIMITS.judge_s, judge_mounts(self.job), **limits)
+        found, judged = self.work("judge", "", LIMITS.judge_s), self.job.work / "judged"
+        sandbox.copy_to(judged, LIMITS.array_bytes, LIMITS.judge_s)
         if "metrics" not in found:
             raise Failed(f"invalid output: {found.get('invalid', 'the judge did not answer')}")
-        arrays = (work / "judged").read_bytes()
-        (work / "ranks.npy").write_bytes(arrays[: found["bytes"]])
-        (work / "examples.npy").write_bytes(arrays[found["bytes"] :])
+        arrays = judged.read_bytes()
+        (self.job.work / "ranks.npy").write_bytes(arrays[: found["bytes"]])
+        (self.job.work / "examples.npy").write_bytes(arrays[found["bytes"] :])
         return found["metrics"]
+
+    def work(self, stage: str, given: str, limit_s: float) -> dict:
+        """Give a sandbox a file to work on, or none; returns its report, {} without one. Raises Lost."""
+        sandbox = self.sandboxes[stage]
+        sandbox.wait_until_ready(LIMITS.import_s)
+        sandbox.send(self.job.work / given if given else None)
+        return sandbox.report(limit_s + LIMITS.grace_s)
 
     def end(self) -> None:
         """End what still runs; also where the engine's client alone was killed."""

@@ -2,9 +2,9 @@
 
 usage: judge.py KEY.npy IMAGES.npy CAPTIONS.npy
 
-Prints JSON lines: {"up": true} and {"ready": true}, as stage.py does, then {"metrics": {...}, "bytes": n} followed by
-two raw .npy files, the ranks (n bytes) and the best matches of a few examples, or {"invalid": "why"}. Ranks are exact,
-counted from 1; ties count half, so that a constant embedding ranks in the middle, not first.
+Prints one JSON line, {"metrics": {...}, "bytes": n} followed by two raw .npy files, the ranks (n bytes) and the best
+matches of a few examples, or {"invalid": "why"}. Ranks are exact, counted from 1; ties count half, so that a constant
+embedding ranks in the middle, not first.
 """
 
 import io
@@ -91,7 +91,6 @@ def npy(array: np.ndarray) -> bytes:
 
 
 def main(key_path: str, images_path: str, captions_path: str) -> None:
-    print('{"up": true}\n{"ready": true}', flush=True)
     key = np.load(key_path, allow_pickle=False)
     try:
         images = load_embeddings(images_path, len(key), "encode_image")

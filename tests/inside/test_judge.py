@@ -107,8 +107,7 @@ def test_the_program_prints_metrics_then_ranks(tmp_path: Path):
         capture_output=True,
         check=True,
     ).stdout
-    up, ready, line, arrays = out.split(b"\n", 3)
-    assert (json.loads(up), json.loads(ready)) == ({"up": True}, {"ready": True})
+    line, _, arrays = out.partition(b"\n")
     said = json.loads(line)
     ranks, best = (np.load(io.BytesIO(part)) for part in (arrays[: said["bytes"]], arrays[said["bytes"] :]))
     assert said["metrics"]["gallery"] == 20 and ranks.shape == (2, 20) and best.shape == (2, 20, judge.BEST)

@@ -48,7 +48,7 @@ GIVEN_PREPARE_DATA = """
 import dataclasses
 dataset.PREPARE = measure.Path({script!r})
 engine.arguments = lambda c, arguments=engine.arguments: arguments(
-    dataclasses.replace(c, mounts={{**c.mounts, "/real/prepare_data.py": {real!r}}}) if c.writable else c
+    dataclasses.replace(c, mounts={{**c.mounts, "/real/prepare_data.py": measure.Path({real!r})}}) if c.writable else c
 )
 """
 # What training leaves, out.tar, is there already: a measurement begins with embedding it.
