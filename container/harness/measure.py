@@ -13,7 +13,7 @@ import select
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import engine
@@ -26,6 +26,7 @@ RUN_STAGE = ("python", "-Iu", "/harness/stage.py")
 RUN_JUDGE = r"""printf '{"up": true}\n{"ready": true}\n'
 exec python -I /harness/judge.py /key.npy /images.npy /captions.npy"""
 SIDES = ("images", "captions")
+LOAD_FAILED = "load: training ended well, but load() or encoding training rows failed (traceback in the log)"
 EXCEPTION_LENGTH = 120  # characters of an exception in the reason of a failure
 
 
@@ -126,23 +127,21 @@ class Measurement:
         self.report: dict = {}  # what PID 1 says of the training
         self.sandboxes: dict[str, Sandbox] = {}
 
-    def start(self, stage: str, command: Sequence, limit_s: float, mounts: dict, log: Log | None = None, **more):
-        """more: other fields of engine.Container."""
-        job = self.job
+    def start(self, stage: str, seconds: int, mounts: dict, log: Log | None = None, wait_s: int = 0, **more) -> Sandbox:
+        """seconds: that its work gets; wait_s: until there is some; more: other fields of engine.Container."""
+        job, limit_s = self.job, LIMITS.import_s + wait_s + seconds
         # on a node, sandboxes of other machines may have our process id
-        name = f"ar-{os.getpid()}-{time.time_ns()}-{stage}"
-        more = {"memory": job.memory, "out_size": LIMITS.out_size, **more}
+        name, command = f"ar-{os.getpid()}-{time.time_ns()}-{stage}", [*RUN_STAGE, stage, str(seconds)]
         place = {"device": job.device, "launch": job.launch, "folder": job.work, "keep_open": job.keep_open}
-        container = engine.Container(name, job.image, command, limit_s=limit_s, mounts=mounts, **place, **more)
-        self.sandboxes[stage] = Sandbox(container, log)
+        container = engine.Container(name, job.image, command, job.memory, limit_s, mounts, LIMITS.out_size, **place)
+        self.sandboxes[stage] = Sandbox(replace(container, **more), log)
         return self.sandboxes[stage]
 
     def train(self) -> None:
         """The sandboxes that embed are started when training begins: they import torch meanwhile."""
         job, places = self.job, {"DATA": "/data", "OUT": "/out", "WEIGHTS": "/weights"}
         environment = {**places, "BUDGET_S": job.budget, "SEED": job.seed, "SCALE": f"{job.scale:g}"}
-        command, limit_s = (*RUN_STAGE, "train", str(job.budget)), job.budget + LIMITS.import_s
-        trainer = self.start("train", command, limit_s, train_mounts(job), self.log, environment=environment)
+        trainer = self.start("train", job.budget, train_mounts(job), self.log, environment=environment)
         trainer.send()
         self.report["device"] = trainer.wait_until_ready(LIMITS.import_s).get("device", "cpu")
         self.ready = time.monotonic()
@@ -157,9 +156,8 @@ class Measurement:
         self.trained = time.monotonic()
 
     def start_sides(self) -> None:
-        command, limit_s = ("nice", *RUN_STAGE, "embed", str(LIMITS.embed_s)), self.job.budget + 4 * LIMITS.embed_s
         for side in SIDES:
-            self.start(side, command, limit_s, side_mounts(self.job, side))
+            self.start(side, LIMITS.embed_s, side_mounts(self.job, side), wait_s=self.job.budget + 2 * LIMITS.embed_s)
 
     def embed(self) -> None:
         """Both sides. One has ended before the other gets train.py's model, so they cannot talk."""
@@ -189,18 +187,16 @@ class Measurement:
 
     def probe(self) -> None:
         """Where embedding failed: does encoding training rows fail too? Then the log has a traceback."""
-        job, command = self.job, (*RUN_STAGE, "probe", str(LIMITS.probe_s))
-        sandbox = self.start("probe", command, LIMITS.import_s + LIMITS.probe_s, train_mounts(job), Log(job.log))
+        sandbox = self.start("probe", LIMITS.probe_s, train_mounts(self.job), Log(self.job.log))
         end = self.work("probe", "out.tar", LIMITS.probe_s)
         sandbox.wait()
         if end.get("status") != "ok":
-            what = "load() or encoding training rows failed (traceback in the log)"
-            raise Failed(f"load: training ended well, but {what}")
+            raise Failed(LOAD_FAILED)
 
     def judge(self) -> dict:
         """Returns the metrics of the two arrays; stores ranks and examples."""
-        limits = {"memory": LIMITS.judge_memory, "gpu": False, "out_size": None}
-        sandbox = self.start("judge", ("sh", "-c", RUN_JUDGE), LIMITS.judge_s, judge_mounts(self.job), **limits)
+        how = {"command": ["sh", "-c", RUN_JUDGE], "memory": LIMITS.judge_memory, "gpu": False, "out_size": None}
+        sandbox = self.start("judge", LIMITS.judge_s, judge_mounts(self.job), **how)
         found, judged = self.work("judge", "", LIMITS.judge_s), self.job.work / "judged"
         sandbox.copy_to(judged, LIMITS.array_bytes, LIMITS.judge_s)
         if "metrics" not in found:
@@ -241,12 +237,12 @@ def why_training_failed(end: dict, killed: bool, job: Job) -> str:
     """The reason of a training that did not end well, in one line. end: PID 1's report, {} when there is none."""
     steps = last_step(job.log)
     after = (f" after {end['seconds']} s" if end else "") + (f", {steps}" if steps else "")
-    status = end.get("status")
-    if status == "limit" or (not end and killed):
+    status = end.get("status", "limit" if killed else "lost")
+    if status == "limit":
         return f"time limit: killed at the budget of {job.budget} s, {steps or 'before its first step line'}"
-    if status == "killed" and end.get("oom"):
+    if end.get("oom"):
         return f"out of memory: more than {job.memory} of main memory{after}"
-    if not end:
+    if status == "lost":
         return f"the sandbox was killed from outside, or ran out of its {job.memory} of memory{after}"
     if b"OutOfMemoryError" in job.log.read_bytes()[-20000:]:
         return f"out of memory on the GPU{after}"
@@ -280,9 +276,7 @@ def last_exception(log: Path) -> str:
 
 def claims(log: Path) -> dict[str, str]:
     """`key: value` lines after the last `---` that train.py printed: shown as its own claims, never used to decide."""
-    found = {}
     _, mark, last = log.read_bytes().decode("utf-8", "replace").rpartition("\n---\n")
-    for line in last.splitlines()[-20:] if mark else []:
-        if m := re.fullmatch(r"([a-z_]{1,20}):\s*([\w.,%+>/ -]{1,60})", line.strip()):
-            found[m[1]] = m[2].strip()
-    return found
+    lines = [line.strip() for line in last.splitlines()[-20:] if mark]
+    found = [re.fullmatch(r"([a-z_]{1,20}):\s*([\w.,%+>/ -]{1,60})", line) for line in lines]
+    return {m[1]: m[2] for m in found if m}

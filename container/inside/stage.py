@@ -1,8 +1,8 @@
 """PID 1 inside the sandbox: run train.py, or embed one side of the validation pairs with it.
 
-usage: stage.py train SECONDS               /code/train.py and /data (the training table) mounted, /out a tmpfs
-       stage.py embed SECONDS < archive     the same, but /data is one side of the pairs, without the other
-       stage.py probe SECONDS < archive     /data is the training table: a few rows of it, with a full traceback
+usage: stage.py train SECONDS                      /code/train.py and /data (the training table) mounted, /out a tmpfs
+       stage.py images|captions SECONDS < archive  the same, but /data is one side of the pairs, without the other
+       stage.py probe SECONDS < archive            /data is the training table: a few rows of it, with a full traceback
 
 Everything heavy is imported first, then a child is forked: it runs the untrusted code with its standard output turned
 to standard error. Standard output belongs to this process: JSON lines, then raw bytes (the archive of /out, or an
@@ -51,6 +51,7 @@ def end_when_alone() -> None:
 if __name__ == "__main__":
     threading.Thread(target=end_when_alone, daemon=True).start()
     os.write(1, b'{"up": true}\n')  # with a launch command the harness may have waited for this for hours
+    os.nice(0 if sys.argv[1] == "train" else 10)  # those that embed start beside a training
 
 warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)  # our thread holds no lock
 gc.disable()  # nothing to collect yet, and looking for it is a quarter of the time that these imports take
@@ -233,16 +234,16 @@ def error_of(result: bytes) -> dict:
 
 def main(stage: str, limit_s: float) -> None:
     """Report that we are ready and how the stage ended; then, if well, send what it leaves."""
-    work = {"train": run_training, "embed": encode_side, "probe": encode_probe}[stage]
+    work = {"train": run_training, "images": encode_side, "captions": encode_side, "probe": encode_probe}[stage]
     with os.fdopen(os.dup(1), "wb") as out, os.fdopen(os.memfd_create("result"), "w+b") as result:
         report(out, ready=True, device="cuda" if torch.cuda.is_available() else "cpu")
         if stage != "train":  # the archive comes when training has ended; only then does the clock start
             select.select([sys.stdin], [], [])
         end = in_child(work, limit_s, result)
         result.seek(0)
-        if end["status"] != "ok" and stage == "embed":
+        if end["status"] != "ok" and stage != "train":
             end |= error_of(result.read(MAX_ERROR))
-        if end["status"] == "crashed" and min(shutil.disk_usage(d).free for d in TMPFS) < NO_SPACE:
+        elif end["status"] == "crashed" and min(shutil.disk_usage(d).free for d in TMPFS) < NO_SPACE:
             end["full"] = True
         report(out, **end)
         if end["status"] == "ok" and stage == "train":

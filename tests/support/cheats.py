@@ -292,7 +292,7 @@ measure.LIMITS = dataclasses.replace(measure.LIMITS, embed_s=120, embed_least_s=
 )
 SHARED_STDOUT = Naive(  # but for training, which prints
     stage="""
-if sys.argv[1] == "embed":
+if sys.argv[1] in ("images", "captions"):
     os.dup2 = lambda *_: None
 """
 )
@@ -325,9 +325,9 @@ measure.Measurement.embed = embed
 )
 LOGGED = Naive(
     harness="""
-def start(self, stage, command, limit_s, mounts, log=None, real=measure.Measurement.start, **more):
+def start(self, stage, seconds, mounts, log=None, real=measure.Measurement.start, **more):
     log = measure.Log(self.job.log) if stage in measure.SIDES else log
-    return real(self, stage, command, limit_s, mounts, log, **more)
+    return real(self, stage, seconds, mounts, log, **more)
 measure.Measurement.start = start
 """
 )
