@@ -145,8 +145,9 @@ class Measurement:
         trainer.send()
         self.report["device"] = trainer.wait_until_ready(LIMITS.import_s).get("device", "cpu")
         self.ready = time.monotonic()
-        self.start_sides()
-        end = trainer.report(job.budget + LIMITS.grace_s)
+        for side in SIDES:
+            self.start(side, LIMITS.embed_s, side_mounts(job, side), wait_s=job.budget + 2 * LIMITS.embed_s)
+        end = trainer.message(job.budget + LIMITS.grace_s)
         self.report |= end
         if end.get("status") != "ok":
             trainer.wait()
@@ -154,10 +155,6 @@ class Measurement:
         trainer.copy_to(job.work / "out.tar", LIMITS.archive_bytes, LIMITS.embed_s)
         trainer.wait()
         self.trained = time.monotonic()
-
-    def start_sides(self) -> None:
-        for side in SIDES:
-            self.start(side, LIMITS.embed_s, side_mounts(self.job, side), wait_s=self.job.budget + 2 * LIMITS.embed_s)
 
     def embed(self) -> None:
         """Both sides. One has ended before the other gets train.py's model, so they cannot talk."""
@@ -211,7 +208,7 @@ class Measurement:
         sandbox = self.sandboxes[stage]
         sandbox.wait_until_ready(LIMITS.import_s)
         sandbox.send(self.job.work / given if given else None)
-        return sandbox.report(limit_s + LIMITS.grace_s)
+        return sandbox.message(limit_s + LIMITS.grace_s)
 
     def end(self) -> None:
         """End what still runs; also where the engine's client alone was killed."""

@@ -121,26 +121,19 @@ class Sandbox:
             up = self.message(import_s)
         if up and (ready := self.message(import_s)):
             return ready
-        self.wait()
         error = " | ".join(self.last_error[-300:].decode("utf-8", "replace").strip().splitlines())
         if self.process.returncode == ENGINE_FAILED:  # also with the next edit, and all night
             raise Refused(f"{engine.name()} could not start the sandbox of {self.stage}: {error}")
         raise Lost(f"the sandbox of {self.stage} did not start: {error or 'no message in time'}")
 
     def message(self, limit_s: float) -> dict:
-        """The next JSON line; {} when the container ended, sent nothing in time, or something else."""
-        with when_late(limit_s, self.kill):
-            try:
-                found = json.loads(self.process.stdout.readline(MESSAGE_BYTES))
-                return found if isinstance(found, dict) else {}
-            except ValueError:
-                return {}
-
-    def report(self, limit_s: float) -> dict:
-        """The message in which PID 1 says how its stage ended; {} without one. Raises Lost."""
-        if not (found := self.message(limit_s)):
-            self.raise_if_lost()
-        return found
+        """The next JSON line; {} when it ended, sent nothing in time, or something else. Raises Lost."""
+        with when_late(limit_s, self.kill), contextlib.suppress(ValueError):
+            found = json.loads(self.process.stdout.readline(MESSAGE_BYTES))
+            if found and isinstance(found, dict):
+                return found
+        self.raise_if_lost()
+        return {}
 
     def copy_to(self, target: Path, most: int, limit_s: float) -> None:
         """Copy the rest of its output. Raises Failed beyond `most` bytes or limit_s, and Lost when it is cut short."""

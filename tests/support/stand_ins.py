@@ -54,7 +54,8 @@ engine.arguments = lambda c, arguments=engine.arguments: arguments(
 # What training leaves, out.tar, is there already: a measurement begins with embedding it.
 NO_TRAINING = """
 def train(self):
-    self.start_sides()
+    for side in measure.SIDES:
+        self.start(side, measure.LIMITS.embed_s, measure.side_mounts(self.job, side), wait_s=measure.LIMITS.embed_s)
     self.report, self.ready = {"seconds": 0.0}, measure.time.monotonic()
 measure.Measurement.train = train
 """
