@@ -28,23 +28,16 @@ exec python -I /harness/judge.py /key.npy /images.npy /captions.npy"""
 SIDES = ("images", "captions")
 LOAD_FAILED = "load: training ended well, but load() or encoding training rows failed (traceback in the log)"
 EXCEPTION_LENGTH = 120  # characters of an exception in the reason of a failure
-
-
-@dataclass(frozen=True)
-class Limits:
-    grace_s: float = 5  # between the budget, at which PID 1 inside kills, and the kill from outside
-    import_s: int = 120  # until a sandbox has imported torch
-    embed_s: int = 120  # load and encode one side; no longer than training left of its budget: `load` could train on
-    embed_least_s: int = 30  # but so long at least
-    probe_s: int = 60  # load and encode a few training rows, where embedding failed
-    judge_s: int = 120
-    judge_memory: str = "4g"
-    out_size: str = "2g"  # tmpfs for what training leaves, within the memory limit
-    archive_bytes: int = 2 << 30  # of what training leaves
-    array_bytes: int = 512 << 20  # of one side's embeddings
-
-
-LIMITS = Limits()
+GRACE_S = 5  # between the budget, at which PID 1 inside kills, and the kill from outside
+IMPORT_S = 120  # until a sandbox has imported torch
+EMBED_S = 120  # load and encode one side; no longer than training left of its budget: `load` could train on
+EMBED_LEAST_S = 30  # but so long at least
+PROBE_S = 60  # load and encode a few training rows, where embedding failed
+JUDGE_S = 120
+JUDGE_MEMORY = "4g"
+OUT_SIZE = "2g"  # tmpfs for what training leaves, within the memory limit
+ARCHIVE_BYTES = 2 << 30  # of what training leaves
+ARRAY_BYTES = 512 << 20  # of one side's embeddings
 
 
 @dataclass
@@ -129,11 +122,11 @@ class Measurement:
 
     def start(self, stage: str, seconds: int, mounts: dict, log: Log | None = None, wait_s: int = 0, **more) -> Sandbox:
         """seconds: that its work gets; wait_s: until there is some; more: other fields of engine.Container."""
-        job, limit_s = self.job, LIMITS.import_s + wait_s + seconds
+        job, limit_s = self.job, IMPORT_S + wait_s + seconds
         # on a node, sandboxes of other machines may have our process id
         name, command = f"ar-{os.getpid()}-{time.time_ns()}-{stage}", [*RUN_STAGE, stage, str(seconds)]
         place = {"device": job.device, "launch": job.launch, "folder": job.work, "keep_open": job.keep_open}
-        container = engine.Container(name, job.image, command, job.memory, limit_s, mounts, LIMITS.out_size, **place)
+        container = engine.Container(name, job.image, command, job.memory, limit_s, mounts, OUT_SIZE, **place)
         self.sandboxes[stage] = Sandbox(replace(container, **more), log)
         return self.sandboxes[stage]
 
@@ -143,22 +136,22 @@ class Measurement:
         environment = {**places, "BUDGET_S": job.budget, "SEED": job.seed, "SCALE": f"{job.scale:g}"}
         trainer = self.start("train", job.budget, train_mounts(job), self.log, environment=environment)
         trainer.send()
-        self.report["device"] = trainer.wait_until_ready(LIMITS.import_s).get("device", "cpu")
+        self.report["device"] = trainer.wait_until_ready(IMPORT_S).get("device", "cpu")
         self.ready = time.monotonic()
         for side in SIDES:
-            self.start(side, LIMITS.embed_s, side_mounts(job, side), wait_s=job.budget + 2 * LIMITS.embed_s)
-        end = trainer.message(job.budget + LIMITS.grace_s)
+            self.start(side, EMBED_S, side_mounts(job, side), wait_s=job.budget + 2 * EMBED_S)
+        end = trainer.message(job.budget + GRACE_S)
         self.report |= end
         if end.get("status") != "ok":
             trainer.wait()
             raise Failed(why_training_failed(end, trainer.killed, job))
-        trainer.copy_to(job.work / "out.tar", LIMITS.archive_bytes, LIMITS.embed_s)
+        trainer.copy_to(job.work / "out.tar", ARCHIVE_BYTES, EMBED_S)
         trainer.wait()
         self.trained = time.monotonic()
 
     def embed(self) -> None:
         """Both sides. One has ended before the other gets train.py's model, so they cannot talk."""
-        limit_s = min(LIMITS.embed_s, max(LIMITS.embed_least_s, self.job.budget - self.report["seconds"]))
+        limit_s = min(EMBED_S, max(EMBED_LEAST_S, self.job.budget - self.report["seconds"]))
         try:
             for side in self.sides_as_started():
                 self.embed_side(side, limit_s)
@@ -176,26 +169,26 @@ class Measurement:
 
     def embed_side(self, side: str, limit_s: float) -> None:
         """Store this side's array."""
-        end = self.work(side, "out.tar", limit_s)
+        end = self.work(side, limit_s, self.job.work / "out.tar")
         if end.get("status") != "ok":
             reason = why_embedding_failed(end, self.sandboxes[side].killed, limit_s)
             raise Failed(f"embedding the validation {side} failed: {reason}")
-        self.sandboxes[side].copy_to(self.job.work / f"{side}.npy", LIMITS.array_bytes, LIMITS.embed_s)
+        self.sandboxes[side].copy_to(self.job.work / f"{side}.npy", ARRAY_BYTES, EMBED_S)
 
     def probe(self) -> None:
         """Where embedding failed: does encoding training rows fail too? Then the log has a traceback."""
-        sandbox = self.start("probe", LIMITS.probe_s, train_mounts(self.job), Log(self.job.log))
-        end = self.work("probe", "out.tar", LIMITS.probe_s)
+        sandbox = self.start("probe", PROBE_S, train_mounts(self.job), Log(self.job.log))
+        end = self.work("probe", PROBE_S, self.job.work / "out.tar")
         sandbox.wait()
         if end.get("status") != "ok":
             raise Failed(LOAD_FAILED)
 
     def judge(self) -> dict:
         """Returns the metrics of the two arrays; stores ranks and examples."""
-        how = {"command": ["sh", "-c", RUN_JUDGE], "memory": LIMITS.judge_memory, "gpu": False, "out_size": None}
-        sandbox = self.start("judge", LIMITS.judge_s, judge_mounts(self.job), **how)
-        found, judged = self.work("judge", "", LIMITS.judge_s), self.job.work / "judged"
-        sandbox.copy_to(judged, LIMITS.array_bytes, LIMITS.judge_s)
+        how = {"command": ["sh", "-c", RUN_JUDGE], "memory": JUDGE_MEMORY, "gpu": False, "out_size": None}
+        sandbox = self.start("judge", JUDGE_S, judge_mounts(self.job), **how)
+        found, judged = self.work("judge", JUDGE_S), self.job.work / "judged"
+        sandbox.copy_to(judged, ARRAY_BYTES, JUDGE_S)
         if "metrics" not in found:
             raise Failed(f"invalid output: {found.get('invalid', 'the judge did not answer')}")
         arrays = judged.read_bytes()
@@ -203,12 +196,12 @@ class Measurement:
         (self.job.work / "examples.npy").write_bytes(arrays[found["bytes"] :])
         return found["metrics"]
 
-    def work(self, stage: str, given: str, limit_s: float) -> dict:
-        """Give a sandbox a file to work on, or none; returns its report, {} without one. Raises Lost."""
+    def work(self, stage: str, limit_s: float, given: Path | None = None) -> dict:
+        """Give a sandbox a file to work on, or none; returns its report, {} without one."""
         sandbox = self.sandboxes[stage]
-        sandbox.wait_until_ready(LIMITS.import_s)
-        sandbox.send(self.job.work / given if given else None)
-        return sandbox.message(limit_s + LIMITS.grace_s)
+        sandbox.wait_until_ready(IMPORT_S)
+        sandbox.send(given)
+        return sandbox.message(limit_s + GRACE_S)
 
     def end(self) -> None:
         """End what still runs; also where the engine's client alone was killed."""

@@ -164,14 +164,14 @@ class Sandbox:
         self.killed = True
         with contextlib.suppress(OSError):
             self.beat.unlink()
-        if not self.container.launch:
+        if self.container.launch:
+            for stop in (self.process.terminate, self.process.kill):  # of the first, srun takes a job out of the queue
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(TERMINATE_S)
+                stop()
+        else:
             engine.kill(self.container.name)
             self.process.kill()
-            return
-        for stop in (self.process.terminate, self.process.kill):  # of the first, srun takes a job out of the queue
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(TERMINATE_S)
-            stop()
 
     def raise_if_lost(self) -> None:
         """Wait for the end of a sandbox that sent no status, and classify it."""

@@ -84,12 +84,6 @@ def examples(images: np.ndarray, captions: np.ndarray, key: np.ndarray) -> np.nd
     return np.stack([np.argsort(-scores, axis=1, kind="stable")[:, :BEST] for scores in both]).astype(np.int32)
 
 
-def npy(array: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
-
-
 def main(key_path: str, images_path: str, captions_path: str) -> None:
     key = np.load(key_path, allow_pickle=False)
     try:
@@ -101,9 +95,12 @@ def main(key_path: str, images_path: str, captions_path: str) -> None:
         print(json.dumps({"invalid": str(e)}))
         return
     metrics, both = retrieval(images, captions, key)
-    ranked = npy(both.astype(np.float32))
-    print(json.dumps({"metrics": metrics, "bytes": len(ranked)}), flush=True)
-    sys.stdout.buffer.write(ranked + npy(examples(images, captions, key)))
+    arrays = io.BytesIO()
+    np.save(arrays, both.astype(np.float32))
+    size = arrays.tell()
+    np.save(arrays, examples(images, captions, key))
+    print(json.dumps({"metrics": metrics, "bytes": size}), flush=True)
+    sys.stdout.buffer.write(arrays.getvalue())
 
 
 if __name__ == "__main__":

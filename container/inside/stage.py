@@ -121,23 +121,23 @@ def end_everybody_else() -> None:
 
 def exit_status(work, result) -> int:
     """Run work(result), print the part of a traceback that lies in train.py's reach, return an exit status."""
-    status = 0
     try:
         work(result)
+        return 0
     except SystemExit as e:
-        status = e.code if isinstance(e.code, int) else int(e.code is not None)
         if isinstance(e.code, str):
             print(e.code, file=sys.stderr)
+        return e.code if isinstance(e.code, int) else int(e.code is not None)
     except BaseException as e:
         trace = e.__traceback__
         while trace and trace.tb_frame.f_code.co_filename != str(CODE):
             trace = trace.tb_next
         traceback.print_exception(type(e), e, trace or e.__traceback__, limit=MAX_ROWS_OF_TRACE)
-        status = 1
-    with contextlib.suppress(BaseException):  # a broken stream must not change the verdict
-        sys.stdout.flush()
-        sys.stderr.flush()
-    return status
+        return 1
+    finally:
+        with contextlib.suppress(BaseException):  # a broken stream must not change the verdict
+            sys.stdout.flush()
+            sys.stderr.flush()
 
 
 def oom_kills() -> int:

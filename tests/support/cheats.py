@@ -278,18 +278,8 @@ stage.encode = encode
 """,
 )
 NO_WIDTH_LIMIT = Naive(judge="judge.MAX_WIDTH = 1 << 40\n")
-NO_SIZE_LIMIT = NO_WIDTH_LIMIT + Naive(
-    harness="""
-import dataclasses
-measure.LIMITS = dataclasses.replace(measure.LIMITS, array_bytes=512 << 30)
-"""
-)
-NO_EMBED_LIMIT = Naive(
-    harness="""
-import dataclasses
-measure.LIMITS = dataclasses.replace(measure.LIMITS, embed_s=120, embed_least_s=120)
-"""
-)
+NO_SIZE_LIMIT = NO_WIDTH_LIMIT + Naive(harness="measure.ARRAY_BYTES = 512 << 30\n")
+NO_EMBED_LIMIT = Naive(harness="measure.EMBED_S = measure.EMBED_LEAST_S = 120\n")
 SHARED_STDOUT = Naive(  # but for training, which prints
     stage="""
 if sys.argv[1] in ("images", "captions"):
@@ -318,7 +308,7 @@ AT_ONCE = Naive(  # both sides embed at the same time
 from concurrent.futures import ThreadPoolExecutor
 def embed(self):
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda side: self.embed_side(side, measure.LIMITS.embed_s), measure.SIDES))
+        list(pool.map(lambda side: self.embed_side(side, measure.EMBED_S), measure.SIDES))
     self.embedded = measure.time.monotonic()
 measure.Measurement.embed = embed
 """
@@ -380,10 +370,7 @@ def in_child(work, limit_s, result, real=stage.in_child):
     return real(lambda result: (signal.alarm(int(limit_s)), work(result)), 600, result)
 stage.in_child = in_child
 """,
-    harness="""
-import dataclasses
-measure.LIMITS = dataclasses.replace(measure.LIMITS, grace_s=600)
-""",
+    harness="measure.GRACE_S = 600\n",
 )
 COPIED = "pass"  # the script does nothing, but the copy may be spoilt
 IN_ORDER = """
