@@ -63,6 +63,7 @@ import torch  # noqa: E402
 gc.freeze()
 gc.enable()
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH = 64  # images or captions encoded at once; larger ones fall out of the cache
 PROBE = 4  # training rows that `load` must encode where embedding failed: there a traceback may be shown
 PR_SET_DUMPABLE = 4
@@ -96,6 +97,7 @@ def in_child(work, limit_s: float, result) -> dict:
         os.closerange(result.fileno() + 1, MAX_FD)
         Path("/proc/self/oom_score_adj").write_text("1000")  # when memory runs out the kernel ends this one, not PID 1
         os.dup2(2, 1)
+        sys.path.insert(0, str(CODE.parent))
         os._exit(exit_status(work, result))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one signal that the child could end this process with
     in_time = select.select([os.pidfd_open(pid)], [], [], limit_s)[0]
@@ -151,24 +153,21 @@ def oom_kills() -> int:
 def run_training(_) -> None:
     """What `python train.py` does, in a process where torch is already imported."""
     sys.argv[:] = ["train.py"]
-    sys.path.insert(0, str(CODE.parent))
     runpy.run_path(str(CODE), run_name="__main__")
 
 
 def load_model():
-    """(model, device): what train.py's load returns for what training left, an archive on standard input."""
+    """What train.py's load returns for what training left, an archive on standard input."""
     with tarfile.open(fileobj=sys.stdin.buffer, mode="r|") as tar:
         # in here a forged member can do no harm; the filter, where this Python has it, only names it sooner
         tar.extraction_filter = getattr(tarfile, "data_filter", None)
         tar.extractall("/out")
-    sys.path.insert(0, str(CODE.parent))
     import train
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return train.load("/out", device), device
+    return train.load("/out", DEVICE)
 
 
-def encode(m, device: str, rows: datasets.Dataset) -> np.ndarray:
+def encode(m, rows: datasets.Dataset) -> np.ndarray:
     """Embed a table with one column, image (uint8, 3*S*S) or caption. Returns float32 (n, D).
 
     Raises TypeError or ValueError when the model returns anything but one finite-width float row per input.
@@ -177,7 +176,7 @@ def encode(m, device: str, rows: datasets.Dataset) -> np.ndarray:
     what = "encode_text" if text else "encode_image"
     for start in range(0, len(rows), BATCH):
         column = rows[start : start + BATCH]["caption" if text else "image"]
-        e = m.encode_text(column.to_pylist()) if text else m.encode_image(pixels(column).to(device))
+        e = m.encode_text(column.to_pylist()) if text else m.encode_image(pixels(column).to(DEVICE))
         if not isinstance(e, torch.Tensor) or not e.is_floating_point():
             raise TypeError(f"{what} must return a float tensor, not {type(e).__name__}")
         if e.ndim != 2 or len(e) != len(column):
@@ -196,18 +195,17 @@ def pixels(column) -> torch.Tensor:
 @torch.inference_mode()
 def encode_probe(_) -> None:
     """In the child: encode a few training rows with what training left; a mistake in `load` shows its traceback."""
-    m, device = load_model()
-    table = datasets.load_from_disk("/data")
+    m, table = load_model(), datasets.load_from_disk("/data")
     table = table.select(range(min(PROBE, len(table))))
-    encode(m, device, table.select_columns("image"))
-    encode(m, device, table.select_columns("caption"))
+    encode(m, table.select_columns("image"))
+    encode(m, table.select_columns("caption"))
 
 
 @torch.inference_mode()
 def encode_side(result) -> None:
     """In the child: embed this side with what training left, write the array, or what went wrong."""
     try:
-        np.save(result, encode(*load_model(), datasets.load_from_disk("/data")))
+        np.save(result, encode(load_model(), datasets.load_from_disk("/data")))
     except BaseException as e:
         # Only the exception's type and its line: a message could carry validation captions to the agent.
         lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(CODE)]
@@ -236,7 +234,7 @@ def main(stage: str, limit_s: float) -> None:
     """Report that we are ready and how the stage ended; then, if well, send what it leaves."""
     work = {"train": run_training, "images": encode_side, "captions": encode_side, "probe": encode_probe}[stage]
     with os.fdopen(os.dup(1), "wb") as out, os.fdopen(os.memfd_create("result"), "w+b") as result:
-        report(out, ready=True, device="cuda" if torch.cuda.is_available() else "cpu")
+        report(out, ready=True, device=DEVICE)
         if stage != "train":  # the archive comes when training has ended; only then does the clock start
             select.select([sys.stdin], [], [])
         end = in_child(work, limit_s, result)

@@ -268,7 +268,7 @@ judge.retrieval = lambda images, captions, key, real=judge.retrieval: real(image
 judge.examples = lambda images, captions, key: np.zeros(1)
 """,
     stage="""
-def encode(m, device, rows):
+def encode(m, rows):
     parts, text, rows = [], "caption" in rows.column_names, rows.with_format("arrow")
     for start in range(0, len(rows), stage.BATCH):
         column = rows[start : start + stage.BATCH]["caption" if text else "image"]
@@ -330,7 +330,7 @@ def tells(error: str, shown: str) -> Naive:
 @stage.torch.inference_mode()
 def encode_side(result):
     try:
-        np.save(result, stage.encode(*stage.load_model(), stage.datasets.load_from_disk("/data")))
+        np.save(result, stage.encode(stage.load_model(), stage.datasets.load_from_disk("/data")))
     except BaseException as e:
         lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(stage.CODE)]
         result.write(json.dumps({error}).encode())
