@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
@@ -84,14 +83,13 @@ def build_image() -> str:
 
 def make_base() -> str:
     """A base image: from the registry, or, where none is reached, made from this machine's Debian packages."""
-    base, pull = engine.REGISTRY_BASE, [*engine.client(), "pull", engine.REGISTRY_BASE]
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        if engine.image_id(base) or engine.run(pull, timeout=PULL_TIMEOUT_S).returncode == 0:
-            return base
+    pull = ["timeout", str(PULL_TIMEOUT_S), *engine.client(), "pull", engine.REGISTRY_BASE]
+    if engine.image_id(engine.REGISTRY_BASE) or engine.run(pull).returncode == 0:
+        return engine.REGISTRY_BASE
     say("no image registry in reach: making a base image from Debian packages")
-    if not shutil.which("mmdebstrap"):
-        install_packages("mmdebstrap", "mmdebstrap")
     if not engine.image_id(engine.DEBIAN_BASE):
+        if not shutil.which("mmdebstrap"):
+            install_packages("mmdebstrap", "mmdebstrap")
         with tempfile.TemporaryDirectory(prefix="ar-base-") as folder:
             run(engine.IMAGE / "base_image.sh", f"{folder}/base.tar")
             run(*engine.client(), "import", f"{folder}/base.tar", engine.DEBIAN_BASE)
@@ -182,8 +180,7 @@ def check_gpu() -> Iterator[Finding]:
     if int(driver.partition(".")[0]) < CUDA_DRIVER:
         remedy = "set ARG TORCH_INDEX in container/image/Containerfile to an older CUDA's wheel index, or update it"
         yield Finding("driver", False, f"{driver} is older than {CUDA_DRIVER}, which torch's default wants: {remedy}")
-    image, command = engine.find_image(), list(CUDA_PROOF)
-    container = engine.Container("ar-doctor-gpu", image, command, memory="4g", limit_s=120, mounts={})
+    container = engine.Container("ar-doctor-gpu", engine.find_image(), list(CUDA_PROOF), "4g", limit_s=120, mounts={})
     proof = engine.run(engine.arguments(container))
     seen = proof.stdout.startswith("True")
     text = f"{model}, driver {driver}; inside the sandbox: {proof.stdout.strip() or proof.stderr.strip()[-200:]}"
