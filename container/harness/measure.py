@@ -169,7 +169,7 @@ class Measurement:
 
     def embed_side(self, side: str, limit_s: float) -> None:
         """Store this side's array."""
-        end = self.work(side, limit_s, self.job.work / "out.tar")
+        end = self.hand_over(side, limit_s, self.job.work / "out.tar")
         if end.get("status") != "ok":
             reason = why_embedding_failed(end, self.sandboxes[side].killed, limit_s)
             raise Failed(f"embedding the validation {side} failed: {reason}")
@@ -178,7 +178,7 @@ class Measurement:
     def probe(self) -> None:
         """Where embedding failed: does encoding training rows fail too? Then the log has a traceback."""
         sandbox = self.start("probe", PROBE_S, train_mounts(self.job), Log(self.job.log))
-        end = self.work("probe", PROBE_S, self.job.work / "out.tar")
+        end = self.hand_over("probe", PROBE_S, self.job.work / "out.tar")
         sandbox.wait()
         if end.get("status") != "ok":
             raise Failed(LOAD_FAILED)
@@ -187,7 +187,7 @@ class Measurement:
         """Returns the metrics of the two arrays; stores ranks and examples."""
         how = {"command": ["sh", "-c", RUN_JUDGE], "memory": JUDGE_MEMORY, "gpu": False, "out_size": None}
         sandbox = self.start("judge", JUDGE_S, judge_mounts(self.job), **how)
-        found, judged = self.work("judge", JUDGE_S), self.job.work / "judged"
+        found, judged = self.hand_over("judge", JUDGE_S), self.job.work / "judged"
         sandbox.copy_to(judged, ARRAY_BYTES, JUDGE_S)
         if "metrics" not in found:
             raise Failed(f"invalid output: {found.get('invalid', 'the judge did not answer')}")
@@ -196,7 +196,7 @@ class Measurement:
         (self.job.work / "examples.npy").write_bytes(arrays[found["bytes"] :])
         return found["metrics"]
 
-    def work(self, stage: str, limit_s: float, given: Path | None = None) -> dict:
+    def hand_over(self, stage: str, limit_s: float, given: Path | None = None) -> dict:
         """Give a sandbox a file to work on, or none; returns its report, {} without one."""
         sandbox = self.sandboxes[stage]
         sandbox.wait_until_ready(IMPORT_S)
