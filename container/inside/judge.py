@@ -89,7 +89,7 @@ def main(key_path: str, images_path: str, captions_path: str) -> None:
     try:
         images = load_embeddings(images_path, len(key), "encode_image")
         captions = load_embeddings(captions_path, len(key), "encode_text")
-        if images.shape != captions.shape:
+        if images.shape[1] != captions.shape[1]:
             raise InvalidOutput(f"image and text embeddings differ in width: {images.shape[1]} and {captions.shape[1]}")
     except InvalidOutput as e:
         print(json.dumps({"invalid": str(e)}))
