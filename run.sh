@@ -10,7 +10,8 @@ fi
 
 # Nothing of the client's keys and sockets, no GIT_* and no PYTHON* variables; the system's programs before the user's.
 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/run/current-system/sw/bin
-keep=()
+PATH+=:/usr/lib/wsl/lib # nvidia-smi of WSL 2
+keep=(${CUDA_VISIBLE_DEVICES+"CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES"}) # also an empty one: no GPU
 for name in HOME USER TERM CI XDG_RUNTIME_DIR DOCKER_HOST AR_ENGINE AR_PROOF CLAUDECODE SLURM_JOB_ID \
   {http,https,no}_proxy {HTTP,HTTPS,NO}_PROXY SSL_CERT_FILE NODE_EXTRA_CA_CERTS HF_ENDPOINT; do
   [[ -z ${!name-} ]] || keep+=("$name=${!name}")

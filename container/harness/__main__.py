@@ -8,7 +8,7 @@
 ./run.sh audit [K] [--ablate]     baseline against best on fresh pairs, K seeds each: the numbers to publish
 ./run.sh final          the best, trained longer on all but the test pairs, judged once on those
 ./run.sh doctor         what this machine can hold, and what it cannot
-exit status             0 recorded, 1 recorded as failed, 2 refused and nothing ran
+exit status             0 recorded, 1 recorded as failed or lost, 2 refused and nothing ran
 """
 
 from __future__ import annotations

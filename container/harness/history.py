@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 
 import dataset
 import git
@@ -27,7 +28,7 @@ class History:
 
     program: plan.Program
     image: str
-    comparable: str  # hash of data, judge, image and budget
+    comparable: str  # hash of data, judge, image, budget and device
     branch: str
     records: list[Record]
     incumbent_train: str  # blob of HEAD's train.py
@@ -79,6 +80,16 @@ class History:
     def incumbent(self) -> list[float]:
         """The metric of every run of HEAD's train.py; [] when nothing comparable was measured."""
         return self.values_by_train.get(self.incumbent_train, [])
+
+    @property
+    def measured_on(self) -> str:
+        """The device that HEAD's train.py was measured on the last time, '' where nothing tells."""
+        return next((r.device for r in reversed(self.records) if r.train == self.incumbent_train and r.device), "")
+
+    @property
+    def lost(self) -> list[Record]:
+        """The newest attempts of this branch, as far as all were lost to the machine; the newest first."""
+        return list(takewhile(lambda r: r.verdict == "lost", reversed(self.own(self.records))))
 
     @property
     def sigma(self) -> float:

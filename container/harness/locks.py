@@ -102,13 +102,13 @@ class Device:
 
 
 @contextlib.contextmanager
-def device(count: int, waiting) -> Iterator[Device]:
-    """One of `count` devices until the end of the run; waiting() is called while other worktrees use them all."""
+def device(numbers: list[int], waiting) -> Iterator[Device]:
+    """One of these devices until the end of the run; waiting() is called while other worktrees use them all."""
     folder = git.folder()
     with contextlib.ExitStack() as stack:
         found = None
         while not found:
-            for number in range(count):
+            for number in numbers:
                 with contextlib.suppress(BlockingIOError):
                     lock = stack.enter_context(held(folder / f"autoresearch.device-{number}", wait=False))
                     found = Device(number, lock)

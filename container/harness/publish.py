@@ -108,8 +108,8 @@ def published() -> Iterator[tuple[History, Path, locks.Device]]:
         history = History.load(image=engine.find_image())
         if not history.incumbent:
             raise Refused("there is no measured train.py; run ./run.sh first")
-        count = history.program.devices or engine.gpus() or 1
-        device = stack.enter_context(locks.device(count, lambda: locks.announce(0, "waits for a device", 0)))
+        numbers = engine.slots(history.program)
+        device = stack.enter_context(locks.device(numbers, lambda: locks.announce(0, "waits for a device", 0)))
         work = FINAL / "work"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(mode=0o755, parents=True)

@@ -25,7 +25,7 @@ from project import ROOT, RUNS, Refused, number, read_json, say, write_json, wri
 REFS = "refs/experiments/"
 PENDING = RUNS / "pending.json"  # the attempt whose verdict is being carried out: {"number", "commit"}
 OURS = ("train.py", "scratchpad.md")  # the files of a kept attempt's commit
-JUDGED = ("kept", "discarded", "failed")  # verdicts on a candidate: what phases and `stop` count
+JUDGED = ("kept", "discarded", "failed")  # verdicts on a candidate: what phases and `stop` count; not "lost"
 METRICS = {"mean_rank": "Mean-Rank", "median_rank": "Median-Rank"}  # and how their trailers are called
 TRAILER = re.compile(r"([A-Z][A-Za-z-]*): (.*)")
 CHAIN = re.compile(r"(\d+) of (\d+) on ([0-9a-f]{9})(, goes on)?")
@@ -62,10 +62,11 @@ class Record:
     when: int  # unix time
     verdict: str = ""
     hypothesis: str = ""
-    reason: str = ""  # of a failure
+    reason: str = ""  # of a failure or loss
     phase: str = ""
     train: str = ""  # blob of train.py
-    comparable: str = ""  # hash of data, judge, image and budget; '' for an audit or a final
+    comparable: str = ""  # hash of data, judge, image, budget and device; '' for an audit or a final
+    device: str = ""  # that it ran on: cpu, or the GPU's model
     branch: str = ""
     change: str = ""  # "-24.4 % (7.0 sigma better)"
     chain: Chain | None = None
@@ -98,6 +99,7 @@ def parse(n: str, when: str, text: str) -> Record:
         phase=found.get("Phase", ""),
         train=found.get("Train", ""),
         comparable=found.get("Comparable", ""),
+        device=found.get("Device", ""),
         branch=found.get("Branch", ""),
         change=found.get("Change", ""),
         chain=Chain.parse(found.get("Chain", "")),
@@ -127,6 +129,7 @@ class Attempt:
     percent: float | None = None  # change of the metric; negative is better
     sigmas: float | None = None  # the gain; positive is better
     comparable: str = ""
+    device: str = ""
     branch: str = ""
     chain: Chain | None = None
     web: str = ""
@@ -160,7 +163,9 @@ class Attempt:
             trailers["Change"] = f"{self.percent:+.1f} % ({self.gain})"
         trailers["Seed"] = " ".join(str(run.seed) for run in self.runs)
         trailers.update({"Phase": self.phase, "Reason": self.reason, "Train": self.train, "Branch": self.branch})
-        trailers.update({"Comparable": self.comparable, "Chain": self.chain or "", "Web": self.web})
+        trailers.update(
+            {"Comparable": self.comparable, "Device": self.device, "Chain": self.chain or "", "Web": self.web}
+        )
         trailers["By-Hand"] = "yes" if self.by_hand else ""
         return message(subject, trailers)
 
@@ -254,7 +259,7 @@ def carry_out(commit: str) -> None:
             advance_branch(commit)
         update_user_index(commit)
         restore_train(expected=before)  # as it was: kept by hand, or put back meanwhile
-    elif not (recorded.chain and recorded.chain.continues):
+    elif recorded.verdict != "lost" and not (recorded.chain and recorded.chain.continues):
         restore_train(expected=recorded.train)
     PENDING.unlink(missing_ok=True)
 

@@ -151,8 +151,8 @@ def next_time(clock: str, since: float) -> float:
 
 
 def progressed(history: History, after: int) -> bool:
-    """Whether anything ran since that experiment. HEAD's own train.py, if it does not run, is for a person to fix."""
-    return any(r.number > after and r.verdict != "unmeasured" for r in history.own(history.records))
+    """Whether anything was judged since that experiment. A machine, or HEAD's own train.py, is for a person to fix."""
+    return any(r.number > after and r.verdict not in ("unmeasured", "lost") for r in history.own(history.records))
 
 
 def plan_has_changed() -> bool:

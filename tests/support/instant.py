@@ -29,7 +29,7 @@ def run(job):
     return in_process.measured(measure, job)
 
 measure.run = run
-engine.find_image, engine.gpus, engine.sweep = lambda: "sha256:made-up", lambda: 0, lambda background=False: None
+engine.find_image, engine.gpus, engine.sweep = lambda: "sha256:made-up", lambda: [], lambda background=False: None
 experiment.refresh_report = report.report = lambda: None
 """
 # ./run.sh alone: every time another train.py and hypothesis, as if the agent had written them; it loses
