@@ -42,8 +42,7 @@ def shown(monkeypatch, tmp_path):
         (session, "KNOWN_PLAN", tmp_path / "known.md"),
     ):
         monkeypatch.setattr(module, name, value)
-    for name in ("log", "diff"):
-        monkeypatch.setattr(display, f"{name}_file", lambda n, name=name: tmp_path / f"runs/{n:04d}.{name}")
+    monkeypatch.setattr(display, "run_file", lambda n, kind: tmp_path / f"runs/{n:04d}.{kind}")
     (tmp_path / "runs").mkdir()
     (plan := Recorded(monkeypatch, PROGRAM)).add("baseline", train=INCUMBENT, ranks=(100.0, 101.0))
 
@@ -56,7 +55,7 @@ def shown(monkeypatch, tmp_path):
 
 def attempt(verdict: str, **more) -> Attempt:
     how = {"runs": [made_up_run(80)], "before": [100.0, 101.0], "sigma": 0.04, "percent": -20.2, "sigmas": 5.6, **more}
-    return Attempt("candidate", "3" * 40, "", "an idea", 12, verdict, phase="first", **how)
+    return Attempt(verdict, "an idea", train="3" * 40, experiment=12, phase="first", **how)
 
 
 def test_a_block_has_these_lines_in_this_order(shown):

@@ -36,7 +36,7 @@ INCUMBENT_TEXT = train_py(VALUES["incumbent"])
 def attempt(*values: float, kind: str = "candidate") -> Attempt:
     """0: a run that failed."""
     runs = [made_up_run(value) if value else Run("failed", 7, "crash") for value in values]
-    return Attempt(kind, "3" * 40, "2" * 40, "an idea", runs=runs)
+    return Attempt(kind=kind, train="3" * 40, scratchpad="2" * 40, hypothesis="an idea", runs=runs)
 
 
 # Verdicts

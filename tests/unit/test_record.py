@@ -28,7 +28,7 @@ CHAINS = "until: 40 experiments\npatience: 3"
 
 
 WHOLE = Attempt(
-    "candidate", "a" * 40, "b" * 40, "Verdict: failed: an idea like a trailer", 12, "kept",
+    "kept", "Verdict: failed: an idea like a trailer", train="a" * 40, scratchpad="b" * 40, experiment=12,
     runs=[made_up_run(80.25, 1), made_up_run(81, 2)], phase="first: optimiser", before=[100.0, 102.0], sigma=0.03,
     percent=-20.2, sigmas=7.5, comparable="0123456789ab", branch="main", chain=Chain(2, 3, "c" * 9, False),
     web="2 requests, 28 characters", by_hand=True, when=5,
@@ -109,7 +109,7 @@ def scenarios(small_base: Small, tmp_path_factory) -> dict[str, Scenario]:
 def test_killed_anywhere(scenarios, name: str, request, tmp_path, figure):
     """At a seeded sample of points, more of them from the record on; at all with --full."""
     scenario = scenarios[name]
-    points, recorded = scenario.points(), next(n for n, c in enumerate(scenario.calls, 1) if "pending.json" in c)
+    points, recorded = scenario.points(), next(n for n, c in enumerate(scenario.calls, 1) if ".pending" in c)
     if not request.config.getoption("full"):
         late = [point for point in points if point.at >= recorded]
         rng = random.Random(name)
