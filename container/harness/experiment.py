@@ -207,14 +207,9 @@ def job(history: History, work: Path, source: bytes, device: locks.Device) -> me
     work.mkdir(mode=0o755, parents=True)
     (work / "train.py").write_bytes(source)
     settings = history.program
-    what = {
-        "work": work,
-        "data": dataset.folder(settings.data),
-        "log": work / "train.log",
-        "seed": measure.fresh_seed(),
-    }
-    how = {"budget": settings.budget, "memory": settings.memory, "launch": settings.launch, "image": history.image}
-    return measure.Job(**what, **how, device=device.number, keep_open=(device.lock,))
+    place = {"work": work, "data": dataset.folder(settings.data), "log": work / "train.log", "image": history.image}
+    limits = {"budget": settings.budget, "memory": settings.memory, "launch": settings.launch}
+    return measure.Job(**place, **limits, seed=measure.fresh_seed(), device=device.number, keep_open=(device.lock,))
 
 
 def refresh_report() -> None:
@@ -248,7 +243,8 @@ def verdict(attempt: Attempt, history: History) -> str:
 
 def record_and_carry_out(attempt: Attempt, history: History, incumbent: str) -> str:
     """Of an attempt that was planned against this incumbent; returns its commit. Raises Refused."""
-    if attempt.verdict == "kept" and git.object_id("HEAD:train.py") != incumbent:
+    head = git.object_id("HEAD")
+    if attempt.verdict == "kept" and git.object_id(f"{head}:train.py") != incumbent:
         attempt.verdict = "discarded"
         overrule = f"./run.sh keep {attempt.experiment} overrules"
         say(f"run.sh: HEAD's train.py changed meanwhile, so experiment {attempt.experiment} is not kept; {overrule}")
@@ -257,20 +253,13 @@ def record_and_carry_out(attempt: Attempt, history: History, incumbent: str) -> 
     web = b"".join(file.read_bytes() for file in requests)
     sizes = [int(line.split(b"\t")[2]) for line in web.splitlines()]
     attempt.web = f"{len(sizes)} requests, {sum(sizes)} characters" if sizes else ""
-    head, files = git.object_id("HEAD"), files_of(attempt, history.program.text, web)
-
-    def build(n: int) -> str:
-        if n != attempt.experiment:
-            record.run_file(attempt.experiment, "log").rename(record.run_file(n, "log"))
-            attempt.experiment = n
-        return git.commit(head, {**files, "experiment/result.json": git.store(attempt.json())}, attempt.message())
-
-    n, commit = record.add(attempt.experiment, build)
+    commit = record.add(attempt, head, files_of(attempt, history.program.text, web))
     for file in requests:
         file.unlink()
     changes = git.read("diff", "--no-color", "--no-ext-diff", "--no-textconv", f"{commit}^:train.py", attempt.train)
-    record.run_file(n, "diff").write_text("".join(c for c in changes if c in "\n\t" or c.isprintable()))
-    record.carry_out(n)
+    diff = record.run_file(attempt.experiment, "diff")
+    diff.write_text("".join(c for c in changes if c in "\n\t" or c.isprintable()))
+    record.carry_out(attempt.experiment)
     display.write_history(History.load(history.program))
     return commit
 
@@ -280,13 +269,14 @@ def complete(attempt: Attempt, history: History, incumbent: str) -> None:
     attempt.hypothesis = TITLES.get(attempt.verdict, attempt.hypothesis)
     attempt.metric, attempt.comparable, attempt.branch = history.program.metric, history.comparable, history.branch
     attempt.before, attempt.sigma, attempt.when = history.incumbent, round(history.sigma, 4), int(time.time())
-    attempt.reason = next((visible(run.reason)[:300] for run in attempt.runs if run.outcome != "ok"), "")
+    attempt.reason = attempt.failure()
     if attempt.kind != "candidate":
         return
     attempt.phase = history.phase.name if history.phase else ""
     if attempt.values() and history.incumbent:
         gain = keep_rule.gain(attempt.values(), history.incumbent)
         attempt.percent, attempt.sigmas = round(keep_rule.percent(gain), 1), round(gain / history.sigma, 1)
+        attempt.change = f"{attempt.percent:+.1f} % ({attempt.gain})"
     if not attempt.by_hand and history.incumbent_train == incumbent:
         attempt.chain = history.chain_after(attempt.verdict)
 

@@ -10,7 +10,6 @@ the agent reads ever sees them, and what they leave is in final/NNNN, which the 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import shutil
 import statistics
@@ -30,7 +29,7 @@ import record
 from display import lines, recall
 from history import History
 from project import ROOT, Refused, number, say
-from record import Record
+from record import Attempt, Record
 
 FINAL = ROOT / "final"
 FINAL_BUDGETS = 4  # budgets that a final training gets when program.md says nothing
@@ -52,7 +51,7 @@ class Trainings:
     device: locks.Device
     total: int = 1
     how: dict = field(default_factory=dict)
-    runs: list[dict] = field(default_factory=list)
+    runs: list[dict] = field(default_factory=list)  # of all, for result.json
 
     def run(self, side: str, source: bytes) -> measure.Run:
         """One training with a fresh seed. Raises Refused when nothing ran."""
@@ -67,37 +66,35 @@ class Trainings:
         self.runs.append({"side": side, **asdict(run)})
         return run
 
-    def measure(self, side: str, source: bytes, seeds: int) -> dict:
-        """The metric of so many trainings, or why one of them failed."""
-        runs = [self.run(side, source) for _ in range(seeds)]
-        failed = next((run.reason for run in runs if run.outcome != "ok"), None)
-        metric = self.history.program.metric
-        return {"values": [run.metrics[metric] for run in runs]} if failed is None else {"failed": failed}
+    def side(self, name: str, source: bytes, seeds: int) -> Attempt:
+        """So many trainings of one train.py."""
+        runs = [self.run(name, source) for _ in range(seeds)]
+        return Attempt(metric=self.history.program.metric, runs=runs)
 
-    def values(self, side: str, source: bytes, seeds: int) -> list[float]:
-        """Likewise. Raises Refused when one failed."""
-        measured = self.measure(side, source, seeds)
-        if "failed" in measured:
-            raise Refused(f"the {side} failed, so there is nothing to compare: {measured['failed']}")
-        return measured["values"]
+    def needed(self, name: str, train: str, seeds: int) -> Attempt:
+        """Likewise, of a train.py that git has. Raises Refused when one failed."""
+        side = self.side(name, git.content(train), seeds)
+        if failure := side.failure():
+            raise Refused(f"the {name} failed, so there is nothing to compare: {failure}")
+        return side
 
 
 def audit(*words: str) -> None:
     """Raises Refused."""
     numbers = [word for word in words if word != "--ablate"]
-    if len(numbers) > 1 or not all(word.isdigit() and int(word) in SEEDS for word in numbers):
+    if len(numbers) > 1 or not all(word.isdecimal() and int(word) in SEEDS for word in numbers):
         raise Refused(AUDIT_USAGE)
     seeds = int(numbers[0]) if numbers else DEFAULT_SEEDS
     with trainings() as made:
-        result = run_audit(made, seeds, "--ablate" in words)
-        save(made, result, show_audit(result["audit"]))
+        attempt, more = run_audit(made, seeds, "--ablate" in words)
+        save(made, attempt, more, show_audit(more["audit"]))
 
 
 def final() -> None:
     """Raises Refused."""
     with trainings() as made:
-        result = run_final(made)
-        save(made, result, show_final(result["final"], result["test_evaluation"]))
+        attempt, more = run_final(made)
+        save(made, attempt, more, show_final(more["final"], attempt.test_evaluation))
 
 
 @contextlib.contextmanager
@@ -121,52 +118,51 @@ def trainings() -> Iterator[Trainings]:
         yield Trainings(history, FINAL / "work", device)
 
 
-def run_audit(made: Trainings, seeds: int, ablate: bool) -> dict:
-    """Baseline and best, and with `ablate` the best without each kept change; what experiment/result.json holds."""
+def run_audit(made: Trainings, seeds: int, ablate: bool) -> tuple[Attempt, dict]:
+    """Baseline and best, and with `ablate` the best without each kept change; returns what publication() does."""
     history = made.history
-    baseline = next((r for r in history.compared if r.verdict == "baseline"), None)
-    if not baseline or baseline.train == history.incumbent_train:
+    first = next((r for r in history.compared if r.verdict == "baseline"), None)
+    if not first or first.train == history.incumbent_train:
         raise Refused("the best is still the baseline; there is nothing to audit yet")
-    best = git.content(history.incumbent_train)
+    source = git.content(history.incumbent_train)
     kept = [r for r in history.own(history.compared) if r.verdict == "kept" and not r.by_hand] if ablate else []
-    reduced = {r.number: without(best, r) for r in kept}
+    reduced = {r.number: without(source, r) for r in kept}
     made.total = seeds * (2 + sum(source is not None for source in reduced.values()))
     made.how = {"split": draw_pairs(history)}
-    sources, rows = {"baseline": git.content(baseline.train), "best": best}, []
-    sides = {side: summary(made.values(side, source, seeds)) for side, source in sources.items()}
-    for r in kept:
-        row, source = {"experiment": r.number, "hypothesis": r.hypothesis}, reduced[r.number]
-        row.update(made.measure(f"best without {r.number}", source, seeds) if source else {"not_separable": True})
-        if "values" in row:
-            row.update(difference(sides["best"]["values"], row["values"]))
-        rows.append(row)
+    baseline, best = made.needed("baseline", first.train, seeds), made.needed("best", history.incumbent_train, seeds)
+    change, judged = difference(baseline.values(), best.values()), best.runs[0].metrics
     found = {
         "metric": history.program.metric,
-        "gallery": made.runs[0]["metrics"]["gallery"],
-        "random": made.runs[0]["metrics"]["random"],
+        "gallery": judged["gallery"],
+        "random": judged["random"],
         "seeds": seeds,
-        "sides": sides,
-        "difference": difference(sides["baseline"]["values"], sides["best"]["values"]),
-        "ablation": rows,
+        "sides": {"baseline": summary(baseline.values()), "best": summary(best.values())},
+        "difference": change,
+        "ablation": [ablation(made, r, reduced[r.number], seeds, best) for r in kept],
     }
-    return result_of("audit", f"audit: baseline against best, {seeds} seeds each", made, found, sides["best"]["values"])
+    best.change = f"{change['percent']:+.1f} % (95 %: {change['low']:+.1f} to {change['high']:+.1f})"
+    return publication("audit", f"audit: baseline against best, {seeds} seeds each", made, best, found)
 
 
-def result_of(verb: str, title: str, made: Trainings, found: dict, values: list[float]) -> dict:
-    """What experiment/result.json holds; test_evaluation: how often anybody has evaluated on the test split by now."""
+def ablation(made: Trainings, kept: Record, source: bytes | None, seeds: int, best: Attempt) -> dict:
+    """What the best loses without one kept change."""
+    row = {"experiment": kept.number, "hypothesis": kept.hypothesis}
+    if source is None:
+        return {**row, "not_separable": True}
+    side = made.side(f"best without {kept.number}", source, seeds)
+    if side.failure():
+        return {**row, "failed": side.failure()}
+    return {**row, "values": side.values(), **difference(best.values(), side.values())}
+
+
+def publication(verb: str, title: str, made: Trainings, best: Attempt, found: dict) -> tuple[Attempt, dict]:
+    """What is recorded of the best, and what else its result.json holds."""
     history, split = made.history, made.how["split"]
-    return {
-        "verdict": verb,
-        "hypothesis": title,
-        "metric": history.program.metric,
-        "values": values,
-        "train": history.incumbent_train,
-        "split": split,
-        "test_evaluation": 1 + sum(r.test_evaluation > 0 for r in history.records) if split == "test" else "",
-        "when": int(time.time()),
-        "runs": made.runs,
-        verb: {"split": split, **found},
-    }
+    told = replace(best, kind=verb, verdict=verb, hypothesis=title, train=history.incumbent_train, split=split)
+    told.experiment, told.when = history.newest + 1, int(time.time())
+    if split == "test":
+        told.test_evaluation = 1 + sum(r.test_evaluation > 0 for r in history.records)
+    return told, {"values": best.values(), "runs": made.runs, verb: {"split": split, **found}}
 
 
 def without(best: bytes, kept: Record) -> bytes | None:
@@ -190,52 +186,43 @@ def draw_pairs(history: History) -> str:
     return "audit"
 
 
-def run_final(made: Trainings) -> dict:
+def run_final(made: Trainings) -> tuple[Attempt, dict]:
     """Train the best on all but the test pairs, for longer, and evaluate it on the test pairs once."""
-    history, settings = made.history, made.history.program
+    settings = made.history.program
     joined = (dataset.folder(settings.data) / "trainval").is_dir()
     if not joined and dataset.prepare(settings.data, "--add", "trainval"):
         raise Refused("training and validation pairs could not be joined (see above)")
     budget = settings.final_budget or FINAL_BUDGETS * settings.budget
     made.how = {"split": "test", "table": "trainval", "budget": budget, "scale": budget / settings.budget}
-    values = made.values("final training", git.content(history.incumbent_train), 1)
-    found = {"metrics": made.runs[0]["metrics"], "budget": budget}
-    return result_of("final", "final: best, trained on training and validation pairs", made, found, values)
+    best = made.needed("final training", made.history.incumbent_train, 1)
+    found = {"metrics": best.runs[0].metrics, "budget": budget}
+    return publication("final", "final: best, trained on training and validation pairs", made, best, found)
 
 
-def save(made: Trainings, result: dict, shown: list[str]) -> None:
+def save(made: Trainings, attempt: Attempt, more: dict, shown: list[str]) -> None:
     """Record, then show, then keep what was made: whoever has seen the numbers finds the evaluation counted."""
-    head, verb, work = git.object_id("HEAD"), result["verdict"], made.work
-    (work / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    files = {"experiment/result.json": git.blob_of(work / "result.json")}
-    n, _ = record.add(made.history.newest + 1, lambda n: git.commit(head, files, message(result, n)))
-    record.carry_out(n)
+    record.add(attempt, git.object_id("HEAD"), {}, **more)
+    record.carry_out(attempt.experiment)
     print("\n".join(["---", *shown]))
-    for file in (*work.glob("run-*/*s.npy"), *(work.glob("run-*/out.tar") if verb == "audit" else ())):
+    work, folder, checkpoint = made.work, FINAL / f"{attempt.experiment:04d}", ""
+    (work / "result.json").write_bytes(attempt.json(**more))
+    for file in work.glob("run-*/*s.npy"):
         file.unlink()
-    work.rename(FINAL / f"{n:04d}")
-    checkpoint = " and the checkpoint (run-1/out.tar)" if verb == "final" else ""
-    print(f"record:      experiment {n}; logs{checkpoint} in final/{n:04d}")
-
-
-def message(result: dict, n: int) -> str:
-    told = Record(result["verdict"], result["hypothesis"], train=result["train"], split=result["split"], number=n)
-    told.runs, told.test_evaluation = {result["metric"]: result["values"]}, result["test_evaluation"]
-    if "audit" in result:
-        d = result["audit"]["difference"]
-        told.change = f"{d['percent']:+.1f} % (95 %: {d['low']:+.1f} to {d['high']:+.1f})"
-    return told.message(told.hypothesis)
+    if attempt.verdict == "final":
+        checkpoint = " and the checkpoint (run-1/out.tar)"
+    else:
+        for file in work.glob("run-*/out.tar"):
+            file.unlink()
+    work.rename(folder)
+    print(f"record:      experiment {attempt.experiment}; logs{checkpoint} in {folder.relative_to(ROOT)}")
 
 
 # Statistics, and how they are shown
 
 
 def summary(values: list[float]) -> dict:
-    return {
-        "values": values,
-        "mean": statistics.mean(values),
-        "se": statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0,
-    }
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return {"values": values, "mean": statistics.mean(values), "se": error}
 
 
 def difference(before: list[float], after: list[float]) -> dict:

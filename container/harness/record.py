@@ -12,7 +12,6 @@ import functools
 import json
 import re
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import git
 import locks
 from keep_rule import geometric_mean
 from measure import Run
-from project import ROOT, RUNS, Refused, number, read_json, say, write_json, write_whole
+from project import ROOT, RUNS, Refused, number, read_json, say, visible, write_json, write_whole
 
 REFS = "refs/experiments/"
 OURS = ("train.py", "scratchpad.md")  # the files of a kept attempt's commit
@@ -37,6 +36,7 @@ CHAIN = re.compile(r"(\d{1,9}) of (\d{1,9}) on ([0-9a-f]{9})(, goes on)?")
 NUMBER = re.compile(r"\d{1,9}(\.\d{1,9})?")
 IN_THE_MIDDLE = {"rebase-merge": "rebase", "rebase-apply": "rebase", "MERGE_HEAD": "MERGE",
                  "CHERRY_PICK_HEAD": "CHERRY_PICK", "REVERT_HEAD": "REVERT"}  # fmt: skip
+MAX_REASON = 300  # characters
 STALE_LOCK_S = 2  # age of a lock of git's from which on nobody writes with it any more: that takes milliseconds
 
 
@@ -73,9 +73,12 @@ class Outcome:
     train: str = ""  # blob of train.py
     comparable: str = ""  # hash of data, judge, image and budget; '' for an audit or a final
     branch: str = ""
+    change: str = ""  # "-24.4 % (7.0 sigma better)"
     chain: Chain | None = None
     web: str = ""
     by_hand: bool = False
+    split: str = ""  # of an audit or a final: what it was evaluated on
+    test_evaluation: int = 0  # the how manieth time anybody looked at the test split
     when: int = 0  # unix time
 
 
@@ -84,11 +87,8 @@ class Record(Outcome):
     """One attempt as its commit's message tells it; what it does not tell is empty."""
 
     number: int = 0
-    change: str = ""  # "-24.4 % (7.0 sigma better)"
-    seed: str = ""
+    seed: str = ""  # of every run
     runs: dict[str, list[float]] = field(default_factory=dict)  # metric -> its value in every run
-    split: str = ""  # of an audit or a final
-    test_evaluation: int = 0  # the how manieth time anybody looked at the test split
 
     @property
     def percent(self) -> float:
@@ -145,24 +145,26 @@ class Attempt(Outcome):
     def values(self, metric: str = "") -> list[float]:
         return [run.metrics[metric or self.metric] for run in self.runs if run.outcome == "ok"]
 
+    def failure(self) -> str:
+        """Why a run failed, in one line; '' when none did."""
+        return next((visible(run.reason)[:MAX_REASON] for run in self.runs if run.outcome != "ok"), "")
+
     @property
     def gain(self) -> str:
         return f"{abs(self.sigmas)} sigma {'better' if self.sigmas > 0 else 'worse'}"
 
-    def json(self) -> bytes:
-        return json.dumps(asdict(self), indent=1).encode() + b"\n"
+    def json(self, **more) -> bytes:
+        return json.dumps({**asdict(self), **more}, indent=1).encode() + b"\n"
 
     def message(self) -> str:
         """That of its commit, with what was gained in the subject."""
-        outcome = {f.name: getattr(self, f.name) for f in fields(Outcome)}
-        told = Record(**outcome, number=self.experiment, seed=" ".join(str(run.seed) for run in self.runs))
+        told = Record(**{f.name: getattr(self, f.name) for f in fields(Outcome)}, number=self.experiment)
         told.runs = {metric: self.values(metric) for metric in METRICS}
-        if self.percent is not None:
-            told.change = f"{self.percent:+.1f} % ({self.gain})"
+        told.seed = " ".join(str(run.seed) for run in self.runs)
         if self.verdict == "kept" and self.values() and self.before:
             before, after = geometric_mean(self.before), geometric_mean(self.values())
             return told.message(f"{self.hypothesis} ({number(before)} → {number(after)})")
-        named = self.verdict == "baseline" or self.by_hand
+        named = self.by_hand or self.verdict in ("baseline", "audit", "final")
         return told.message(self.hypothesis if named else f"{self.verdict}: {self.hypothesis}")
 
 
@@ -184,24 +186,28 @@ def run_file(number: int, kind: str) -> Path:
     return RUNS / f"{number:04d}.{kind}"
 
 
-def add(first: int, build: Callable[[int], str]) -> tuple[int, str]:
-    """Record an attempt under the first free number from `first` on; build(n) makes its commit. Returns both.
+def add(attempt: Attempt, head: str, files: dict[str, str], **more) -> str:
+    """Record an attempt under the first free number from its own on; returns its commit, on top of `head`.
 
-    Raises Refused. The note is written before the ref, so that a kill in between leaves nothing half-done.
+    files: {path: blob}. more: what else its result.json holds. Raises Refused. The note is written before the ref, so
+    that a kill in between leaves nothing half-done.
     """
-    n = first
     while True:
-        commit, ref = build(n), f"{REFS}{n}"
+        n = attempt.experiment
+        result = {"experiment/result.json": git.store(attempt.json(**more))}
+        commit = git.commit(head, {**files, **result}, attempt.message())
         with locks.record():
             remove_stale_locks(list((git.folder() / REFS).glob("*.lock")))
             write_json(run_file(n, "pending"), {"number": n, "commit": commit, "branch": git.branch()})
-            done = git.call("update-ref", ref, commit, git.ABSENT, writes=True)
+            done = git.call("update-ref", f"{REFS}{n}", commit, git.ABSENT, writes=True)
         if done.returncode == 0:
-            return n, commit
-        if not git.object_id(ref):
-            raise Refused(f"cannot write {ref} (disk full or read-only?)")
+            return commit
+        if not git.object_id(f"{REFS}{n}"):
+            raise Refused(f"cannot write {REFS}{n} (disk full or read-only?)")
         run_file(n, "pending").unlink()
-        n += 1  # another worktree was faster
+        attempt.experiment += 1  # another worktree was faster
+        if run_file(n, "log").exists():
+            run_file(n, "log").rename(run_file(attempt.experiment, "log"))
 
 
 def remove_stale_locks(files: list[Path]) -> None:

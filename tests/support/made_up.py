@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 import math
 import random
 import re
@@ -186,14 +185,14 @@ class Day(Recorded):
             if i in REMEASURED:
                 self.attempt("remeasured", "", lambda: self.noisy(self.true))
 
-    def audit(self, gallery: int = 1000) -> dict:
+    def audit(self, gallery: int = 1000) -> Attempt:
         """Baseline, best and the best without each change: the first that can be taken out fails."""
         self.gallery = gallery
-        return self.published(publish.run_audit(publish.Trainings(self.history, Path(), None), 3, ablate=True))
+        return self.published(*publish.run_audit(publish.Trainings(self.history, Path(), None), 3, ablate=True))
 
-    def final(self, gallery: int = 1000) -> dict:
+    def final(self, gallery: int = 1000) -> Attempt:
         self.gallery = gallery
-        return self.published(publish.run_final(publish.Trainings(self.history, Path(), None)))
+        return self.published(*publish.run_final(publish.Trainings(self.history, Path(), None)))
 
     def train(self, trainings: publish.Trainings, side: str) -> Run:
         """Instead of a training."""
@@ -205,10 +204,9 @@ class Day(Recorded):
         trainings.runs.append({"side": side, **asdict(made)})
         return made
 
-    def published(self, result: dict) -> dict:
-        content = json.dumps(result, indent=1).encode()
-        self.commit(publish.message(result, self.n + 1), self.code, {"result.json": content})
-        return result
+    def published(self, made: Attempt, more: dict) -> Attempt:
+        self.commit(made.message(), self.code, {"result.json": made.json(**more)})
+        return made
 
 
 @contextlib.contextmanager
