@@ -131,15 +131,10 @@ def run_audit(made: Trainings, seeds: int, ablate: bool) -> tuple[Attempt, dict]
     made.how = {"split": draw_pairs(history)}
     baseline, best = made.needed("baseline", first.train, seeds), made.needed("best", history.incumbent_train, seeds)
     change, judged = difference(baseline.values(), best.values()), best.runs[0].metrics
-    found = {
-        "metric": history.program.metric,
-        "gallery": judged["gallery"],
-        "random": judged["random"],
-        "seeds": seeds,
-        "sides": {"baseline": summary(baseline.values()), "best": summary(best.values())},
-        "difference": change,
-        "ablation": [ablation(made, r, reduced[r.number], seeds, best) for r in kept],
-    }
+    found = {"metric": best.metric, "seeds": seeds, "gallery": judged["gallery"], "random": judged["random"]}
+    found["sides"] = {"baseline": summary(baseline.values()), "best": summary(best.values())}
+    found["difference"] = change
+    found["ablation"] = [ablation(made, r, reduced[r.number], seeds, best) for r in kept]
     best.change = f"{change['percent']:+.1f} % (95 %: {change['low']:+.1f} to {change['high']:+.1f})"
     return publication("audit", f"audit: baseline against best, {seeds} seeds each", made, best, found)
 
@@ -204,15 +199,11 @@ def save(made: Trainings, attempt: Attempt, more: dict, shown: list[str]) -> Non
     record.add(attempt, git.object_id("HEAD"), {}, **more)
     record.carry_out(attempt.experiment)
     print("\n".join(["---", *shown]))
-    work, folder, checkpoint = made.work, FINAL / f"{attempt.experiment:04d}", ""
+    work, folder = made.work, FINAL / f"{attempt.experiment:04d}"
     (work / "result.json").write_bytes(attempt.json(**more))
-    for file in work.glob("run-*/*s.npy"):
+    checkpoint = " and the checkpoint (run-1/out.tar)" if attempt.verdict == "final" else ""
+    for file in (*work.glob("run-*/*s.npy"), *(() if checkpoint else work.glob("run-*/out.tar"))):
         file.unlink()
-    if attempt.verdict == "final":
-        checkpoint = " and the checkpoint (run-1/out.tar)"
-    else:
-        for file in work.glob("run-*/out.tar"):
-            file.unlink()
     work.rename(folder)
     print(f"record:      experiment {attempt.experiment}; logs{checkpoint} in {folder.relative_to(ROOT)}")
 

@@ -226,8 +226,8 @@ def finish_interrupted() -> None:
     for state, name in IN_THE_MIDDLE.items():
         if (own / state).exists():
             raise Refused(f"git is in the middle of a {name}; finish or abort it first")
-    locked = [own / "index.lock", own / "HEAD.lock", common / f"refs/heads/{branch}.lock"]
-    locked = [file for file in locked if file.exists()]
+    locks_of_git = (own / "index.lock", own / "HEAD.lock", common / f"refs/heads/{branch}.lock")
+    locked = [file for file in locks_of_git if file.exists()]
     notes = {file: read_json(file, {}) for file in RUNS.glob("*.pending")}
     notes = {file: note for file, note in notes.items() if note.get("branch") == branch}  # the others wait for theirs
     if notes:
