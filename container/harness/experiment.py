@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import dataset
@@ -37,14 +37,6 @@ IGNORES_SEED = (
 TITLES = {"baseline": "baseline", "remeasured": "the incumbent, measured once more", "unmeasured": "the incumbent"}
 
 
-@dataclass
-class Plan:
-    """What this run measures, and by what; whatever is edited while it runs is for the run after it."""
-
-    history: History
-    attempts: list[Attempt]  # the incumbent first, where it is due, then the candidate, where there is one
-
-
 def run(incumbent_only: bool = False) -> int:
     """One experiment; returns its exit status. Raises Refused when nothing ran.
 
@@ -52,12 +44,12 @@ def run(incumbent_only: bool = False) -> int:
     """
     with locks.worktree(), workspace():
         record.finish_interrupted()
-        plan = make_plan(incumbent_only)
-        history, last = plan.history, plan.attempts[-1]
+        history, attempts = make_plan(incumbent_only)
+        last = attempts[-1]
         locks.announce(history.newest + 1, "begins", history.program.budget, last.train)
         time.sleep(history.program.cooldown)
         with device_for(history, last.train) as device:
-            for attempt in plan.attempts:
+            for attempt in attempts:
                 decided_by = measure_and_decide(attempt, history, device)
                 commit = record_and_carry_out(attempt, decided_by, history.incumbent_train)
                 if attempt.verdict == "unmeasured":
@@ -92,8 +84,11 @@ def clean_up() -> None:
 # Planning
 
 
-def make_plan(incumbent_only: bool) -> Plan:
-    """Say what this run measures. Raises Refused."""
+def make_plan(incumbent_only: bool) -> tuple[History, list[Attempt]]:
+    """What this run measures, and by what; whatever is edited while it runs is for the run after it. Raises Refused.
+
+    The incumbent comes first, where it is due, then the candidate, where there is one.
+    """
     settings = program.read()
     display.write_history(History.load(settings))
     history = History.load(settings, engine.find_image())
@@ -113,7 +108,7 @@ def make_plan(incumbent_only: bool) -> Plan:
             "train.py is unchanged, so there is nothing to measure; edit it as your hypothesis says, then run "
             "./run.sh again"
         )
-    return Plan(history, attempts)
+    return history, attempts
 
 
 def snapshot(name: str) -> str:
