@@ -23,7 +23,7 @@ import measure
 import program
 import record
 from history import History
-from project import ROOT, RUNS, Refused, number, say, visible
+from project import ROOT, RUNS, Refused, say, visible
 from record import Attempt
 
 WORK = RUNS / "work"  # what a run works on; only while it holds the worktree's lock
@@ -145,7 +145,7 @@ def new_hypothesis(history: History, train: str) -> str:
     judged = [r for r in history.counted if r.verdict != "failed"]
     same = next((r for r in judged if r.train == train), None)
     if same:
-        value = number(keep_rule.geometric_mean(history.values(same)))
+        value = display.shown_value(history, same)
         raise Refused(
             f"this very train.py was already judged: experiment {same.number}, {same.verdict}, "
             f"{history.program.metric} {value} ({same.hypothesis}); change something else"
@@ -156,7 +156,7 @@ def new_hypothesis(history: History, train: str) -> str:
             f"the hypothesis is still that of experiment {last.number} ({last.verdict}); write the new one under "
             "'## Next experiment' in scratchpad.md, then run ./run.sh"
         )
-    if other := history.judged_elsewhere_now(train):
+    if other := locks.worktree_that_judges(train):
         raise Refused(f"this very train.py is being judged in the worktree {other}; change something else")
     if history.phase is None:
         raise Refused("all phases of program.md are done; a person can raise an `until` or add a phase")

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import dataset
 import git
 import keep_rule
-import locks
 import program as plan
 import record
 from keep_rule import geometric_mean
@@ -156,11 +155,6 @@ class History:
             return ""
         where = f"experiment {best.number} on branch {best.branch} has {number(means[best.train])}"
         return f"{where}; a person takes it over with ./run.sh keep {best.number}"
-
-    def judged_elsewhere_now(self, train: str) -> str:
-        """The name of the worktree in which this very train.py is being judged, '' when none is."""
-        trees = ((tree, locks.running(tree)) for tree in locks.other_worktrees())
-        return next((tree.name for tree, now in trees if now and now.train == train), "")
 
 
 def is_over(phase: plan.Phase, rows: list[Record]) -> bool:

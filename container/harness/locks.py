@@ -55,9 +55,12 @@ def running_line() -> str:
     return f"experiment {now.number} ({now.activity})" + (limit if "run" in now.activity else "")
 
 
-def other_worktrees() -> list[Path]:
+def worktree_that_judges(train: str) -> str:
+    """The name of another worktree in which this very train.py is being judged, '' when none is."""
     listed = git.read("worktree", "list", "--porcelain").splitlines()
-    return [Path(line[9:]) for line in listed if line.startswith("worktree ") and Path(line[9:]) != ROOT]
+    trees = [Path(line[9:]) for line in listed if line.startswith("worktree ")]
+    others = ((tree, running(tree)) for tree in trees if tree != ROOT)
+    return next((tree.name for tree, now in others if now and now.train == train), "")
 
 
 @contextlib.contextmanager

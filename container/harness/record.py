@@ -243,7 +243,10 @@ def finish_interrupted() -> None:
 
 
 def carry_out(n: int) -> None:
-    """Carry a recorded verdict into the branch, the user's index and train.py. Every step can be repeated."""
+    """Carry a recorded verdict into the branch, the user's index and train.py. Every step can be repeated.
+
+    Without our two entries of the index the user's next commit would undo the keep.
+    """
     ref = f"{REFS}{n}"
     text, before = git.read("show", "-s", "--format=%B", ref), git.object_id(f"{ref}^:train.py")
     recorded = parse(str(n), "0", text)
@@ -253,18 +256,12 @@ def carry_out(n: int) -> None:
             kept = git.commit(head, files, text)
             git.write("update-ref", "-m", f"experiment: {text.splitlines()[0]}", "HEAD", kept, head)
         for name, blob in files.items():
-            update_user_index(name, git.object_id(f"{ref}^:{name}"), blob)
+            if git.object_id(f":{name}") == git.object_id(f"{ref}^:{name}"):  # the user staged nothing else
+                git.write("update-index", "--add", "--cacheinfo", f"100644,{blob},{name}")
         restore_train(expected=before)  # as it was: kept by hand, or put back meanwhile
     elif recorded.verdict in ("discarded", "failed") and not (recorded.chain and recorded.chain.continues):
         restore_train(expected=recorded.train)
     run_file(n, "pending").unlink(missing_ok=True)
-
-
-def update_user_index(name: str, before: str, blob: str) -> None:
-    """An entry of the user's index, where nothing else was staged: else the next commit would undo the keep."""
-    staged = git.read("ls-files", "-s", "--", name).split()
-    if (staged[1] if staged else "") == before:
-        git.write("update-index", "--add", "--cacheinfo", f"100644,{blob},{name}")
 
 
 def restore_train(expected: str) -> None:
