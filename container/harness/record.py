@@ -228,7 +228,7 @@ def finish_interrupted() -> None:
             raise Refused(f"git is in the middle of a {name}; finish or abort it first")
     locks_of_git = (own / "index.lock", own / "HEAD.lock", common / f"refs/heads/{branch}.lock")
     locked = [file for file in locks_of_git if file.exists()]
-    notes = {file: read_json(file, {}) for file in RUNS.glob("*.pending")}
+    notes = {file: read_json(file, {}) for file in RUNS.glob("*pending*")}  # pending.json: an earlier version's
     notes = {file: note for file, note in notes.items() if note.get("branch") == branch}  # the others wait for theirs
     if notes:
         with locks.record():
