@@ -85,20 +85,20 @@ def audit(*words: str) -> None:
     if len(numbers) > 1 or not all(word.isdecimal() and int(word) in SEEDS for word in numbers):
         raise Refused(AUDIT_USAGE)
     seeds = int(numbers[0]) if numbers else DEFAULT_SEEDS
-    with trainings() as made:
-        attempt, more = run_audit(made, seeds, "--ablate" in words)
-        save(made, attempt, more, show_audit(more["audit"]))
+    with prepared() as trainings:
+        attempt, more = run_audit(trainings, seeds, "--ablate" in words)
+        save(trainings, attempt, more, show_audit(more["audit"]))
 
 
 def final() -> None:
     """Raises Refused."""
-    with trainings() as made:
-        attempt, more = run_final(made)
-        save(made, attempt, more, show_final(more["final"], attempt.test_evaluation))
+    with prepared() as trainings:
+        attempt, more = run_final(trainings)
+        save(trainings, attempt, more, show_final(more["final"], attempt.test_evaluation))
 
 
 @contextlib.contextmanager
-def trainings() -> Iterator[Trainings]:
+def prepared() -> Iterator[Trainings]:
     """With the locks, and with a folder to work in that the agent cannot read. Raises Refused."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(locks.worktree())
@@ -118,46 +118,47 @@ def trainings() -> Iterator[Trainings]:
         yield Trainings(history, FINAL / "work", device)
 
 
-def run_audit(made: Trainings, seeds: int, ablate: bool) -> tuple[Attempt, dict]:
+def run_audit(trainings: Trainings, seeds: int, ablate: bool) -> tuple[Attempt, dict]:
     """Baseline and best, and with `ablate` the best without each kept change; returns what publication() does."""
-    history = made.history
+    history = trainings.history
     first = next((r for r in history.compared if r.verdict == "baseline"), None)
     if not first or first.train == history.incumbent_train:
         raise Refused("the best is still the baseline; there is nothing to audit yet")
     source = git.content(history.incumbent_train)
     kept = [r for r in history.own(history.compared) if r.verdict == "kept" and not r.by_hand] if ablate else []
     reduced = {r.number: without(source, r) for r in kept}
-    made.total = seeds * (2 + sum(source is not None for source in reduced.values()))
-    made.how = {"split": draw_pairs(history)}
-    baseline, best = made.needed("baseline", first.train, seeds), made.needed("best", history.incumbent_train, seeds)
+    trainings.total = seeds * (2 + sum(source is not None for source in reduced.values()))
+    trainings.how = {"split": draw_pairs(history)}
+    baseline = trainings.needed("baseline", first.train, seeds)
+    best = trainings.needed("best", history.incumbent_train, seeds)
     change, judged = difference(baseline.values(), best.values()), best.runs[0].metrics
     found = {"metric": best.metric, "seeds": seeds, "gallery": judged["gallery"], "random": judged["random"]}
     found["sides"] = {"baseline": summary(baseline.values()), "best": summary(best.values())}
     found["difference"] = change
-    found["ablation"] = [ablation(made, r, reduced[r.number], seeds, best) for r in kept]
+    found["ablation"] = [ablation(trainings, r, reduced[r.number], seeds, best) for r in kept]
     best.change = f"{change['percent']:+.1f} % (95 %: {change['low']:+.1f} to {change['high']:+.1f})"
-    return publication("audit", f"audit: baseline against best, {seeds} seeds each", made, best, found)
+    return publication("audit", f"audit: baseline against best, {seeds} seeds each", trainings, best, found)
 
 
-def ablation(made: Trainings, kept: Record, source: bytes | None, seeds: int, best: Attempt) -> dict:
+def ablation(trainings: Trainings, kept: Record, source: bytes | None, seeds: int, best: Attempt) -> dict:
     """What the best loses without one kept change."""
     row = {"experiment": kept.number, "hypothesis": kept.hypothesis}
     if source is None:
         return {**row, "not_separable": True}
-    side = made.side(f"best without {kept.number}", source, seeds)
+    side = trainings.side(f"best without {kept.number}", source, seeds)
     if side.failure():
         return {**row, "failed": side.failure()}
     return {**row, "values": side.values(), **difference(best.values(), side.values())}
 
 
-def publication(verb: str, title: str, made: Trainings, best: Attempt, found: dict) -> tuple[Attempt, dict]:
+def publication(verb: str, title: str, trainings: Trainings, best: Attempt, found: dict) -> tuple[Attempt, dict]:
     """What is recorded of the best, and what else its result.json holds."""
-    history, split = made.history, made.how["split"]
+    history, split = trainings.history, trainings.how["split"]
     told = replace(best, kind=verb, verdict=verb, hypothesis=title, train=history.incumbent_train, split=split)
     told.experiment, told.when = history.newest + 1, int(time.time())
     if split == "test":
         told.test_evaluation = 1 + sum(r.test_evaluation > 0 for r in history.records)
-    return told, {"values": best.values(), "runs": made.runs, verb: {"split": split, **found}}
+    return told, {"values": best.values(), "runs": trainings.runs, verb: {"split": split, **found}}
 
 
 def without(best: bytes, kept: Record) -> bytes | None:
@@ -181,25 +182,25 @@ def draw_pairs(history: History) -> str:
     return "audit"
 
 
-def run_final(made: Trainings) -> tuple[Attempt, dict]:
+def run_final(trainings: Trainings) -> tuple[Attempt, dict]:
     """Train the best on all but the test pairs, for longer, and evaluate it on the test pairs once."""
-    settings = made.history.program
+    settings = trainings.history.program
     joined = (dataset.folder(settings.data) / "trainval").is_dir()
     if not joined and dataset.prepare(settings.data, "--add", "trainval"):
         raise Refused("training and validation pairs could not be joined (see above)")
     budget = settings.final_budget or FINAL_BUDGETS * settings.budget
-    made.how = {"split": "test", "table": "trainval", "budget": budget, "scale": budget / settings.budget}
-    best = made.needed("final training", made.history.incumbent_train, 1)
+    trainings.how = {"split": "test", "table": "trainval", "budget": budget, "scale": budget / settings.budget}
+    best = trainings.needed("final training", trainings.history.incumbent_train, 1)
     found = {"metrics": best.runs[0].metrics, "budget": budget}
-    return publication("final", "final: best, trained on training and validation pairs", made, best, found)
+    return publication("final", "final: best, trained on training and validation pairs", trainings, best, found)
 
 
-def save(made: Trainings, attempt: Attempt, more: dict, shown: list[str]) -> None:
-    """Record, then show, then keep what was made: whoever has seen the numbers finds the evaluation counted."""
+def save(trainings: Trainings, attempt: Attempt, more: dict, shown: list[str]) -> None:
+    """Record, then show, then keep what was trainings: whoever has seen the numbers finds the evaluation counted."""
     record.add(attempt, git.object_id("HEAD"), {}, **more)
     record.carry_out(attempt.experiment)
     print("\n".join(["---", *shown]))
-    work, folder = made.work, FINAL / f"{attempt.experiment:04d}"
+    work, folder = trainings.work, FINAL / f"{attempt.experiment:04d}"
     (work / "result.json").write_bytes(attempt.json(**more))
     checkpoint = " and the checkpoint (run-1/out.tar)" if attempt.verdict == "final" else ""
     for file in (*work.glob("run-*/*s.npy"), *(() if checkpoint else work.glob("run-*/out.tar"))):
