@@ -617,6 +617,41 @@ def cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
+# Numbers to publish
+
+NOISY = """
+import random
+dataset.prepare, quiet = lambda *words: 0, measure.run
+def noisy(job):
+    run = quiet(job)
+    run.metrics["mean_rank"] *= random.uniform(0.99, 1.01)
+    return run
+measure.run = noisy
+"""
+
+
+def test_audits_and_finals_are_recorded_counted_and_change_nothing(small: Small):
+    """Their numbers, with real trainings: tests/engine/test_publish.py."""
+    small.write("train.py", KEPT)
+    small.experiment("better")
+    small.write("train.py", CRASH)  # of the user, who goes on
+    before = small.git("rev-parse", "HEAD"), small.run("status").stdout, small.read("runs/experiments.tsv")
+    for n, words in enumerate((["final"], ["audit", "2", "--ablate"], ["final"]), 3):
+        done = small.run(*words, given=NOISY)
+        assert done.returncode == 0 and f"in final/{n:04d}\n" in done.stdout, done.stdout + done.stderr
+        result = json.loads(small.git("show", f"refs/experiments/{n}:experiment/result.json"))
+        assert result == json.loads(small.read(f"final/{n:04d}/result.json")) and result["experiment"] == n
+        assert result["values"] == [
+            run["metrics"]["mean_rank"] for run in result["runs"] if run["side"] in ("best", "final training")
+        ]
+    looks = [small.trailers(f"refs/experiments/{n}").get("Test-Look") for n in (3, 4, 5)]
+    assert looks == ["1", None, "2"] and "evaluation:  2 of this test split" in done.stdout
+    row = json.loads(small.git("show", "refs/experiments/4:experiment/result.json"))["audit"]["ablation"][0]
+    assert row["experiment"] == 2 and len(row["values"]) == 2 and row["percent"] > 50  # it was all that had been kept
+    after = small.git("rev-parse", "HEAD"), small.run("status").stdout, small.read("runs/experiments.tsv")
+    assert after == before and small.read("train.py") == CRASH and not list((small.path / "runs").glob("*pending*"))
+
+
 # Data that were changed
 
 
