@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import dataset
 import git
 import keep_rule
 import program as plan
@@ -41,6 +40,8 @@ class History:
         program, branch = program or plan.read(), git.branch()
         records = record.load_all()
         if image:
+            import dataset  # here, so that hooks stay fast
+
             comparable = dataset.comparable(program, image)
         else:
             compared = [r for r in records if r.comparable]

@@ -14,12 +14,15 @@ import re
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import git
 import locks
 from keep_rule import geometric_mean
-from measure import Run
 from project import ROOT, RUNS, Refused, number, read_json, say, visible, write_json, write_whole
+
+if TYPE_CHECKING:  # the guard reads the record before every run, and need not import what measures
+    from measure import Run
 
 REFS = "refs/experiments/"
 OURS = ("train.py", "scratchpad.md")  # the files of a kept attempt's commit
