@@ -201,11 +201,12 @@ def check_podman(version: tuple[int, ...], kind: str) -> Iterator[Finding]:
 def older_images(current: str) -> Iterator[Finding]:
     """Images of former versions, which nothing removes by itself."""
     form = "{{.ID}}\t{{.Size}}"
-    listed = engine.run([*engine.client(), "images", "--format", form, engine.IMAGE_NAME]).stdout.splitlines()
-    old = [line.split("\t") for line in listed if not current.startswith(line.split("\t")[0])]
+    listed = engine.run([*engine.client(), "images", "--format", form, engine.IMAGE_NAME]).stdout
+    sizes = dict(re.findall("^([0-9a-f]+)\t(.+)$", listed, re.M))
+    old = {ident: size for ident, size in sizes.items() if not current.startswith(ident)}
     if old:
-        sizes, command = ", ".join(size for _, size in old), f"{engine.name()} rmi {' '.join(i for i, _ in old)}"
-        yield Finding("image", None, f"{len(old)} of other versions ({sizes}); where no worktree uses them: {command}")
+        remedy = f"where no worktree or clone uses them: {engine.name()} rmi {' '.join(old)}"
+        yield Finding("image", None, f"{len(old)} of other versions ({', '.join(old.values())}); {remedy}")
 
 
 def check_gpu() -> Iterator[Finding]:
