@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import hashlib
-import io
 import itertools
 import os
 import re
@@ -224,13 +222,10 @@ def gpu_options(slot: int) -> list[str]:
     return ["--gpus", f"device={gpu}"]
 
 
-def mount(outside: Path, inside: str, *options: str) -> list[str]:
-    """A folder or file that a container sees. As a row of CSV, in which any character of a path can be told."""
-    row = io.StringIO()
-    csv.writer(row, lineterminator="").writerow(
-        ["type=bind", f"source={outside.resolve()}", f"target={inside}", *options]
-    )
-    return ["--mount", row.getvalue()]
+def mount(outside: Path, inside: str, more: str = "") -> list[str]:
+    """What a container sees of this machine. A row of CSV, in which any character of a path can be quoted."""
+    source = str(outside.resolve()).replace('"', '""')
+    return ["--mount", f'type=bind,"source={source}",target={inside}{more}']
 
 
 def ulimits() -> list[str]:
@@ -267,7 +262,7 @@ def arguments(c: Container) -> list[str]:
         "--tmpfs", f"/tmp:rw,nosuid,nodev,size={TMP_SIZE},mode=1777,exec",  # exec: what torch.compile builds
         # threads that wait sleep: spinning, a busy machine trained 6 and 9 times slower (two pairs)
         "--env", "OMP_WAIT_POLICY=PASSIVE", *(f"--env={key}={value}" for key, value in c.environment.items()),
-        *(word for inside, outside in c.mounts.items() for word in mount(outside, inside, "readonly")),
+        *(word for inside, outside in c.mounts.items() for word in mount(outside, inside, ",readonly")),
     ]  # fmt: skip
     if c.writable:
         options += mount(c.writable, "/writable")

@@ -253,7 +253,7 @@ def test_both_engines_may_read_what_is_mounted_under_selinux(machine, client: st
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_any_path_can_be_mounted(tmp_path: Path, name: str):
     (folder := tmp_path / name).mkdir()
-    option, value = engine.mount(folder, "/inside", "readonly")
+    option, value = engine.mount(folder, "/inside", ",readonly")
     row = next(csv.reader(io.StringIO(value, newline="")))
     assert option == "--mount" and row == ["type=bind", f"source={folder}", "target=/inside", "readonly"]
 
