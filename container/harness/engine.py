@@ -35,15 +35,8 @@ SLICE = re.compile(r"\s+MIG (\S+)\s+Device\s+(\d+): \(UUID: (.+)\)")  # likewise
 NO_GPU = ("", "-1", "NoDevFiles")  # in CUDA_VISIBLE_DEVICES; what stands behind one of them is not seen either
 SMI_TIMEOUT_S = 60  # a GPU in trouble can keep nvidia-smi waiting for ever
 WSL = Path("/dev/dxg")  # all GPUs of Windows are this device, for which CDI has one name
-# cgroup controllers: what each of them limits, and the engines' options that need it
+# cgroup controllers, and what each of them limits
 CONTROLLERS = {"memory": "memory", "pids": "process", "cpu": "CPU"}
-NEEDS = {
-    "--memory": "memory",
-    "--memory-swap": "memory",
-    "--pids-limit": "pids",
-    "--cpus": "cpu",
-    "--cpu-shares": "cpu",
-}
 DOCKER_HOLDS = "{{if .MemoryLimit}}memory {{end}}{{if .PidsLimit}}pids {{end}}{{if .CpuCfsQuota}}cpu{{end}}"
 
 
@@ -179,10 +172,10 @@ def gpus() -> list[Gpu]:
 
 def gpu_fault() -> str:
     """What has become of a GPU since this process asked for the first time; '' while they all answer."""
-    before = all_gpus()
+    before = gpus()
     all_gpus.cache_clear()
     try:
-        return "" if all_gpus() == before else "a GPU has gone since this began; see ./run.sh doctor"
+        return "" if gpus() == before else "a GPU has gone since this began; see ./run.sh doctor"
     except Refused as e:
         return str(e)
 
@@ -257,7 +250,7 @@ def arguments(c: Container) -> list[str]:
         "--security-opt", f"seccomp={IMAGE / 'seccomp.json'}", "--security-opt", "label=disable",
         "--ipc", "private", "--log-driver", "none",
         "--stop-signal", "SIGKILL",  # PID 1 ignores any other, and podman rm -f would wait 10 s for it
-        *held("--memory", c.memory), *held("--memory-swap", c.memory), "--shm-size", SHM_SIZE,
+        *held("memory", "--memory", c.memory, "--memory-swap", c.memory), "--shm-size", SHM_SIZE,
         "--ulimit", "core=0:0", *ulimits(), "--workdir", "/tmp",
         "--tmpfs", f"/tmp:rw,nosuid,nodev,size={TMP_SIZE},mode=1777,exec",  # exec: what torch.compile builds
         # threads that wait sleep: spinning, a busy machine trained 6 and 9 times slower (two pairs)
@@ -269,20 +262,21 @@ def arguments(c: Container) -> list[str]:
     if c.out_size:
         options += ["--tmpfs", f"/out:rw,nosuid,nodev,noexec,size={c.out_size},mode=1777"]
     if c.background:
-        options += held("--cpu-shares", "2")
+        options += held("cpu", "--cpu-shares", "2")
     if name() == "podman":
         options += ["--read-only-tmpfs=false", "--http-proxy=false", "--timeout", str(int(c.limit_s) + 30)]
     if c.launch:
         return on_node(c, options)
-    cpus, pids = os.cpu_count(), max(PIDS, PIDS_PER_CPU * os.cpu_count())
-    limits = [*held("--cpus", "1" if c.background else str(cpus)), *held("--pids-limit", str(pids))]
+    cpus = os.cpu_count()
+    limits = held("cpu", "--cpus", "1" if c.background else str(cpus))
+    limits += held("pids", "--pids-limit", str(max(PIDS, PIDS_PER_CPU * cpus)))
     gpu = gpu_options(c.device) if c.gpu else []
     return [*client(), "run", *limits, *gpu, *options, c.image, *c.command]
 
 
-def held(option: str, value: str) -> list[str]:
-    """A limit, left out where the engine cannot hold it: some would start nothing then."""
-    return [] if NEEDS[option] in missing_controllers() else [option, value]
+def held(controller: str, *options: str) -> tuple[str, ...]:
+    """Limits, left out where the engine cannot hold them: some would start nothing then."""
+    return () if controller in missing_controllers() else options
 
 
 def on_node(c: Container, options: list[str]) -> list[str]:

@@ -169,14 +169,14 @@ class Measurement:
         """What the training would run on is what it should. Raises Refused: a CPU in a GPU's place would train on."""
         if "fault" in ready:
             raise Refused(f"the GPU does not work in the sandbox ({ready['fault']}): nothing ran; see ./run.sh doctor")
-        self.report["device"] = there = ready.get("device", "cpu")
+        there = self.report["device"] = ready.get("device", "cpu")
         if self.job.launch:
-            wanted, remedy = self.job.measured_on, "ask for that in `launch`, or change `budget` for a new baseline"
-            other = wanted and wanted != there
+            wanted, remedy = self.job.measured_on or there, "ask for it in `launch`, or change `budget` to begin anew"
         else:
             wanted, remedy = engine.device_kind(), "see ./run.sh doctor"
-            other = (wanted == "cpu") != (there == "cpu")
-        if other:
+            if "cpu" not in (wanted, there):  # torch may call a GPU otherwise than nvidia-smi does
+                wanted = there
+        if there != wanted:
             raise Refused(f"results so far are of {wanted}, and the sandbox has {there}: nothing ran; {remedy}")
 
     def embed(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import functools
 import io
 import json
@@ -327,7 +328,7 @@ def test_without_room_on_the_disk_nothing_runs(tmp_path: Path, monkeypatch, free
             "NVIDIA A100",
             ("srun",),
             {"device": "Tesla T4"},
-            "and the sandbox has Tesla T4: nothing ran; ask for that in",
+            "and the sandbox has Tesla T4: nothing ran; ask for it in",
         ),
         ("", ("srun",), {"device": "Tesla T4"}, ""),
     ],
@@ -357,6 +358,22 @@ def test_a_failure_is_lost_when_the_gpu_has_gone_meanwhile(machine, tmp_path: Pa
         (Path(os.environ["PATH"]) / "nvidia-smi").write_text(f"#!/bin/sh\n{smi(listed, status)}\n")
         run = measure.run(job)
         assert run.outcome == outcome and ("may be tried again" in run.reason) == (outcome == "lost"), run
+
+
+def test_without_gpus_nothing_can_have_gone(machine, monkeypatch):
+    machine(nvidia_smi=smi("a driver that is broken", 9))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert engine.gpu_fault() == ""
+    machine()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    (Path(os.environ["PATH"]) / "nvidia-smi").unlink()
+    assert engine.gpu_fault() == ""
+
+
+def test_a_closed_system_call_looks_like_an_old_kernel():
+    """So that libraries fall back: with EPERM, glibc's faccessat2 and close_range fail under crun."""
+    profile = json.loads((engine.IMAGE / "seccomp.json").read_text())
+    assert (profile["defaultAction"], profile["defaultErrnoRet"]) == ("SCMP_ACT_ERRNO", errno.ENOSYS)
 
 
 # Whole runs
