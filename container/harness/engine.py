@@ -304,15 +304,6 @@ def sweep(background: bool = False) -> None:
         run([*client(), "rm", "-f", *left])
 
 
-def store() -> Path:
-    """Where the engine keeps its images, which may be another disk. Raises Refused when it fails."""
-    asked = "{{.Store.GraphRoot}}" if name() == "podman" else "{{.DockerRootDir}}"
-    told = run([*client(), "info", "--format", asked])
-    if told.returncode or not Path(told.stdout.strip()).is_dir():
-        raise Refused(f"{name()} fails: {words_of(told)}")
-    return Path(told.stdout.strip())
-
-
 def image_tag(base: str) -> str:
     """The tag is a hash of everything the image is made of, so an unchanged one is found at once."""
     content = base.encode() + b"".join((IMAGE / f).read_bytes() for f in ("Containerfile", "requirements.txt"))
