@@ -11,12 +11,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 from conftest import COUNTS, ROOT, SIZE, TINY, Folder, make, prepare_data, read, run_tool, same_regions, stretched
-from PIL import Image, ImageChops, ImageDraw
+from PIL import Image, ImageChops
 
 from prepare_data import prints
 
@@ -76,7 +77,7 @@ def test_variety() -> None:
 def test_motifs_near_each_other_stand_in_different_columns() -> None:
     for index in range(500):
         motifs = prints.place_motifs(random.Random(index), 0.5)
-        for plane in ([prints.SKY], [prints.MIDDLE, prints.NEAR]):
+        for plane in (["sky"], ["middle", "near"]):
             xs = sorted(motif.x for motif in motifs if motif.kind.layer in plane)
             assert all(right - left > 0.15 for left, right in zip(xs, xs[1:], strict=False))
 
@@ -93,14 +94,15 @@ def test_captions_name_the_regions_in_sound_english_and_boxes_are_inside() -> No
 
 
 @pytest.mark.parametrize("kind", prints.KINDS.values(), ids=prints.KINDS)
-def test_a_box_is_where_the_motif_is(kind: prints.Kind) -> None:
+def test_a_box_is_where_the_motif_is(kind: SimpleNamespace) -> None:
     side, margin = 400, 10  # pixels; a thick line reaches over its points
-    motif = prints.Motif(kind, 0.5, 0.5, 0.15, {"colour": (0, 200, 0), "accent": (200, 0, 0)}, "", "")
     blank = Image.new("RGB", (side, side), (255, 0, 255))
     canvas = blank.copy()
-    box = prints.paint(ImageDraw.Draw(canvas), side, kind.shapes, motif)
+    xs, ys = zip(
+        *prints.paint(canvas, kind.shapes, 0.5, 0.5, 0.15, colour=(0, 200, 0), accent=(200, 0, 0)), strict=True
+    )
     painted = ImageChops.difference(canvas, blank).getbbox()
-    assert painted == pytest.approx([value * side for value in box], abs=margin)
+    assert painted == pytest.approx([value * side for value in (min(xs), min(ys), max(xs), max(ys))], abs=margin)
 
 
 # What is written
