@@ -8,6 +8,7 @@ archive's size, which zipfile then reads, checking every CRC. A local copy of ea
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -53,18 +54,13 @@ TRIES = 8  # failures in a row, without a byte in between
 PAUSE_S = 1.0  # before the second try; doubles
 SHAPE_SLACK = 0.02  # by which the aspect ratio of a print may differ from what the annotation states
 MIN_SIDE = 1.0  # pixels of a box; smaller ones are left out
+# Shown on a terminal; in a container, which has none, if PROGRESS says that the caller has one.
+Bar = functools.partial(tqdm, disable=False if "PROGRESS" in os.environ else None, leave=False)
 AGAIN = "run the same command again (it goes on where it stopped), or give a local copy with --"
 
 
 class FetchError(Exception):
     """One line that says what is wrong, where, and what to do next."""
-
-
-class Bar(tqdm):
-    """Shown on a terminal; in a container, which has none, if PROGRESS says that the caller has one."""
-
-    def __init__(self, *args: object, **options: object) -> None:
-        super().__init__(*args, disable=False if "PROGRESS" in os.environ else None, leave=False, **options)
 
 
 def fetch(folder: Path, weights: Path, given: dict[str, Path | None], report: dict[str, int]) -> Path:
@@ -128,16 +124,16 @@ def adapt_line(line: str, root: Path, places: dict[str, Path], report: dict[str,
         return line
     entry = json.loads(line) | {"filename": str(places[name])}
     try:
-        size, grounding = (entry["width"], entry["height"]), entry["grounding"]
+        stated, grounding = (entry["width"], entry["height"]), entry["grounding"]
         if not (grounding["caption"] or "").strip():
             report["captionless_prints"] += 1
             return ""
         with Image.open(root / places[name]) as image:
-            same_shape = abs(image.width / image.height * size[1] / size[0] - 1) <= SHAPE_SLACK
-            found = image.size if same_shape else size
-        report["other_sizes"] += found != size
+            same_shape = abs(image.width / image.height * stated[1] / stated[0] - 1) <= SHAPE_SLACK
+            found = image.size if same_shape else stated
+        report["other_sizes"] += found != stated
         entry["width"], entry["height"] = found
-        regions = [fit_region(region, size, found) for region in grounding["regions"]]
+        regions = [fit_region(region, stated, found) for region in grounding["regions"]]
         grounding["regions"] = [region for region in regions if region]
         report["regions_left_out"] += regions.count(None)
     except (AttributeError, KeyError, OSError, TypeError, ValueError, ZeroDivisionError, Image.DecompressionBombError):
