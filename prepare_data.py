@@ -52,6 +52,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent / "container" / "data_sets"))
 import prints
 import ukiyoe
+from ukiyoe import DataError
 
 FORMAT = 3  # of info.json; container/harness/dataset.py wants the same
 SPLITS = ("train", "val", "test")
@@ -63,7 +64,7 @@ ROWS_PER_BATCH = 256  # of an Arrow file: 7 MB at 96 px
 MAX_PROBLEMS_SHOWN = 20
 HASH_SIDE = 16  # of a perceptual hash: 256 bits
 # Bits by which the hashes of two impressions of a block may differ. Of 1,000 drawn prints, brightened by 20 %, cut by
-# 2 % and stored as JPEG, 998 differ by no more from their originals; of 500,000 pairs of different prints none do.
+# 2 % and stored as JPEG, 999 differ by no more from their originals; of 500,000 pairs of different prints two do.
 HASH_BITS = 40
 PREVIEW_COLOURS = 128  # of preview.png, which an agent that looks at it carries along in every request
 BOX_SLACK = 1.0  # pixels a box may stick out by and is cut back: annotation tools round outwards
@@ -94,12 +95,8 @@ SOURCES = {
 OWN = Source(96, "images and annotations in ODVG format", "that of the images", ("odvg",))
 
 
-class Problems(Exception):
-    """Why nothing was written: one line each, in args, that says what is wrong, where, and what to do."""
-
-
 def list_jobs(options: argparse.Namespace, problems: list[str], report: dict[str, int]) -> dict[str, list[Job]]:
-    """The jobs of every split. Appends to the problems, and counts for info.json. Raises ukiyoe.FetchError."""
+    """The jobs of every split. Appends to the problems, and counts for info.json. Raises DataError."""
     if options.name == "prints":
         jobs, start = {}, 0  # print 0 and following are the training split, then come validation and test
         for split in SPLITS:
@@ -113,7 +110,7 @@ def list_jobs(options: argparse.Namespace, problems: list[str], report: dict[str
         local = {name: getattr(options, name) for name in LOCAL_COPIES}
         images = ukiyoe.fetch(folder, options.out.with_name("weights"), local, report)
     if not images.is_dir():
-        raise Problems(f"{images} is not a folder; put the images there")
+        raise DataError(f"{images} is not a folder; put the images there")
     used: dict[Path, str] = {}
     return {split: list(read_odvg(folder / f"{split}.jsonl", images.resolve(), used, problems)) for split in SPLITS}
 
@@ -196,7 +193,7 @@ def load_image(path: Path, stated: tuple[int, int], caption: str, regions: list[
 
 
 def write_data_set(options: argparse.Namespace, folder: Path) -> None:
-    """Writes everything. Raises Problems."""
+    """Writes everything. Raises DataError."""
     source, problems, report = SOURCES.get(options.name, OWN), [], {}
     size, jobs = options.size or source.size, list_jobs(options, problems, report)
     tables, seen = {}, {}
@@ -206,7 +203,7 @@ def write_data_set(options: argparse.Namespace, folder: Path) -> None:
         tables[split] = store_rows(rows, folder / f"{split}.arrow", size, seen, problems)
         print(f"{split}: {len(jobs[split])} images", file=sys.stderr, flush=True)
     if problems:
-        raise Problems(*problems)
+        raise DataError(*problems)
     if source.near_duplicates:
         kept = rows_unlike(tables["train"], [tables["val"], tables["test"]])
         report["near_duplicates_left_out"] = len(tables["train"]) - len(kept)
@@ -310,30 +307,29 @@ def add_trainval(folder: Path, staging: Path, info: dict) -> None:
 
 
 def add(options: argparse.Namespace) -> None:
-    """Adds pairs to a data set, in the place of those that an earlier call added. Raises Problems."""
-    info = json.loads((options.out / "info.json").read_text())
+    """Adds pairs to a data set, in the place of those that an earlier call added. Raises DataError."""
+    out, info = options.out, json.loads((options.out / "info.json").read_text())
     if options.name == "prints" and info.get("prints_version") != prints.VERSION:
-        fault = "was drawn by another version of prints.py; move it away and draw the prints anew"
-        raise Problems(f"{options.out} {fault}")
-    with staged(options.out / "add.partial") as staging:
+        raise DataError(f"{out} was drawn by another version of prints.py; move it away and draw the prints anew")
+    with staged(out / "add.partial") as staging:
         if options.add == "trainval":
-            add_trainval(options.out, staging, info)
+            add_trainval(out, staging, info)
         else:  # prints with indices that no split and no other audit has
             number, size = int(options.add.removeprefix("audit=")), info["image_size"]
             jobs = list_prints(sum(info[split] for split in SPLITS) + number * info["val"], info["val"])
             rows = make_rows("audit", jobs, size, options.processes)
             store_pairs_apart(store_rows(rows, staging / "audit.arrow", size, {}, []), staging, "audit")
         for new in sorted(staging.iterdir()):
-            old = options.out / new.name
+            old = out / new.name
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
             new.rename(old)
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Writes the data set, completely or, where it raises Problems, not at all."""
+    """Writes the data set, completely or, where it raises DataError, not at all."""
     out = options.out
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise Problems(f"{out} is not an empty folder; remove it, or give another one")
+        raise DataError(f"{out} is not an empty folder; remove it, or give another one")
     with staged(out.with_name(f"{out.name}.partial")) as staging:
         write_data_set(options, staging)
         staging.rename(out)
@@ -382,22 +378,22 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options, problems = parse_arguments(arguments), ()
+    options = parse_arguments(arguments)
     datasets.disable_progress_bars()
     os.umask(0o022)  # everybody may read what is written
     try:
         add(options) if options.add else prepare(options)
-    except (Problems, ukiyoe.FetchError) as error:
+        return 0
+    except DataError as error:
         problems = error.args
     except BrokenProcessPool:
         problems = ("a process was killed, perhaps for want of memory; try fewer --processes",)
     except OSError as error:
         problems = (str(error),)
-    if problems:
-        print(*problems[:MAX_PROBLEMS_SHOWN], sep="\n", file=sys.stderr)
-        more = f" ({len(problems) - MAX_PROBLEMS_SHOWN} more than shown)" if len(problems) > MAX_PROBLEMS_SHOWN else ""
-        print(f"error: {len(problems)} problem{'s' * (len(problems) > 1)}{more}; nothing was written", file=sys.stderr)
-    return 1 if problems else 0
+    print(*problems[:MAX_PROBLEMS_SHOWN], sep="\n", file=sys.stderr)
+    more = f" ({len(problems) - MAX_PROBLEMS_SHOWN} more than shown)" if len(problems) > MAX_PROBLEMS_SHOWN else ""
+    print(f"error: {len(problems)} problem{'s' * (len(problems) > 1)}{more}; nothing was written", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":
