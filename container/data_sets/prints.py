@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
+from types import SimpleNamespace as Entry  # of prints.json: its fields are attributes
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -34,7 +34,9 @@ HORIZON_RANGE = (0.48, 0.6)  # in units of the print's side, from the top
 NAMED_SHARE = 0.65  # of the motifs; a caption names two in any case
 MENTION_SHARE = 0.6  # how often a caption mentions each of the rest: a size, a column, the ground, the sky
 HILLS_SHARE = 0.4  # of the prints; no caption names them
+GROUND_MARKS, FALLING_MARKS = 20, 40  # ripples, blades, stones or tracks; raindrops or flakes
 TEXTURE_COUNT = 12  # paper textures per image size
+SHADOW = 0.8  # multiplies a colour
 PAPER_TINT = (1.03, 1.0, 0.95)  # multiplies red, green, blue
 
 # The contact sheet
@@ -55,10 +57,9 @@ class Shape:
 
     points: list[Point]  # relative to each of the places where it is painted
     places: list[Point]
-    fill: str  # a pigment, or "colour" or "accent": the motif's first and second colour
+    fill: str  # a pigment; or "colour", "shadow" or "accent": the motif's first colour, darker, and its second
     is_line: bool
-    outlined: bool
-    width: float  # of the line or outline, in outlines
+    width: float  # of the line or outline, in outlines; 0 for none
 
 
 def arc(x: float, y: float, rx: float, ry: float, start: float, end: float, steps: int = 14) -> list[Point]:
@@ -75,7 +76,7 @@ def read_points(entries: list) -> list[Point]:
     return points
 
 
-def read_object(entry: dict) -> Shape | SimpleNamespace:
+def read_object(entry: dict) -> Shape | Entry:
     """An object in prints.json: a shape, as an ellipse, rectangle, polygon or line; anything else as named fields."""
     if "ellipse" in entry:
         points = arc(*entry["ellipse"], 0, 2, steps=24)
@@ -85,19 +86,19 @@ def read_object(entry: dict) -> Shape | SimpleNamespace:
     elif "polygon" in entry or "line" in entry:
         points = read_points(entry.get("polygon") or entry["line"])
     else:
-        return SimpleNamespace(**entry)
+        return Entry(**entry)
     return Shape(
         points,
         places=read_points(entry.get("at", [[0, 0]])),
         fill=entry.get("fill", "colour"),
         is_line="line" in entry,
-        outlined=entry.get("outlined", True),
         width=entry.get("width", 1),
     )
 
 
 DATA = json.loads(Path(__file__).with_name("prints.json").read_text(), object_hook=read_object)
-PALETTE, SKIES, GROUNDS, KINDS = (vars(table) for table in (DATA.palette, DATA.skies, DATA.grounds, DATA.kinds))
+PALETTE, LAYERS, KINDS = vars(DATA.palette), vars(DATA.layers), vars(DATA.kinds)
+SKIES, GROUNDS = list(vars(DATA.skies).values()), list(vars(DATA.grounds).values())
 PIGMENTS = {name: tuple(rgb) for name, rgb in vars(DATA.pigments).items()}
 
 
@@ -105,7 +106,7 @@ PIGMENTS = {name: tuple(rgb) for name, rgb in vars(DATA.pigments).items()}
 class Motif:
     """One thing in a scene, and the words for it."""
 
-    kind: SimpleNamespace  # of KINDS
+    kind: Entry
     x: float  # of its anchor, in units of the print's side
     y: float
     scale: float  # motif unit, in units of the print's side
@@ -119,21 +120,24 @@ def maybe(rng: Random, words: Sequence[str]) -> str:
     return rng.choice(words) if rng.random() < MENTION_SHARE else ""
 
 
-def make_motif(rng: Random, kind: SimpleNamespace, column: SimpleNamespace, horizon: float) -> Motif:
+def make_motif(rng: Random, kind: Entry, column: Entry, horizon: float) -> Motif:
     """A motif of this kind in this column, with a size, a place, colours and a phrase of its own."""
-    layer, size = getattr(DATA.layers, kind.layer), DATA.sizes[rng.choice((0, 1, 1, 2))]
+    layer, size = LAYERS[kind.layer], DATA.sizes[rng.choice((0, 1, 1, 2))]
     first = rng.choice(kind.colours)
     second = rng.choice([name for name in DATA.accents if name != first])
-    colours = {"colour": PALETTE[first], "accent": PALETTE[second]}
-    words = {name: rng.choice(colour.words) for name, colour in colours.items()}
-    phrase = rng.choice(kind.forms).format(size=maybe(rng, size.words), noun=rng.choice(kind.nouns), **words)
-    tone = rng.uniform(0.94, 1.06)
+    colour, accent, tone = PALETTE[first], PALETTE[second], rng.uniform(0.94, 1.06)
+    words = {"colour": rng.choice(colour.words), "accent": rng.choice(accent.words), "noun": rng.choice(kind.nouns)}
+    phrase = rng.choice(kind.forms).format(size=maybe(rng, size.words), **words)
     return Motif(
         kind,
         x=column.x + rng.uniform(-0.05, 0.05),
         y=horizon + rng.uniform(*layer.band),
         scale=layer.scale * size.factor * rng.uniform(0.93, 1.07),
-        colours={name: shade(colour.rgb, tone) for name, colour in colours.items()},
+        colours={
+            "colour": shade(colour.rgb, tone),
+            "accent": shade(accent.rgb, tone),
+            "shadow": shade(colour.rgb, SHADOW),
+        },
         phrase=re.sub(r"\ba (?=[aeiou])", "an ", " ".join(phrase.split())),
         where=maybe(rng, column.words),
     )
@@ -143,7 +147,7 @@ def place_motifs(rng: Random, horizon: float) -> list[Motif]:
     """Two to four motifs of different kinds, those of one plane in different columns, so that none hides another."""
     count, motifs, taken = rng.choice((2, 3, 3, 4)), [], []
     for kind in rng.sample(list(KINDS.values()), len(KINDS)):
-        plane = getattr(DATA.layers, kind.layer).plane
+        plane = LAYERS[kind.layer].plane
         free = [column for column in DATA.columns if (plane, column) not in taken]
         if free and len(motifs) < count:
             column = rng.choice(free)
@@ -152,7 +156,7 @@ def place_motifs(rng: Random, horizon: float) -> list[Motif]:
     return motifs
 
 
-def write_caption(rng: Random, motifs: list[Motif], sky: SimpleNamespace, ground: SimpleNamespace) -> str:
+def write_caption(rng: Random, motifs: list[Motif], sky: Entry, ground: Entry) -> str:
     """One sentence that names these motifs."""
     parts = [f"{motif.phrase} {motif.where}".strip() for motif in motifs]
     things = ", ".join(parts[:-1]) + rng.choice(DATA.joints) + parts[-1]
@@ -182,29 +186,13 @@ def paint(
                 pen.line(pixels, fill, width, joint="curve")
             else:
                 pen.polygon(pixels, fill)
-                if shape.outlined:
+                if shape.width:
                     pen.line([*pixels, pixels[0]], PIGMENTS["ink"], width)
             painted += points
     return painted
 
 
-def paint_ground_marks(canvas: Image.Image, rng: Random, name: str, horizon: float) -> None:
-    """Ripples on water, blades in a meadow, stones or tracks."""
-    for _ in range(20):
-        x, y, half = rng.random(), rng.uniform(horizon + 0.03, 1), rng.uniform(0.03, 0.09)
-        if name in ("sea", "river"):
-            mark = {"line": [[-half, 0], [-half / 2, -0.012], [0, 0], [half / 2, -0.012], [half, 0]]}
-            tone = 1.3 if name == "sea" else 0.8
-        elif name in ("field", "autumn"):
-            mark, tone = {"line": [[0.008, -0.03], [0, 0], [-0.012, -0.025]]}, 0.77
-        else:
-            mark, tone = {"ellipse": [0, 0, 0.012, 0.006], "outlined": False}, 0.88
-        paint(canvas, [read_object(mark)], x, y, colour=shade(GROUNDS[name].rgb, tone))
-
-
-def paint_backdrop(
-    rng: Random, sky: SimpleNamespace, ground: SimpleNamespace, horizon: float, side: int
-) -> Image.Image:
+def paint_backdrop(rng: Random, sky: Entry, ground: Entry, horizon: float, side: int) -> Image.Image:
     """Sky and ground, (side, side), each in a slightly varied tone."""
     rows = int(horizon * side) + 1
     tones = [[rng.uniform(0.93, 1.07) for _ in range(3)] for _ in range(2)]
@@ -244,22 +232,23 @@ def draw(seed: int, index: int, size: int) -> tuple[np.ndarray, str, list[dict]]
     {"phrase": str, "bbox": [x0, y0, x1, y1]}, the box in units of the print's side, inside [0, 1].
     """
     rng, side = Random(f"print-{seed}-{index}"), size * SUPERSAMPLING
-    sky, ground = rng.choice(list(SKIES.values())), rng.choice(list(GROUNDS.values()))
-    horizon = rng.uniform(*HORIZON_RANGE)
+    sky, ground, horizon = rng.choice(SKIES), rng.choice(GROUNDS), rng.uniform(*HORIZON_RANGE)
     motifs = place_motifs(rng, horizon)
     named = motifs[:2] + [motif for motif in motifs[2:] if rng.random() < NAMED_SHARE]
     caption = write_caption(rng, named, sky, ground)
     canvas = paint_backdrop(rng, sky, ground, horizon, side)
     if rng.random() < HILLS_SHARE:
-        paint(canvas, [DATA.hills], rng.random(), horizon, colour=shade(sky.at_horizon, 0.82))
-    paint_ground_marks(canvas, rng, next(name for name in GROUNDS if GROUNDS[name] is ground), horizon)
+        paint(canvas, [DATA.hills], rng.random(), horizon, shadow=shade(sky.at_horizon, SHADOW))
+    for _ in range(GROUND_MARKS):
+        x, y = rng.random(), rng.uniform(horizon + 0.03, 1)
+        paint(canvas, ground.marks, x, y, rng.uniform(0.5, 1.5), shadow=shade(ground.rgb, SHADOW))
     regions = []
     for motif in sorted(motifs, key=lambda motif: (motif.kind.layer != "far", motif.y)):
         points = paint(canvas, motif.kind.shapes, motif.x, motif.y, motif.scale, **motif.colours)
         if motif in named:
             box = np.clip([np.min(points, axis=0), np.max(points, axis=0)], 0, 1)
             regions.append({"phrase": motif.phrase, "bbox": box.round(4).flatten().tolist()})
-    for _ in range(40):
+    for _ in range(FALLING_MARKS):
         paint(canvas, sky.falling, rng.uniform(0, 1.1), rng.random())
     paint(canvas, [DATA.seal], rng.choice((0.05, 0.92)), rng.choice((0.05, 0.8)))
     frame = max(SUPERSAMPLING, round(FRAME_WIDTH * side))
