@@ -64,7 +64,7 @@ ROWS_PER_BATCH = 256  # of an Arrow file: 7 MB at 96 px
 MAX_PROBLEMS_SHOWN = 20
 HASH_SIDE = 16  # of a perceptual hash: 256 bits
 # Bits by which the hashes of two impressions of a block may differ. Of 1,000 drawn prints, brightened by 20 %, cut by
-# 2 % and stored as JPEG, 999 differ by no more from their originals; of 500,000 pairs of different prints two do.
+# 2 % and stored as JPEG, 999 differ by no more from their originals; of 500,000 pairs of different prints one does.
 HASH_BITS = 40
 PREVIEW_COLOURS = 128  # of preview.png, which an agent that looks at it carries along in every request
 BOX_SLACK = 1.0  # pixels a box may stick out by and is cut back: annotation tools round outwards

@@ -31,8 +31,8 @@ SUPERSAMPLING = 2  # painted pixels per side of a final pixel; smooths the edges
 OUTLINE = 1 / 110  # width, in units of the print's side
 FRAME_WIDTH = 0.012  # in units of the print's side
 HORIZON_RANGE = (0.48, 0.6)  # in units of the print's side, from the top
-NAMED_SHARE = 0.65  # of the motifs; a caption names two in any case
-MENTION_SHARE = 0.6  # how often a caption mentions each of the rest: a size, a column, the ground, the sky
+NAMED_SHARE = 0.7  # of the motifs; a caption names two in any case
+MENTION_SHARE = 0.57  # how often a caption mentions each of the rest: a size, a column, the ground, the sky
 HILLS_SHARE = 0.4  # of the prints; no caption names them
 GROUND_MARKS, FALLING_MARKS = 20, 40  # ripples, blades, stones or tracks; raindrops or flakes
 TEXTURE_COUNT = 12  # paper textures per image size
@@ -160,7 +160,7 @@ def write_caption(rng: Random, motifs: list[Motif], sky: Entry, ground: Entry) -
     """One sentence that names these motifs."""
     parts = [f"{motif.phrase} {motif.where}".strip() for motif in motifs]
     things = ", ".join(parts[:-1]) + rng.choice(DATA.joints) + parts[-1]
-    lead, place, time = maybe(rng, DATA.leads), maybe(rng, ground.words), maybe(rng, sky.words)
+    lead, place, time = (maybe(rng, words) for words in (DATA.leads, ground.words, sky.words))
     text = f"{lead} {things} {place}".strip()
     if time:
         text = f"{text}, {time}" if lead or rng.random() < 0.5 else f"{time}, {text}"
