@@ -93,15 +93,15 @@ def words_of(failed: subprocess.CompletedProcess) -> str:
 @functools.lru_cache(maxsize=None)
 def name() -> str:
     """podman or docker, whichever answers first; AR_ENGINE asks for one. Raises EngineMissing, Refused."""
-    wanted, silent = os.environ.get("AR_ENGINE"), ""
+    wanted, silent = os.environ.get("AR_ENGINE"), []
     for engine in ENGINES:
         if wanted in (None, engine) and shutil.which(engine):
             asked = run([engine, "version"])
             if asked.returncode == 0:
                 return engine
-            silent += f"; {engine} does not answer: {words_of(asked)}"
+            silent.append(f"{engine} does not answer: {words_of(asked)}")
     if silent:
-        raise Refused(f"no container engine{silent}")
+        raise Refused(f"no container engine: {'; '.join(silent)}; mend that, then try again")
     raise EngineMissing(f"no container engine: {wanted or 'neither podman nor docker'} is here; run ./run.sh setup")
 
 
