@@ -140,20 +140,18 @@ def all_gpus() -> tuple[Gpu, ...]:
     if not shutil.which("nvidia-smi"):
         return ()
     listed = run(["timeout", "-k", "5", str(SMI_TIMEOUT_S), "nvidia-smi", "-L"])
-    found: list[Gpu] = []
-    cut = set()  # the numbers of GPUs that are
+    found: dict[str, Gpu] = {}
     for line in listed.stdout.splitlines():
-        whole, part = GPU.match(line), SLICE.match(line)
-        if whole:
+        if whole := GPU.match(line):
             number, model, uuid = whole.groups()
-            found.append(Gpu(number, uuid, model))
-        elif part:
-            cut.add(number)
-            found.append(Gpu(f"{number}:{part[2]}", part[3], f"{model} MIG {part[1]}"))
+            found[number] = Gpu(number, uuid, model)
+        elif part := SLICE.match(line):
+            found.pop(number, None)  # a GPU that is cut can only be used in slices
+            found[f"{number}:{part[2]}"] = Gpu(f"{number}:{part[2]}", part[3], f"{model} MIG {part[1]}")
     if listed.returncode or not found:
         remedy = "restart this machine or mend its driver; with CUDA_VISIBLE_DEVICES=-1 trainings run on the CPU"
         raise Refused(f"this machine's GPU does not answer (nvidia-smi: {words_of(listed)}); {remedy}")
-    return tuple(gpu for gpu in found if gpu.name not in cut)
+    return tuple(found.values())
 
 
 def gpus() -> list[Gpu]:
@@ -171,13 +169,16 @@ def gpus() -> list[Gpu]:
 
 
 def gpu_fault() -> str:
-    """What has become of a GPU since this process asked for the first time; '' while they all answer."""
-    before = gpus()
-    all_gpus.cache_clear()
+    """What has become of the GPUs since this process asked for the first time; '' while they are as they were."""
+    if not gpus():
+        return ""
     try:
-        return "" if gpus() == before else "a GPU has gone since this began; see ./run.sh doctor"
+        same = (
+            all_gpus.__wrapped__() == all_gpus()
+        )  # past the cache, which stays: results belong to the device it knows
     except Refused as e:
         return str(e)
+    return "" if same else "a GPU has gone since this began; see ./run.sh doctor"
 
 
 def gpu_called(word: str) -> Gpu:
