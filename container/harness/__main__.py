@@ -38,12 +38,13 @@ def by_agent() -> bool:
 def one_experiment() -> int:
     """Claude Code must show that its guard let this very call through. Raises Refused."""
     if by_agent():
-        name = re.sub(r"[^A-Za-z0-9_-]", "", os.environ.get("AR_PROOF", ""))
+        name = re.sub(r"[^A-Za-z0-9_-]", "", os.environ.get("CLAUDE_CODE_SESSION_ID", ""))
         proof = RUNS / "session" / f"proof.{name}"
         if not name or not proof.is_file():
             raise Refused(
-                "called by Claude Code, but its guard did not approve this call: the hooks are off or this is a typed "
-                f"'!' command. Start claude in {ROOT} with its hooks on, or use a terminal."
+                "called by Claude Code, but its guard did not approve this call: the hooks are off, another hook changed "
+                "it (./run.sh doctor names both), or this is a typed '!' command. "
+                f"Start claude in {ROOT} with its hooks on, or use a terminal."
             )
         proof.unlink()
     return experiment.run()
