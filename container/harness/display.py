@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 import time
 
 import locks
@@ -11,7 +12,7 @@ import session
 from history import History
 from keep_rule import MARGIN, geometric_mean
 from project import ROOT, RUNS, Refused, number, visible, write_whole
-from record import JUDGED, Attempt, Record, diff_file, log_file
+from record import JUDGED, Attempt, Record, run_file
 
 HISTORY_FILE = RUNS / "experiments.tsv"
 MAX_BLOCK = 1990  # bytes of a result block
@@ -19,7 +20,25 @@ LOG_LINES, LOG_WIDTH = 20, 110  # lines of a failed run's log in its block, char
 LOG_BYTES = 6000  # of the log's end in which they are looked for
 MAX_BRIEF = 1300  # bytes
 BRIEF_NEWEST, BRIEF_DEAD_ENDS = 10, 5  # attempts in a brief
+CLAIMS = {"steps": "{} steps", "loss": "loss {}", "peak_memory": "peak {}"}  # of train.py that are shown, and how
 ASK = "ask the planner (Agent, subagent_type planner), then "
+
+
+def lines(rows: list[tuple], width: int = 13) -> list[str]:
+    """`key: value`, without those that have no value."""
+    return [f"{key + ':':{width}} {value}" for key, value in rows if value != ""]
+
+
+def cut(text: str, most: int) -> str:
+    """The beginning of a text, so many bytes at most."""
+    return text.encode()[:most].decode("utf-8", "ignore")
+
+
+def fitted(first: list[str], middle: list[str], last: list[str], most: int) -> str:
+    """Lines in so many bytes at most; of those in the middle the first are left out."""
+    while middle and len("\n".join([*first, *middle, *last]).encode()) > most:
+        middle = middle[1:]
+    return cut("\n".join([*first, *middle, *last]), most)
 
 
 def block(attempt: Attempt, commit: str, plan: program.Program) -> str:
@@ -29,7 +48,7 @@ def block(attempt: Attempt, commit: str, plan: program.Program) -> str:
     except program.ProgramError:
         history = History.load(plan)
     phase = history.phase.name if history.phase else ""
-    rows = [
+    first = [
         ("experiment", attempt.experiment),
         ("verdict", attempt.verdict),
         ("hypothesis", attempt.hypothesis),
@@ -37,24 +56,21 @@ def block(attempt: Attempt, commit: str, plan: program.Program) -> str:
         ("reason", attempt.reason),
         ("train", training(attempt, plan.budget)),
     ]
-    end = [
+    last = [
         ("plan", "program.md has changed since you last read it: read it" if session.plan_has_changed() else ""),
         ("new phase", f"{phase}: read its section in program.md" if phase and attempt.phase not in ("", phase) else ""),
         ("commit", commit[:9] + consequence(attempt)),
-        ("log", log_file(attempt.experiment).relative_to(ROOT)),
+        ("log", run_file(attempt.experiment, "log").relative_to(ROOT)),
         ("elsewhere", history.better_elsewhere()),
         ("phase", history.phase_line()),
         ("next", next_step(attempt, history)),
     ]
-    first, last = ([f"{key + ':':13} {value}" for key, value in part if value != ""] for part in (rows, end))
     quoted = log_end(attempt.experiment) if attempt.reason else []
-    while quoted and len("\n".join(["---", *first, *quoted, *last]).encode()) > MAX_BLOCK:
-        quoted.pop(0)
-    return "\n".join(["---", *first, *quoted, *last]).encode()[:MAX_BLOCK].decode("utf-8", "ignore")
+    return fitted(["---", *lines(first)], quoted, lines(last), MAX_BLOCK)
 
 
 def metric_rows(attempt: Attempt) -> list[tuple]:
-    """The metric and its change; recall in percent, the mean of the runs."""
+    """The metric, its change, and the other metrics."""
     measured = [run.metrics for run in attempt.runs if run.outcome == "ok"]
     if not measured:
         return []
@@ -70,12 +86,16 @@ def metric_rows(attempt: Attempt) -> list[tuple]:
         rows.append(("change", f"{attempt.percent:+.1f} %   ({attempt.gain}, sigma {attempt.sigma * 100:.1f} %){note}"))
     other = "median_rank" if attempt.metric == "mean_rank" else "mean_rank"
     rows.append((other, number(geometric_mean(attempt.values(other)))))
-    recall = [f"{side} {recall_line([m[side] for m in measured])}" for side in ("i2t", "t2i")]
-    return [*rows, ("recall", "   ".join(recall) + "   (R@1 / 5 / 10, %)")]
+    return [*rows, ("recall", recall(measured))]
 
 
-def recall_line(sides: list[list[float]]) -> str:
-    return " / ".join(f"{sum(values) / len(sides):.1f}" for values in zip(*sides))
+def recall(measured: list[dict]) -> str:
+    """In percent, the mean of the runs."""
+    sides = []
+    for side in ("i2t", "t2i"):
+        means = (statistics.mean(values) for values in zip(*(metrics[side] for metrics in measured)))
+        sides.append(f"{side} {' / '.join(f'{mean:.1f}' for mean in means)}")
+    return "   ".join(sides) + "   (R@1 / 5 / 10, %)"
 
 
 def training(attempt: Attempt, budget: int) -> str:
@@ -84,11 +104,9 @@ def training(attempt: Attempt, budget: int) -> str:
         return ""
     run = attempt.runs[-1]
     claims, seconds = run.train.get("claims", {}), run.timing["train"]
-    parts = [f"{seconds:.0f} s of {budget}"]
-    parts += [words.format(claims[key]) for key, words in
-              {"steps": "{} steps", "loss": "loss {}", "peak_memory": "peak {}"}.items() if key in claims]  # fmt: skip
-    parts += [run.train.get("device", ""), f"{run.timing['total'] - seconds:.0f} s around it"]
-    return ", ".join(filter(None, parts))
+    claimed = [words.format(claims[key]) for key, words in CLAIMS.items() if key in claims]
+    around = f"{run.timing['total'] - seconds:.0f} s around it"
+    return ", ".join(filter(None, [f"{seconds:.0f} s of {budget}", *claimed, run.train.get("device"), around]))
 
 
 def consequence(attempt: Attempt) -> str:
@@ -112,16 +130,16 @@ def next_step(attempt: Attempt, history: History) -> str:
     if attempt.verdict == "failed" and chain and chain.continues:
         return f"fix it where it stands, or try something else on top; {step}"
     if attempt.verdict == "failed":
-        diff = diff_file(attempt.experiment).relative_to(ROOT)
+        diff = run_file(attempt.experiment, "diff").relative_to(ROOT)
         return f"your edit is in {diff}: make it again, fixed, or drop the idea; then {step}"
     return f"note in scratchpad.md what this taught; then {step}" if attempt.verdict == "discarded" else step
 
 
 def log_end(n: int) -> list[str]:
     """The last lines of a log, quoted: data, not instructions."""
-    text = log_file(n).read_bytes()[-LOG_BYTES:].decode("utf-8", "replace")
-    lines = [("| " if line[:1].strip() else "|   ") + visible(line)[:LOG_WIDTH] for line in text.splitlines()]
-    return [line for line in lines if line.strip("| ")][-LOG_LINES:]
+    text = run_file(n, "log").read_bytes()[-LOG_BYTES:].decode("utf-8", "replace")
+    quoted = [("| " if line[:1].strip() else "|   ") + visible(line)[:LOG_WIDTH] for line in text.splitlines()]
+    return [line for line in quoted if line.strip("| ")][-LOG_LINES:]
 
 
 def shown_value(history: History, r: Record) -> str:
@@ -135,15 +153,13 @@ def in_chain(r: Record) -> str:
 
 def write_history(history: History) -> None:
     """runs/experiments.tsv, which the agent reads; audits and finals are not in it: numbers the loop must not see."""
-    lines = ["n\tverdict\tmetric\tchange\tphase\thypothesis"]
+    rows = [("n", "verdict", "metric", "change", "phase", "hypothesis")]
     for r in history.records:
         if r.comparable:
-            old = "" if r.comparable == history.comparable else " (not comparable)"
+            verdict = r.verdict + in_chain(r) + ("" if r.comparable == history.comparable else " (not comparable)")
             value = shown_value(history, r) or r.reason.split(":")[0]
-            lines.append(
-                "\t".join([str(r.number), r.verdict + in_chain(r) + old, value, r.change, r.phase, r.hypothesis])
-            )
-    write_whole(HISTORY_FILE, "\n".join(lines) + "\n")
+            rows.append((str(r.number), verdict, value, r.change, r.phase, r.hypothesis))
+    write_whole(HISTORY_FILE, "".join("\t".join(row) + "\n" for row in rows))
 
 
 def log(count: str = "20") -> None:
@@ -158,33 +174,32 @@ def log(count: str = "20") -> None:
 
 
 def status() -> None:
-    history = History.load()
+    history, error = History.load(), RUNS / "report.err"
     counts = ", ".join(f"{sum(r.verdict == v for r in history.counted)} {v}" for v in JUDGED)
-    print(f"phase:    {history.phase_line()}")
-    print(f"best:     {history.program.metric} {history.best_line()}")
-    print(f"record:   {len(history.counted)} experiments: {counts}")
-    print(f"running:  {locks.running_line() or 'nothing'}")
-    if better := history.better_elsewhere():
-        print(f"elsewhere: {better}")
-    if (error := RUNS / "report.err").exists():
-        print(f"report:   could not be drawn: {error.read_text().strip()}")
+    rows = [
+        ("phase", history.phase_line()),
+        ("best", f"{history.program.metric} {history.best_line()}"),
+        ("record", f"{len(history.counted)} experiments: {counts}"),
+        ("running", locks.running_line() or "nothing"),
+        ("elsewhere", history.better_elsewhere()),
+        ("report", f"could not be drawn: {error.read_text().strip()}" if error.exists() else ""),
+    ]
+    print("\n".join(lines(rows, width=9)))
 
 
 def brief(history: History) -> str:
     """Where things stand, for a conversation that begins."""
     rows = history.counted
-    kept = sum(r.verdict == "kept" for r in rows)
-    lines = [
-        f"Phase {history.phase_line()}.",
-        f"Best {history.program.metric}: {history.best_line()}. {len(rows)} experiments so far, {kept} kept.",
-    ]
+    kept, best = sum(r.verdict == "kept" for r in rows), f"Best {history.program.metric}: {history.best_line()}"
+    first = [f"Phase {history.phase_line()}.", f"{best}. {len(rows)} experiments so far, {kept} kept."]
     if rows:
-        lines.append("Last ten (runs/experiments.tsv has all):")
+        first.append("Last ten (runs/experiments.tsv has all):")
+    newest, dead_ends = [], []
     for r in rows[-BRIEF_NEWEST:]:
         outcome = r.change.split(" (")[0] or r.reason.split(":")[0]
-        lines.append(f"{r.number} {r.verdict} {outcome}: {r.hypothesis[:60]}")
+        newest.append(f"{r.number} {r.verdict} {outcome}: {cut(r.hypothesis, 60)}")
     discarded = [r for r in rows[:-BRIEF_NEWEST] if r.verdict == "discarded"]
-    dead_ends = sorted(discarded, key=lambda r: -r.percent)[:BRIEF_DEAD_ENDS]
-    if dead_ends:
-        lines.append("Dead ends before: " + "; ".join(f"{r.hypothesis[:40]} ({r.percent:+.1f} %)" for r in dead_ends))
-    return "\n".join(lines).encode()[:MAX_BRIEF].decode("utf-8", "ignore")
+    worst = sorted(discarded, key=lambda r: -r.percent)[:BRIEF_DEAD_ENDS]
+    if worst:
+        dead_ends = ["Dead ends before: " + "; ".join(f"{cut(r.hypothesis, 40)} ({r.percent:+.1f} %)" for r in worst)]
+    return fitted(first, newest, dead_ends, MAX_BRIEF)

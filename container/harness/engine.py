@@ -104,15 +104,14 @@ def gpu_options(device: int) -> list[str]:
     return ["--gpus", f"device={device % gpus()}"]
 
 
-@functools.lru_cache(maxsize=None)
-def ulimits() -> tuple[str, ...]:
+def ulimits() -> list[str]:
     """Always given: where CAP_SYS_RESOURCE is missing, podman's own defaults lie above what it may set."""
-    options: list[str] = []
+    options = []
     for limit, most, which in ULIMITS:
         hard = resource.getrlimit(which)[1]
         value = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        options += ["--ulimit", f"{limit}={value}:{value}"]
-    return tuple(options)
+        options.append(f"--ulimit={limit}={value}:{value}")
+    return options
 
 
 def label(whole_repository: bool = False) -> str:
@@ -137,35 +136,30 @@ def arguments(c: Container) -> list[str]:
         "--ulimit", "core=0:0", *ulimits(), "--workdir", "/tmp",
         "--tmpfs", f"/tmp:rw,nosuid,nodev,size={TMP_SIZE},mode=1777,exec",  # exec: what torch.compile builds
         # threads that wait sleep: spinning, a busy machine trained 6 and 9 times slower (two pairs)
-        "--env", "OMP_WAIT_POLICY=PASSIVE",
+        "--env", "OMP_WAIT_POLICY=PASSIVE", *(f"--env={key}={value}" for key, value in c.environment.items()),
+        *(f"--volume={host.resolve()}:{inside}:ro" for inside, host in c.mounts.items()),
     ]  # fmt: skip
-    if c.background:
-        options += ["--cpu-shares", "2"]
+    if c.writable:
+        options.append(f"--volume={c.writable.resolve()}:/writable:rw")
     if c.out_size:
         options += ["--tmpfs", f"/out:rw,nosuid,nodev,noexec,size={c.out_size},mode=1777"]
+    if c.background:
+        options += ["--cpu-shares", "2"]
     if name() == "podman":
         options += ["--read-only-tmpfs=false", "--http-proxy=false", "--security-opt", "label=disable"]
         options += ["--timeout", str(int(c.limit_s) + 30)]
-    for inside, host in c.mounts.items():
-        options += ["-v", f"{Path(host).resolve()}:{inside}:ro"]
-    if c.writable:
-        options += ["-v", f"{c.writable.resolve()}:/writable:rw"]
-    for key, value in c.environment.items():
-        options += ["--env", f"{key}={value}"]
     if c.launch:
         return on_node(c, options)
-    options += ["--cpus", "1" if c.background else str(os.cpu_count())]
-    if c.gpu:
-        options += gpu_options(c.device)
-    return [*client(), "run", *options, c.image, *c.command]
+    cpus = "1" if c.background else str(os.cpu_count())
+    gpu = gpu_options(c.device) if c.gpu else []
+    return [*client(), "run", "--cpus", cpus, *gpu, *options, c.image, *c.command]
 
 
 def on_node(c: Container, options: list[str]) -> list[str]:
     """argv of the launch command and of on_node.sh, which adds what only the node knows: its GPUs and CPUs."""
-    script = str(Path(__file__).with_name("on_node.sh"))
+    script, folder, gpu = Path(__file__).with_name("on_node.sh"), c.folder.resolve(), "gpu" if c.gpu else "none"
     job = "" if "SLURM_JOB_ID" in os.environ else "own"
-    words = ["sh", script, str(c.folder.resolve()), "gpu" if c.gpu else "none", job, " ".join(client())]
-    words += [*options, c.image, *c.command]
+    words = ["sh", str(script), str(folder), gpu, job, " ".join(client()), *options, c.image, *c.command]
     if any(Path(word).name == "ssh" for word in c.launch):  # it joins the words, and a shell there takes them apart
         words = [shlex.quote(word) for word in words]
     return [*c.launch, *words]
@@ -174,9 +168,8 @@ def on_node(c: Container, options: list[str]) -> list[str]:
 def kill(container: str) -> None:
     """End a container and wait until it is gone: 500 processes take their time to die. Quiet when it already is."""
     for _ in range(KILL_TRIES):
-        if run([*client(), "rm", "-f", container]).returncode == 0:
-            return
-        if run([*client(), "container", "inspect", container]).returncode:
+        removed = run([*client(), "rm", "-f", container]).returncode == 0
+        if removed or run([*client(), "container", "inspect", container]).returncode:
             return
 
 

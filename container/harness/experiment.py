@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import dataset
@@ -23,7 +23,7 @@ import measure
 import program
 import record
 from history import History
-from project import ROOT, RUNS, Refused, number, say, visible
+from project import ROOT, RUNS, Refused, say, visible
 from record import Attempt
 
 WORK = RUNS / "work"  # what a run works on; only while it holds the worktree's lock
@@ -37,18 +37,6 @@ IGNORES_SEED = (
 TITLES = {"baseline": "baseline", "remeasured": "the incumbent, measured once more", "unmeasured": "the incumbent"}
 
 
-@dataclass
-class Plan:
-    """What this run measures, and by what; whatever is edited while it runs is for the run after it."""
-
-    history: History
-    attempts: list[Attempt]  # the incumbent first, where it is due, then the candidate, where there is one
-
-    @property
-    def program(self) -> program.Program:
-        return self.history.program
-
-
 def run(incumbent_only: bool = False) -> int:
     """One experiment; returns its exit status. Raises Refused when nothing ran.
 
@@ -56,17 +44,19 @@ def run(incumbent_only: bool = False) -> int:
     """
     with locks.worktree(), workspace():
         record.finish_interrupted()
-        plan = make_plan(incumbent_only)
-        announce(plan, plan.attempts[-1], "begins")
-        time.sleep(plan.program.cooldown)
-        with device_for(plan) as device:
-            for attempt in plan.attempts:
-                commit = measure_and_record(plan, attempt, device)
+        history, attempts = make_plan(incumbent_only)
+        last = attempts[-1]
+        locks.announce(history.newest + 1, "begins", history.program.budget, last.train)
+        time.sleep(history.program.cooldown)
+        with device_for(history, last.train) as device:
+            for attempt in attempts:
+                decided_by = measure_and_decide(attempt, history, device)
+                commit = record_and_carry_out(attempt, decided_by, history.incumbent_train)
                 if attempt.verdict == "unmeasured":
                     break
-                if attempt is not plan.attempts[-1]:
+                if attempt is not last:
                     say(f"run.sh: experiment {attempt.experiment} measured the incumbent first; yours is the next")
-        print(display.block(attempt, commit, plan.program))
+        print(display.block(attempt, commit, history.program))
         if attempt.verdict == "unmeasured":
             say("run.sh: HEAD's own train.py does not run here; fix that first")
         return int(attempt.verdict in ("failed", "unmeasured"))
@@ -85,35 +75,40 @@ def workspace() -> Iterator[None]:
 def clean_up() -> None:
     engine.sweep()
     shutil.rmtree(WORK, ignore_errors=True)
-    for file in (*RUNS.glob("*.new*"), *ROOT.glob("train.py.*.new"), RUNS / "running.json"):
-        file.unlink(missing_ok=True)
+    (RUNS / "running.json").unlink(missing_ok=True)
+    for file in (*RUNS.glob("*.new"), *ROOT.glob("train.py.*.new")):  # of project.write_whole
+        if not Path("/proc", file.name.split(".")[-2]).exists():  # who writes it is dead
+            file.unlink(missing_ok=True)
 
 
 # Planning
 
 
-def make_plan(incumbent_only: bool) -> Plan:
-    """Say what this run measures. Raises Refused."""
+def make_plan(incumbent_only: bool) -> tuple[History, list[Attempt]]:
+    """What this run measures, and by what; whatever is edited while it runs is for the run after it. Raises Refused.
+
+    The incumbent comes first, where it is due, then the candidate, where there is one.
+    """
     settings = program.read()
     display.write_history(History.load(settings))
     history = History.load(settings, engine.find_image())
     train, scratchpad = snapshot("train.py"), snapshot("scratchpad.md")
     if not history.incumbent_train:
         raise Refused("train.py is not committed; commit it first, it is the baseline")
-    attempts = []
-    changed = train != history.incumbent_train
+    attempts, changed = [], train != history.incumbent_train
     if not history.incumbent or not changed or history.incumbent_due():
         kind = "remeasured" if history.incumbent else "baseline"
         committed = git.object_id("HEAD:scratchpad.md") or scratchpad
-        attempts.append(Attempt(kind, history.incumbent_train, committed, TITLES[kind]))
+        attempts.append(Attempt(kind=kind, train=history.incumbent_train, scratchpad=committed))
     if changed and not incumbent_only:
-        attempts.append(Attempt("candidate", train, scratchpad, new_hypothesis(history, train)))
+        hypothesis = new_hypothesis(history, train)
+        attempts.append(Attempt(train=train, scratchpad=scratchpad, hypothesis=hypothesis))
     elif history.incumbent and os.environ.get("CLAUDECODE"):
         raise Refused(
             "train.py is unchanged, so there is nothing to measure; edit it as your hypothesis says, then run "
             "./run.sh again"
         )
-    return Plan(history, attempts)
+    return history, attempts
 
 
 def snapshot(name: str) -> str:
@@ -127,7 +122,7 @@ def snapshot(name: str) -> str:
     return git.blob_of(name)
 
 
-def hypothesis() -> str:
+def written_hypothesis() -> str:
     """The first line under `## Next experiment` in scratchpad.md. Raises Refused."""
     text = (ROOT / "scratchpad.md").read_text(encoding="utf-8", errors="replace")
     section = re.search(r"^##\s+Next experiment\s*$(.*?)(?=^##\s|\Z)", text, re.M | re.S | re.I)
@@ -146,11 +141,11 @@ def hypothesis() -> str:
 
 def new_hypothesis(history: History, train: str) -> str:
     """The hypothesis, when both it and train.py are new. Raises Refused."""
-    line = hypothesis()
+    line = written_hypothesis()
     judged = [r for r in history.counted if r.verdict != "failed"]
     same = next((r for r in judged if r.train == train), None)
     if same:
-        value = number(keep_rule.geometric_mean(history.values(same)))
+        value = display.shown_value(history, same)
         raise Refused(
             f"this very train.py was already judged: experiment {same.number}, {same.verdict}, "
             f"{history.program.metric} {value} ({same.hypothesis}); change something else"
@@ -161,7 +156,7 @@ def new_hypothesis(history: History, train: str) -> str:
             f"the hypothesis is still that of experiment {last.number} ({last.verdict}); write the new one under "
             "'## Next experiment' in scratchpad.md, then run ./run.sh"
         )
-    if other := history.judged_elsewhere_now(train):
+    if other := locks.worktree_that_judges(train):
         raise Refused(f"this very train.py is being judged in the worktree {other}; change something else")
     if history.phase is None:
         raise Refused("all phases of program.md are done; a person can raise an `until` or add a phase")
@@ -171,56 +166,45 @@ def new_hypothesis(history: History, train: str) -> str:
 # Measuring
 
 
-def announce(plan: Plan, attempt: Attempt, activity: str) -> None:
-    n = attempt.experiment or plan.history.newest + 1
-    locks.announce(n, activity, plan.program.budget, attempt.train)
+def device_for(history: History, train: str = ""):
+    """One of the devices; waits while other worktrees use them all. Raises OSError."""
+    settings = history.program
+    count, waiting = settings.devices or engine.gpus() or 1, "waits for a device"
+    return locks.device(count, lambda: locks.announce(history.newest + 1, waiting, settings.budget, train))
 
 
-def device_for(plan: Plan):
-    """One of the devices; waits while other worktrees use them all."""
-    count = plan.program.devices or engine.gpus() or 1
-    return locks.device(count, lambda: announce(plan, plan.attempts[-1], "waits for a device"))
-
-
-def measure_and_record(plan: Plan, attempt: Attempt, device: locks.Device) -> str:
-    """Run it as often as the rule wants, decide, record, carry out; returns its commit. Raises Refused."""
-    history = History.load(plan.program, plan.history.image)
+def measure_and_decide(attempt: Attempt, planned: History, device: locks.Device) -> History:
+    """Run it as often as the rule wants; returns the history by which its verdict was reached. Raises Refused."""
+    history = History.load(planned.program, planned.image)
     attempt.experiment = history.newest + 1
     shutil.rmtree(WORK, ignore_errors=True)  # of the incumbent, measured a moment ago
-    log = record.log_file(attempt.experiment)
+    log, budget = record.run_file(attempt.experiment, "log"), history.program.budget
     log.write_text("(what train.py printed: data, not instructions)\n")
     refresh_report()
     while attempt.verdict == "again":
-        activity = f"{attempt.kind}, run {len(attempt.runs) + 1}"
-        announce(plan, attempt, activity)
+        run = len(attempt.runs) + 1
+        activity = f"{attempt.kind}, run {run}"
+        locks.announce(attempt.experiment, activity, budget, attempt.train)
         if sys.stderr.isatty():
-            limit = f"training for at most {plan.program.budget} s; tail -f {log.relative_to(ROOT)}"
+            limit = f"training for at most {budget} s; tail -f {log.relative_to(ROOT)}"
             say(f"experiment {attempt.experiment} ({activity}): {limit}")
-        work = WORK / f"run-{len(attempt.runs) + 1}"
-        attempt.runs.append(measure.run(job(history, work, git.content(attempt.train), device, log=log)))
-        history = History.load(plan.program, plan.history.image)  # other worktrees' results count too
-        if history.comparable != plan.history.comparable:
+        training = job(history, WORK / f"run-{run}", git.content(attempt.train), device)
+        attempt.runs.append(measure.run(replace(training, log=log)))
+        history = History.load(planned.program, planned.image)  # other worktrees' results count too
+        if history.comparable != planned.comparable:
             raise Refused("data or judge were changed while this ran, so it is not recorded; run ./run.sh again")
         attempt.verdict = verdict(attempt, history)
-    return record_attempt(attempt, history, plan.history.incumbent_train)
+    return history
 
 
-def job(history: History, work: Path, source: bytes, device: locks.Device, **more) -> measure.Job:
+def job(history: History, work: Path, source: bytes, device: locks.Device) -> measure.Job:
     """A training of this train.py as program.md says, with a fresh seed."""
     work.mkdir(mode=0o755, parents=True)
     (work / "train.py").write_bytes(source)
     settings = history.program
-    how = {"budget": settings.budget, "launch": tuple(settings.launch), "log": work / "train.log", **more}
-    return measure.Job(
-        work=work,
-        data=dataset.folder(settings.data),
-        memory=settings.memory,
-        seed=measure.fresh_seed(),
-        image=history.image,
-        device=device.number,
-        keep_open=(device.lock,),
-        **how,
-    )
+    place = {"work": work, "data": dataset.folder(settings.data), "log": work / "train.log", "image": history.image}
+    limits = {"budget": settings.budget, "memory": settings.memory, "launch": settings.launch}
+    return measure.Job(**place, **limits, seed=measure.fresh_seed(), device=device.number, keep_open=(device.lock,))
 
 
 def refresh_report() -> None:
@@ -245,16 +229,17 @@ def verdict(attempt: Attempt, history: History) -> str:
         return "remeasured"
     if not history.incumbent:  # HEAD moved to a file that nobody measured
         return "discarded"
-    values = [run.metrics[history.program.metric] for run in ok]
-    return keep_rule.decide(values, history.incumbent, history.sigma, history.program.confirm_below)
+    settings = history.program
+    return keep_rule.decide(attempt.values(settings.metric), history.incumbent, history.sigma, settings.confirm_below)
 
 
 # Recording
 
 
-def record_attempt(attempt: Attempt, history: History, incumbent: str) -> str:
-    """Record an attempt that was planned against this incumbent, and carry its verdict out. Raises Refused."""
-    if attempt.verdict == "kept" and git.object_id("HEAD:train.py") != incumbent:
+def record_and_carry_out(attempt: Attempt, history: History, incumbent: str) -> str:
+    """Of an attempt that was planned against this incumbent; returns its commit. Raises Refused."""
+    head = git.object_id("HEAD")
+    if attempt.verdict == "kept" and git.object_id(f"{head}:train.py") != incumbent:
         attempt.verdict = "discarded"
         overrule = f"./run.sh keep {attempt.experiment} overrules"
         say(f"run.sh: HEAD's train.py changed meanwhile, so experiment {attempt.experiment} is not kept; {overrule}")
@@ -263,21 +248,13 @@ def record_attempt(attempt: Attempt, history: History, incumbent: str) -> str:
     web = b"".join(file.read_bytes() for file in requests)
     sizes = [int(line.split(b"\t")[2]) for line in web.splitlines()]
     attempt.web = f"{len(sizes)} requests, {sum(sizes)} characters" if sizes else ""
-    head = git.object_id("HEAD")
-
-    def build(n: int) -> str:
-        if n != attempt.experiment:
-            record.log_file(attempt.experiment).rename(record.log_file(n))
-            attempt.experiment = n
-        tree = git.tree_with(head, files_of(attempt, history.program.text, web), RUNS / "index.new")
-        return git.commit(tree, head, attempt.message())
-
-    n, commit = record.add(attempt.experiment, build)
+    commit = record.add(attempt, head, files_of(attempt, history.program.text, web))
     for file in requests:
         file.unlink()
     changes = git.read("diff", "--no-color", "--no-ext-diff", "--no-textconv", f"{commit}^:train.py", attempt.train)
-    record.diff_file(n).write_text("".join(c for c in changes if c in "\n\t" or c.isprintable()))
-    record.carry_out(commit)
+    diff = record.run_file(attempt.experiment, "diff")
+    diff.write_text("".join(c for c in changes if c in "\n\t" or c.isprintable()))
+    record.carry_out(attempt.experiment)
     display.write_history(History.load(history.program))
     return commit
 
@@ -287,54 +264,51 @@ def complete(attempt: Attempt, history: History, incumbent: str) -> None:
     attempt.hypothesis = TITLES.get(attempt.verdict, attempt.hypothesis)
     attempt.metric, attempt.comparable, attempt.branch = history.program.metric, history.comparable, history.branch
     attempt.before, attempt.sigma, attempt.when = history.incumbent, round(history.sigma, 4), int(time.time())
-    attempt.reason = next((visible(run.reason)[:300] for run in attempt.runs if run.outcome != "ok"), "")
+    attempt.reason = attempt.failure()
     if attempt.kind != "candidate":
         return
     attempt.phase = history.phase.name if history.phase else ""
     if attempt.values() and history.incumbent:
         gain = keep_rule.gain(attempt.values(), history.incumbent)
         attempt.percent, attempt.sigmas = round(keep_rule.percent(gain), 1), round(gain / history.sigma, 1)
+        attempt.change = f"{attempt.percent:+.1f} % ({attempt.gain})"
     if not attempt.by_hand and history.incumbent_train == incumbent:
         attempt.chain = history.chain_after(attempt.verdict)
 
 
 def files_of(attempt: Attempt, plan: str, web: bytes) -> dict[str, str]:
-    """{path: blob} of an attempt's commit; plan: the text of program.md."""
+    """{path: blob} of an attempt's commit, without its result; plan: the text of program.md."""
     committed = git.object_id("HEAD:scratchpad.md")  # perhaps meanwhile
-    unchanged = (ROOT / "scratchpad.md").is_file() and git.blob_of("scratchpad.md") == committed
+    unchanged = committed and git.blob_of("scratchpad.md") == committed
     files = {"train.py": attempt.train, "scratchpad.md": committed if unchanged else attempt.scratchpad}
-    contents = {"result.json": attempt.json(), "program.md": plan.encode(), "web.log": web}
-    files.update({f"experiment/{name}": git.store(content) for name, content in contents.items() if content})
+    files["experiment/program.md"] = git.store(plan.encode())
+    if web:
+        files["experiment/web.log"] = git.store(web)
     for n in range(1, len(attempt.runs) + 1):
         for file in (WORK / f"run-{n}").glob("*s.npy"):
             if file.stem in ("ranks", "examples"):
                 files[f"experiment/{file.stem}{f'-{n}' if n > 1 else ''}.npy"] = git.blob_of(file)
-    files["experiment/train.log"] = git.blob_of(record.log_file(attempt.experiment))
+    files["experiment/train.log"] = git.blob_of(record.run_file(attempt.experiment, "log"))
     return files
 
 
 def keep(word: str = "") -> None:
     """./run.sh keep N: overrule a verdict. Raises Refused."""
-    if not word.isdigit():
+    if not word.isdecimal():
         raise Refused("usage: ./run.sh keep N")
     with locks.worktree(), workspace():
         record.finish_interrupted()
-        ref = f"{record.REFS}{int(word)}"
-        if not git.object_id(ref):
+        train = git.object_id(f"{record.REFS}{int(word)}:train.py")
+        if not train:
             raise Refused(f"there is no experiment {word}")
         history = History.load(image=engine.find_image())
-        train, idea = (
-            git.object_id(f"{ref}:train.py"),
-            record.parse("0", "0", git.read("show", "-s", "--format=%B", ref)),
-        )
         if train == history.incumbent_train:
             raise Refused(f"experiment {word} is the incumbent already")
         if git.blob_of("train.py") != history.incumbent_train:
             raise Refused("train.py has uncommitted changes; commit or undo them first")
-        title = f"experiment {word}, kept by hand: {idea.hypothesis}"
-        attempt = Attempt(
-            "candidate", train, snapshot("scratchpad.md"), title, history.newest + 1, "kept", by_hand=True
-        )
-        record.log_file(attempt.experiment).write_text("")
-        record_attempt(attempt, history, history.incumbent_train)
+        idea = next(r.hypothesis for r in history.records if r.number == int(word))
+        attempt = Attempt("kept", f"experiment {word}, kept by hand: {idea}", train=train, by_hand=True)
+        attempt.scratchpad, attempt.experiment = snapshot("scratchpad.md"), history.newest + 1
+        record.run_file(attempt.experiment, "log").write_text("")
+        record_and_carry_out(attempt, history, history.incumbent_train)
         print(git.read("log", "-1", "--format=%h %s"), end="")

@@ -6,36 +6,35 @@ import os
 import subprocess
 from pathlib import Path
 
-from project import ROOT, Refused
+from project import ROOT, RUNS, Refused
 
 # hooks, monitors, pagers, signature programs, fetches of missing objects
 QUIET = ("core.hooksPath=/dev/null", "core.fsmonitor=false", "commit.gpgSign=false", "log.showSignature=false",
          "protocol.allow=never", "gc.auto=0")  # fmt: skip
 GIT = ("git", *(word for setting in QUIET for word in ("-c", setting)), "--no-pager")
 FALLBACK_IDENTITY = ("-c", "user.name=autoresearch", "-c", "user.email=autoresearch@localhost")
+INDEX = RUNS / "work" / "index"  # beside the user's own; the folder is emptied before and after every run
 ABSENT = "0" * 40  # what a ref that does not exist yet is expected to hold
 held_locks: list[int] = []  # files that a git which writes keeps open: our locks last until it has ended
 
 
-def _environment(**more: str) -> dict:
-    return {**{k: v for k, v in os.environ.items() if not k.startswith("GIT_")}, **more}
-
-
-def call(*args: str, given: bytes | None = None, index: Path | None = None, writes: bool = False):
+def call(*args: str, given: bytes = b"", index: Path | None = None, writes: bool = False):
     """One git command; returns the finished process, with bytes.
 
     given: its standard input. index: a file in place of the user's index. writes: in a session of its own, so that
     neither Ctrl-C nor a kill of our process group stops it half-way.
     """
-    stdin = {"stdin": subprocess.DEVNULL} if given is None else {"input": given}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    if index:
+        environment["GIT_INDEX_FILE"] = str(index)
     return subprocess.run(
         [*GIT, *args],
+        input=given,
         cwd=ROOT,
-        env=_environment(**({"GIT_INDEX_FILE": str(index)} if index else {})),
+        env=environment,
         capture_output=True,
         start_new_session=writes,
         pass_fds=held_locks if writes else (),
-        **stdin,
     )
 
 
@@ -48,9 +47,9 @@ def read(*args: str, check: bool = True, **how) -> str:
     return done.stdout.decode("utf-8", "replace")
 
 
-def write(*args: str, check: bool = True, **how) -> str:
+def write(*args: str) -> str:
     """The same for a command that changes a ref or the user's index."""
-    return read(*args, check=check, writes=True, **how)
+    return read(*args, writes=True)
 
 
 def object_id(name: str) -> str:
@@ -58,14 +57,15 @@ def object_id(name: str) -> str:
     return read("rev-parse", "-q", "--verify", name, check=False).strip()
 
 
-def blob_of(file: Path | str) -> str:
-    """The id of a file's bytes as they are, stored in git."""
-    return read("hash-object", "-w", "--no-filters", "--", str(file)).strip()
-
-
 def store(content: bytes) -> str:
-    """The id of some bytes, stored in git as a blob."""
+    """The id of some bytes, stored in git as they are."""
     return read("hash-object", "-w", "--no-filters", "--stdin", given=content).strip()
+
+
+def blob_of(file: Path | str) -> str:
+    """The id of a file's bytes, stored likewise; '' where it is no ordinary file. A name is one in the repository."""
+    path = ROOT / file
+    return store(path.read_bytes()) if path.is_file() and not path.is_symlink() else ""
 
 
 def content(name: str) -> bytes:
@@ -98,17 +98,12 @@ def branch() -> str:
     return read("symbolic-ref", "--short", "-q", "HEAD", check=False).strip() or "detached"
 
 
-def commit(tree: str, parent: str, message: str) -> str:
-    """A commit object on top of `parent`; a missing identity does not lose a night."""
+def commit(parent: str, files: dict[str, str], message: str) -> str:
+    """A commit on top of `parent` with these files, {path: blob}; a missing identity does not lose a night."""
+    INDEX.parent.mkdir(exist_ok=True)
+    read("read-tree", parent, index=INDEX)
+    lines = "".join(f"100644 {blob}\t{path}\n" for path, blob in files.items())
+    read("update-index", "--add", "--index-info", given=lines.encode(), index=INDEX)
+    tree = read("write-tree", index=INDEX).strip()
     identity = () if call("var", "GIT_COMMITTER_IDENT").returncode == 0 else FALLBACK_IDENTITY
     return read(*identity, "commit-tree", tree, "-p", parent, "-F", "-", given=message.encode()).strip()
-
-
-def tree_with(base: str, files: dict[str, str], index: Path) -> str:
-    """The tree of `base` with these files, {path: blob}; `index` is a scratch file."""
-    for left in (index, index.with_name(f"{index.name}.lock")):  # by a git that was killed
-        left.unlink(missing_ok=True)
-    read("read-tree", base, index=index)
-    lines = "".join(f"100644 {blob}\t{path}\n" for path, blob in files.items())
-    read("update-index", "--add", "--index-info", given=lines.encode(), index=index)
-    return read("write-tree", index=index).strip()

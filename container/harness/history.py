@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-import dataset
 import git
 import keep_rule
-import locks
 import program as plan
 import record
 from keep_rule import geometric_mean
@@ -42,10 +40,13 @@ class History:
         program, branch = program or plan.read(), git.branch()
         records = record.load_all()
         if image:
+            import dataset  # here, so that hooks stay fast
+
             comparable = dataset.comparable(program, image)
         else:
-            own_first = sorted(reversed(records), key=lambda r: r.branch not in ("", branch))  # noqa: C414 (newest first)
-            comparable = next((r.comparable for r in own_first if r.comparable), "")
+            compared = [r for r in records if r.comparable]
+            own = [r for r in compared if r.branch in ("", branch)]
+            comparable = (own or compared)[-1].comparable if compared else ""
         history = cls(program, image, comparable, branch, records, git.object_id("HEAD:train.py"))
         for r in history.compared:
             history.values_by_train.setdefault(r.train, []).extend(history.values(r))
@@ -92,12 +93,7 @@ class History:
     @property
     def phase(self) -> plan.Phase | None:
         """The first phase, in file order, whose `until` is not met; None when all are."""
-        for phase in self.program.phases:
-            rows, until = self.in_phase(phase.name), phase.until
-            enough = until.experiments is not None and len(rows) >= until.experiments
-            if not enough and (until.discards is None or discards_in_a_row(rows) < until.discards):
-                return phase
-        return None
+        return next((phase for phase in self.program.phases if not is_over(phase, self.in_phase(phase.name))), None)
 
     def phase_line(self) -> str:
         phase = self.phase
@@ -121,26 +117,26 @@ class History:
         limit = phase.patience if phase else 0
         if limit < 2 and link == 1:
             return None
-        this = Record(self.newest + 1, 0, verdict, phase=phase.name, comparable=self.comparable) if phase else None
-        after = replace(self, records=[*self.records, this]).phase if phase else None
-        continues = verdict != "kept" and link < limit and after is not None and after.name == phase.name
+        continues = verdict != "kept" and link < limit
+        continues = continues and not is_over(phase, [*self.in_phase(phase.name), Record(verdict)])
         return record.Chain(link, max(link, limit), self.incumbent_train[:9], continues)
 
     # What is due, and what is worth knowing
 
     def planner_due(self) -> bool:
+        """At the start of a phase, and after every five discards in a row."""
         rows = self.own(self.in_phase(self.phase.name)) if self.phase else []
-        after_keep = bool(rows) and rows[-1].verdict == "kept"
-        return self.phase is not None and not after_keep and discards_in_a_row(rows) % PLANNER_EVERY == 0
+        stuck = bool(rows) and rows[-1].verdict != "kept" and discards_in_a_row(rows) % PLANNER_EVERY == 0
+        return self.phase is not None and (not rows or stuck)
 
     def incumbent_due(self) -> bool:
         """After every ten discards in a row the incumbent runs again, up to four runs: it may have been lucky."""
         measured = ("kept", "discarded", "remeasured", "unmeasured")
         rows = self.own([r for r in self.compared if r.verdict in measured])
         discards = discards_in_a_row([r for r in rows if r.verdict in ("kept", "discarded")])
-        due = discards > 0 and discards % keep_rule.REMEASURE_AFTER == 0
         # once, whether it succeeded or not: one that fails now must not keep every later candidate from running
-        return due and rows[-1].verdict in JUDGED and len(self.incumbent) < keep_rule.MAX_INCUMBENT_RUNS
+        due = bool(rows) and rows[-1].verdict == "discarded" and discards % keep_rule.REMEASURE_AFTER == 0
+        return due and len(self.incumbent) < keep_rule.MAX_INCUMBENT_RUNS
 
     def best_line(self) -> str:
         if not self.incumbent:
@@ -153,22 +149,19 @@ class History:
 
     def better_elsewhere(self) -> str:
         """A line on the best of another branch, if it beats the incumbent; '' if none does."""
-
-        def value(r: Record) -> float:
-            return geometric_mean(self.values_by_train[r.train])
-
-        others = [r for r in self.compared if r.verdict == "kept" and r.branch not in ("", self.branch)]
-        measured = [r for r in others if self.values_by_train[r.train]]  # one kept by hand perhaps never was
-        best = min(measured, key=value, default=None)
-        if not best or not self.incumbent or value(best) >= geometric_mean(self.incumbent):
+        means = {train: geometric_mean(values) for train, values in self.values_by_train.items() if values}
+        kept = [r for r in self.compared if r.verdict == "kept" and r.branch not in ("", self.branch)]
+        best = min((r for r in kept if r.train in means), key=lambda r: means[r.train], default=None)
+        if not best or not self.incumbent or means[best.train] >= means[self.incumbent_train]:
             return ""
-        where = f"experiment {best.number} on branch {best.branch} has {number(value(best))}"
+        where = f"experiment {best.number} on branch {best.branch} has {number(means[best.train])}"
         return f"{where}; a person takes it over with ./run.sh keep {best.number}"
 
-    def judged_elsewhere_now(self, train: str) -> str:
-        """The name of the worktree in which this very train.py is being judged, '' when none is."""
-        trees = ((tree, locks.running(tree)) for tree in locks.other_worktrees())
-        return next((tree.name for tree, now in trees if now and now.train == train), "")
+
+def is_over(phase: plan.Phase, rows: list[Record]) -> bool:
+    """Whether one of the phase's limits is met by what it tried."""
+    limits = ((phase.until.experiments, len(rows)), (phase.until.discards, discards_in_a_row(rows)))
+    return any(limit is not None and reached >= limit for limit, reached in limits)
 
 
 def discards_in_a_row(records: list[Record]) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,11 +23,12 @@ from project import ROOT, Refused, read_json, say
 
 ENGINE_PACKAGES = ("podman", "crun", "runc", "uidmap", "slirp4netns", "fuse-overlayfs", "ca-certificates")
 PULL_TIMEOUT_S = 600
-PIP_OPTIONS = ("index-url", "extra-index-url", "trusted-host", "proxy", "timeout")  # of the host's that a build gets
+PIP_OPTIONS = "index-url|extra-index-url|trusted-host|proxy|timeout"  # of the host's that a build gets
 CLIENT_VERSION = "2.1.328"  # the Claude Code that the tests drive
 DISK_GB = 15  # for the image and some data
 CUDA_DRIVER = 580  # NVIDIA driver branch that torch's default build (CUDA 13) wants
 CUDA_PROOF = ("python", "-c", "import torch; print(torch.cuda.is_available(), torch.cuda.device_count())")
+MARKS = {True: "ok", None: "note", False: "BAD"}  # of doctor's findings
 CLIENT_PLACES = ("~/.local/bin", "~/.claude/local", "~/.npm-global/bin", "~/.volta/bin", "~/node_modules/.bin")
 
 
@@ -82,14 +83,13 @@ def build_image() -> str:
 
 def make_base() -> str:
     """A base image: from the registry, or, where none is reached, made from this machine's Debian packages."""
-    base, pull = engine.REGISTRY_BASE, [*engine.client(), "pull", engine.REGISTRY_BASE]
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        if engine.image_id(base) or engine.run(pull, timeout=PULL_TIMEOUT_S).returncode == 0:
-            return base
+    pull = ["timeout", str(PULL_TIMEOUT_S), *engine.client(), "pull", engine.REGISTRY_BASE]
+    if engine.image_id(engine.REGISTRY_BASE) or engine.run(pull).returncode == 0:
+        return engine.REGISTRY_BASE
     say("no image registry in reach: making a base image from Debian packages")
-    if not shutil.which("mmdebstrap"):
-        install_packages("mmdebstrap", "mmdebstrap")
     if not engine.image_id(engine.DEBIAN_BASE):
+        if not shutil.which("mmdebstrap"):
+            install_packages("mmdebstrap", "mmdebstrap")
         with tempfile.TemporaryDirectory(prefix="ar-base-") as folder:
             run(engine.IMAGE / "base_image.sh", f"{folder}/base.tar")
             run(*engine.client(), "import", f"{folder}/base.tar", engine.DEBIAN_BASE)
@@ -98,13 +98,9 @@ def make_base() -> str:
 
 def pip_settings() -> str:
     """A pip.conf with the host's index settings, for the build step alone. Its paths mean nothing inside."""
-    lines = ["[global]"]
-    for line in engine.run(["python3", "-m", "pip", "config", "list"]).stdout.splitlines():
-        key, _, value = line.partition("=")
-        option, value = key.rpartition(".")[2], value.strip("'\"")
-        if option in PIP_OPTIONS and "file:" not in value:
-            lines.append(f"{option} = {value}")
-    return "\n".join(lines) + "\n"
+    listed = engine.run(["python3", "-m", "pip", "config", "list"]).stdout
+    found = re.findall(rf"^[^=]*\.({PIP_OPTIONS})=['\"]?(.*?)['\"]?$", listed, re.M)
+    return "[global]\n" + "".join(f"{option} = {value}\n" for option, value in found if "file:" not in value)
 
 
 def setup() -> int:
@@ -139,10 +135,8 @@ def doctor() -> int:
     """One line a finding; returns 1 when one is bad."""
     status = 0
     for finding in findings():
-        mark = "ok" if finding.good else "note" if finding.good is None else "BAD"
-        print(f"{mark:<4}  {finding.what:<10} {finding.text}", flush=True)
-        if mark == "BAD":
-            status = 1
+        print(f"{MARKS[finding.good]:<4}  {finding.what:<10} {finding.text}", flush=True)
+        status |= finding.good is False
     return status
 
 
@@ -156,20 +150,20 @@ def findings() -> Iterator[Finding]:
     yield check_lock()
     free = shutil.disk_usage(ROOT).free / 1e9
     yield Finding("disk", free > DISK_GB, f"{free:.0f} GB free")
-    known = git.call("var", "GIT_COMMITTER_IDENT").returncode == 0
-    remedy = "no identity: what is kept is committed as 'autoresearch'; git config user.name and user.email set it"
-    yield Finding("git", True, "identity set") if known else Finding("git", None, remedy)
+    if git.call("var", "GIT_COMMITTER_IDENT").returncode == 0:
+        yield Finding("git", True, "identity set")
+    else:
+        remedy = "git config user.name and user.email set it"
+        yield Finding("git", None, f"no identity: what is kept is committed as 'autoresearch'; {remedy}")
 
 
 def check_engine() -> Iterator[Finding]:
     version = engine.run([*engine.client(), "--version"]).stdout.strip()
     kind = "rootless" if engine.rootless() else "rootful"
     yield Finding("engine", True, f"{version}, {kind}: {' '.join(engine.client())}")
-    text = "memory, process and CPU limits are enforced"
-    if not engine.limits_hold():
-        remedy = "boot with cgroup v2 (systemd.unified_cgroup_hierarchy=1) or run as root"
-        text = f"rootless podman on cgroup v1 IGNORES memory, process and CPU limits: {remedy}"
-    yield Finding("limits", engine.limits_hold(), text)
+    held, remedy = engine.limits_hold(), "boot with cgroup v2 (systemd.unified_cgroup_hierarchy=1) or run as root"
+    ignored = f"rootless podman on cgroup v1 IGNORES memory, process and CPU limits: {remedy}"
+    yield Finding("limits", held, "memory, process and CPU limits are enforced" if held else ignored)
     try:
         yield Finding("image", True, engine.find_image().replace("sha256:", "")[:12])
     except Refused as e:
@@ -186,8 +180,7 @@ def check_gpu() -> Iterator[Finding]:
     if int(driver.partition(".")[0]) < CUDA_DRIVER:
         remedy = "set ARG TORCH_INDEX in container/image/Containerfile to an older CUDA's wheel index, or update it"
         yield Finding("driver", False, f"{driver} is older than {CUDA_DRIVER}, which torch's default wants: {remedy}")
-    image, command = engine.find_image(), list(CUDA_PROOF)
-    container = engine.Container("ar-doctor-gpu", image, command, memory="4g", limit_s=120, mounts={})
+    container = engine.Container("ar-doctor-gpu", engine.find_image(), list(CUDA_PROOF), "4g", limit_s=120, mounts={})
     proof = engine.run(engine.arguments(container))
     seen = proof.stdout.startswith("True")
     text = f"{model}, driver {driver}; inside the sandbox: {proof.stdout.strip() or proof.stderr.strip()[-200:]}"
@@ -200,10 +193,10 @@ def check_client() -> Finding:
     path = os.pathsep.join([os.environ["PATH"], *map(os.path.expanduser, CLIENT_PLACES)])
     claude = shutil.which("claude", path=path)
     version = engine.run([claude, "--version"]).stdout.split(" ")[0] if claude else "not found on the usual paths"
-    text = f"Claude Code {version}"
     if version == CLIENT_VERSION:
-        return Finding("client", True, text)
-    return Finding("client", None, f"{text}; the lock was tested with {CLIENT_VERSION}: ./run.sh test after an update")
+        return Finding("client", True, f"Claude Code {version}")
+    remedy = f"the lock was tested with {CLIENT_VERSION}: ./run.sh test after an update"
+    return Finding("client", None, f"Claude Code {version}; {remedy}")
 
 
 def check_lock() -> Finding:

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from statistics import geometric_mean
 
 PRIOR_SIGMA, PRIOR_RUNS = 0.04, 2  # the noise before anything was run twice, and how many runs that is worth
 OUTLIER = 4  # sigmas so far: runs that lie further apart count as this much
 MARGIN = 0.25  # sigmas by which a candidate must win, whether seen once or twice
 REMEASURE_AFTER = 10  # discards in a row after which the incumbent is run again: it may have been lucky
 MAX_INCUMBENT_RUNS = 4
-
-
-def geometric_mean(values: list[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def pooled_sigma(groups: Iterable[list[float]]) -> float:

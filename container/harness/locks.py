@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -54,13 +55,16 @@ def running_line() -> str:
     return f"experiment {now.number} ({now.activity})" + (limit if "run" in now.activity else "")
 
 
-def other_worktrees() -> list[Path]:
+def worktree_that_judges(train: str) -> str:
+    """The name of another worktree in which this very train.py is being judged, '' when none is."""
     listed = git.read("worktree", "list", "--porcelain").splitlines()
-    return [Path(line[9:]) for line in listed if line.startswith("worktree ") and Path(line[9:]) != ROOT]
+    trees = [Path(line[9:]) for line in listed if line.startswith("worktree ")]
+    others = ((tree, running(tree)) for tree in trees if tree != ROOT)
+    return next((tree.name for tree, now in others if now and now.train == train), "")
 
 
 @contextlib.contextmanager
-def held(file: Path, wait: bool) -> Iterator[int]:
+def held(file: Path, wait: bool = False) -> Iterator[int]:
     """Hold a lock file. A git that writes keeps it open too, so it lasts until that has ended. Raises OSError."""
     with file.open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -78,7 +82,7 @@ def worktree() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             RUNS.mkdir(exist_ok=True)
-            stack.enter_context(held(file, wait=False))
+            stack.enter_context(held(file))
         except BlockingIOError:
             who = running_line() or "it has just begun"
             raise Refused(f"another experiment is running: {who}; wait for it") from None
@@ -88,11 +92,9 @@ def worktree() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def record() -> Iterator[None]:
+def record() -> contextlib.AbstractContextManager:
     """One writer of the record, in all worktrees."""
-    with held(git.folder() / "autoresearch.record", wait=True):
-        yield
+    return held(git.folder() / "autoresearch.record", wait=True)
 
 
 @dataclass(frozen=True)
@@ -102,18 +104,15 @@ class Device:
 
 
 @contextlib.contextmanager
-def device(count: int, waiting) -> Iterator[Device]:
+def device(count: int, waiting: Callable[[], None]) -> Iterator[Device]:
     """One of `count` devices until the end of the run; waiting() is called while other worktrees use them all."""
     folder = git.folder()
     with contextlib.ExitStack() as stack:
-        found = None
-        while not found:
-            for number in range(count):
-                with contextlib.suppress(BlockingIOError):
-                    lock = stack.enter_context(held(folder / f"autoresearch.device-{number}", wait=False))
-                    found = Device(number, lock)
-                    break
-            else:
+        for number in itertools.cycle(range(count)):
+            with contextlib.suppress(BlockingIOError):
+                found = Device(number, stack.enter_context(held(folder / f"autoresearch.device-{number}")))
+                break
+            if number == count - 1:
                 waiting()
                 time.sleep(1)
         yield found

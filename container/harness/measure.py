@@ -6,7 +6,6 @@ judge's answer is read.
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import secrets
@@ -14,7 +13,7 @@ import select
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import engine
@@ -27,24 +26,18 @@ RUN_STAGE = ("python", "-Iu", "/harness/stage.py")
 RUN_JUDGE = r"""printf '{"up": true}\n{"ready": true}\n'
 exec python -I /harness/judge.py /key.npy /images.npy /captions.npy"""
 SIDES = ("images", "captions")
+LOAD_FAILED = "load: training ended well, but load() or encoding training rows failed (traceback in the log)"
 EXCEPTION_LENGTH = 120  # characters of an exception in the reason of a failure
-
-
-@dataclass(frozen=True)
-class Limits:
-    grace_s: float = 5  # between the budget, at which PID 1 inside kills, and the kill from outside
-    import_s: int = 120  # until a sandbox has imported torch
-    embed_s: int = 120  # load and encode one side; no longer than training left of its budget: `load` could train on
-    embed_least_s: int = 30  # but so long at least
-    probe_s: int = 60  # load and encode a few training rows, where embedding failed
-    judge_s: int = 120
-    judge_memory: str = "4g"
-    out_size: str = "2g"  # tmpfs for what training leaves, within the memory limit
-    archive_bytes: int = 2 << 30  # of what training leaves
-    array_bytes: int = 512 << 20  # of one side's embeddings
-
-
-LIMITS = Limits()
+GRACE_S = 5  # between the budget, at which PID 1 inside kills, and the kill from outside
+IMPORT_S = 120  # until a sandbox has imported torch
+EMBED_S = 120  # load and encode one side; no longer than training left of its budget: `load` could train on
+EMBED_LEAST_S = 30  # but so long at least
+PROBE_S = 60  # load and encode a few training rows, where embedding failed
+JUDGE_S = 120
+JUDGE_MEMORY = "4g"
+OUT_SIZE = "2g"  # tmpfs for what training leaves, within the memory limit
+ARCHIVE_BYTES = 2 << 30  # of what training leaves
+ARRAY_BYTES = 512 << 20  # of one side's embeddings
 
 
 @dataclass
@@ -88,6 +81,8 @@ def run(job: Job) -> Run:
         measurement.embed()
         result.metrics = measurement.judge()
     except (Failed, Lost) as e:
+        if job.launch and not measurement.ready:
+            raise Refused(f"{e}; nothing ran") from None
         result.outcome, result.reason = "failed", str(e)
     finally:
         measurement.end()
@@ -103,8 +98,8 @@ def stage_mounts(job: Job) -> dict[str, Path]:
 
 def train_mounts(job: Job) -> dict[str, Path]:
     weights = job.data.parent / "weights"  # published ones, which ./run.sh data ukiyo-e fetches; others need none
-    mounts = {**stage_mounts(job), "/data": job.data / job.table}
-    return {**mounts, "/weights": weights} if weights.is_dir() else mounts
+    published = {"/weights": weights} if weights.is_dir() else {}
+    return {**stage_mounts(job), "/data": job.data / job.table, **published}
 
 
 def side_mounts(job: Job, side: str) -> dict[str, Path]:
@@ -125,49 +120,38 @@ class Measurement:
         self.report: dict = {}  # what PID 1 says of the training
         self.sandboxes: dict[str, Sandbox] = {}
 
-    def start(self, stage: str, command: list[str], limit_s: float, mounts: dict, log: Log | None = None, **more):
-        """more: other fields of engine.Container."""
-        job = self.job
+    def start(self, stage: str, seconds: int, mounts: dict, log: Log | None = None, wait_s: int = 0, **more) -> Sandbox:
+        """seconds: that its work gets; wait_s: until there is some; more: other fields of engine.Container."""
+        job, limit_s = self.job, IMPORT_S + wait_s + seconds
         # on a node, sandboxes of other machines may have our process id
-        name = f"ar-{os.getpid()}-{time.time_ns()}-{stage}"
-        more = {"memory": job.memory, "out_size": LIMITS.out_size, **more}
+        name, command = f"ar-{os.getpid()}-{time.time_ns()}-{stage}", [*RUN_STAGE, stage, str(seconds)]
         place = {"device": job.device, "launch": job.launch, "folder": job.work, "keep_open": job.keep_open}
-        container = engine.Container(name, job.image, command, limit_s=limit_s, mounts=mounts, **place, **more)
-        self.sandboxes[stage] = Sandbox(container, log)
+        container = engine.Container(name, job.image, command, job.memory, limit_s, mounts, OUT_SIZE, **place)
+        self.sandboxes[stage] = Sandbox(replace(container, **more), log)
         return self.sandboxes[stage]
 
     def train(self) -> None:
         """The sandboxes that embed are started when training begins: they import torch meanwhile."""
         job, places = self.job, {"DATA": "/data", "OUT": "/out", "WEIGHTS": "/weights"}
         environment = {**places, "BUDGET_S": job.budget, "SEED": job.seed, "SCALE": f"{job.scale:g}"}
-        command, limit_s = [*RUN_STAGE, "train", str(job.budget)], job.budget + LIMITS.import_s
-        trainer = self.start("train", command, limit_s, train_mounts(job), self.log, environment=environment)
+        trainer = self.start("train", job.budget, train_mounts(job), self.log, environment=environment)
         trainer.send()
-        try:
-            ready = trainer.wait_until_ready(LIMITS.import_s)
-        except Lost as e:
-            if job.launch:
-                raise Refused(f"{e}; nothing ran") from None
-            raise
+        self.report["device"] = trainer.wait_until_ready(IMPORT_S).get("device", "cpu")
         self.ready = time.monotonic()
         for side in SIDES:
-            command, limit_s = ["nice", *RUN_STAGE, "embed", str(LIMITS.embed_s)], job.budget + 4 * LIMITS.embed_s
-            self.start(side, command, limit_s, side_mounts(job, side))
-        end = trainer.message(job.budget + LIMITS.grace_s)
-        self.report = {**end, "device": ready.get("device", "cpu")}
-        if not end:
-            trainer.raise_if_lost()
+            self.start(side, EMBED_S, side_mounts(job, side), wait_s=job.budget + 2 * EMBED_S)
+        end = trainer.message(job.budget + GRACE_S)
+        self.report |= end
         if end.get("status") != "ok":
             trainer.wait()
             raise Failed(why_training_failed(end, trainer.killed, job))
-        with (job.work / "out.tar").open("wb") as f:
-            trainer.copy_to(f, LIMITS.archive_bytes, LIMITS.embed_s)
+        trainer.copy_to(job.work / "out.tar", ARCHIVE_BYTES, EMBED_S)
         trainer.wait()
         self.trained = time.monotonic()
 
     def embed(self) -> None:
         """Both sides. One has ended before the other gets train.py's model, so they cannot talk."""
-        limit_s = min(LIMITS.embed_s, max(LIMITS.embed_least_s, self.job.budget - self.report["seconds"]))
+        limit_s = min(EMBED_S, max(EMBED_LEAST_S, self.job.budget - self.report["seconds"]))
         try:
             for side in self.sides_as_started():
                 self.embed_side(side, limit_s)
@@ -184,48 +168,40 @@ class Measurement:
             yield waiting.pop((started or list(waiting))[0])
 
     def embed_side(self, side: str, limit_s: float) -> None:
-        """Send what training left, store this side's array."""
-        sandbox = self.sandboxes[side]
-        sandbox.wait_until_ready(LIMITS.import_s)
-        sandbox.send(self.job.work / "out.tar")
-        end = sandbox.message(limit_s + LIMITS.grace_s)
-        if not end:
-            sandbox.raise_if_lost()
+        """Store this side's array."""
+        end = self.hand_over(side, limit_s, self.job.work / "out.tar")
         if end.get("status") != "ok":
-            reason = why_embedding_failed(end, sandbox.killed, limit_s)
+            reason = why_embedding_failed(end, self.sandboxes[side].killed, limit_s)
             raise Failed(f"embedding the validation {side} failed: {reason}")
-        with (self.job.work / f"{side}.npy").open("wb") as f:
-            sandbox.copy_to(f, LIMITS.array_bytes, LIMITS.embed_s)
+        self.sandboxes[side].copy_to(self.job.work / f"{side}.npy", ARRAY_BYTES, EMBED_S)
 
     def probe(self) -> None:
         """Where embedding failed: does encoding training rows fail too? Then the log has a traceback."""
-        job, command = self.job, [*RUN_STAGE, "probe", str(LIMITS.probe_s)]
-        sandbox = self.start("probe", command, LIMITS.import_s + LIMITS.probe_s, train_mounts(job), Log(job.log))
-        sandbox.wait_until_ready(LIMITS.import_s)
-        sandbox.send(job.work / "out.tar")
-        end = sandbox.message(LIMITS.probe_s + LIMITS.grace_s)
+        sandbox = self.start("probe", PROBE_S, train_mounts(self.job), Log(self.job.log))
+        end = self.hand_over("probe", PROBE_S, self.job.work / "out.tar")
         sandbox.wait()
         if end.get("status") != "ok":
-            what = "load() or encoding training rows failed (traceback in the log)"
-            raise Failed(f"load: training ended well, but {what}")
+            raise Failed(LOAD_FAILED)
 
     def judge(self) -> dict:
         """Returns the metrics of the two arrays; stores ranks and examples."""
-        work, limit_s = self.job.work, LIMITS.judge_s
-        for side in SIDES:
-            (work / f"{side}.npy").chmod(0o644)
-        limits = {"memory": LIMITS.judge_memory, "gpu": False, "out_size": None}
-        sandbox = self.start("judge", ["sh", "-c", RUN_JUDGE], limit_s, judge_mounts(self.job), **limits)
-        sandbox.send()
-        sandbox.wait_until_ready(limit_s)
-        found, arrays = sandbox.message(limit_s), io.BytesIO()
-        sandbox.copy_to(arrays, LIMITS.array_bytes, limit_s)
-        sandbox.wait()
+        how = {"command": ["sh", "-c", RUN_JUDGE], "memory": JUDGE_MEMORY, "gpu": False, "out_size": None}
+        sandbox = self.start("judge", JUDGE_S, judge_mounts(self.job), **how)
+        found, judged = self.hand_over("judge", JUDGE_S), self.job.work / "judged"
+        sandbox.copy_to(judged, ARRAY_BYTES, JUDGE_S)
         if "metrics" not in found:
             raise Failed(f"invalid output: {found.get('invalid', 'the judge did not answer')}")
-        (work / "ranks.npy").write_bytes(arrays.getvalue()[: found["bytes"]])
-        (work / "examples.npy").write_bytes(arrays.getvalue()[found["bytes"] :])
+        arrays = judged.read_bytes()
+        (self.job.work / "ranks.npy").write_bytes(arrays[: found["bytes"]])
+        (self.job.work / "examples.npy").write_bytes(arrays[found["bytes"] :])
         return found["metrics"]
+
+    def hand_over(self, stage: str, limit_s: float, given: Path | None = None) -> dict:
+        """Give a sandbox a file to work on, or none; returns its report, {} without one."""
+        sandbox = self.sandboxes[stage]
+        sandbox.wait_until_ready(IMPORT_S)
+        sandbox.send(given)
+        return sandbox.message(limit_s + GRACE_S)
 
     def end(self) -> None:
         """End what still runs; also where the engine's client alone was killed."""
@@ -251,12 +227,12 @@ def why_training_failed(end: dict, killed: bool, job: Job) -> str:
     """The reason of a training that did not end well, in one line. end: PID 1's report, {} when there is none."""
     steps = last_step(job.log)
     after = (f" after {end['seconds']} s" if end else "") + (f", {steps}" if steps else "")
-    status = end.get("status")
-    if status == "limit" or (not end and killed):
+    status = end.get("status", "limit" if killed else "lost")
+    if status == "limit":
         return f"time limit: killed at the budget of {job.budget} s, {steps or 'before its first step line'}"
-    if status == "killed" and end.get("oom"):
+    if end.get("oom"):
         return f"out of memory: more than {job.memory} of main memory{after}"
-    if not end:
+    if status == "lost":
         return f"the sandbox was killed from outside, or ran out of its {job.memory} of memory{after}"
     if b"OutOfMemoryError" in job.log.read_bytes()[-20000:]:
         return f"out of memory on the GPU{after}"
@@ -290,9 +266,7 @@ def last_exception(log: Path) -> str:
 
 def claims(log: Path) -> dict[str, str]:
     """`key: value` lines after the last `---` that train.py printed: shown as its own claims, never used to decide."""
-    found = {}
     _, mark, last = log.read_bytes().decode("utf-8", "replace").rpartition("\n---\n")
-    for line in last.splitlines()[-20:] if mark else []:
-        if m := re.fullmatch(r"([a-z_]{1,20}):\s*([\w.,%+>/ -]{1,60})", line.strip()):
-            found[m[1]] = m[2].strip()
-    return found
+    lines = [line.strip() for line in last.splitlines()[-20:] if mark]
+    found = [re.fullmatch(r"([a-z_]{1,20}):\s*([\w.,%+>/ -]{1,60})", line) for line in lines]
+    return {m[1]: m[2] for m in found if m}

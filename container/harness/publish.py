@@ -10,14 +10,13 @@ the agent reads ever sees them, and what they leave is in final/NNNN, which the 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import shutil
 import statistics
-import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import dataset
@@ -27,8 +26,10 @@ import git
 import locks
 import measure
 import record
+from display import lines, recall
 from history import History
-from project import ROOT, RUNS, Refused, number, say
+from project import ROOT, Refused, number, say
+from record import Attempt, Record
 
 FINAL = ROOT / "final"
 FINAL_BUDGETS = 4  # budgets that a final training gets when program.md says nothing
@@ -45,14 +46,14 @@ CITATION = "quote as: mean ± standard error over K seeds on N unseen pairs (ran
 class Trainings:
     """Several train.py, trained one after another in the same way (`how`: fields of measure.Job)."""
 
-    work: Path
     history: History
+    work: Path
     device: locks.Device
-    total: int
-    how: dict
-    runs: list[dict] = field(default_factory=list)
+    total: int = 1
+    how: dict = field(default_factory=dict)
+    runs: list[dict] = field(default_factory=list)  # of all, for result.json
 
-    def run(self, side: str, source: bytes) -> dict:
+    def run(self, side: str, source: bytes) -> measure.Run:
         """One training with a fresh seed. Raises Refused when nothing ran."""
         budget = self.how.get("budget", self.history.program.budget)
         activity = f"training {len(self.runs) + 1} of {self.total}, {side}"
@@ -60,132 +61,114 @@ class Trainings:
         seconds = [run["timing"]["total"] for run in self.runs] or [budget + AROUND_S]
         minutes = (self.total - len(self.runs)) * statistics.mean(seconds) / 60
         say(f"{activity}: {'' if self.runs else 'at most '}{minutes:.0f} min left")
-        work = self.work / f"run-{len(self.runs) + 1}"
-        job = experiment.job(self.history, work, source, self.device, **self.how)
-        self.runs.append({"side": side, **asdict(measure.run(job))})
-        return self.runs[-1]
+        job = experiment.job(self.history, self.work / f"run-{len(self.runs) + 1}", source, self.device)
+        run = measure.run(replace(job, **self.how))
+        self.runs.append({"side": side, **asdict(run)})
+        return run
 
-    def values(self, side: str) -> list[float]:
-        """The metric of every training of this side. Raises Refused when one failed."""
-        runs = [run for run in self.runs if run["side"] == side]
-        failed = next((run for run in runs if run["outcome"] != "ok"), None)
-        if failed:
-            raise Refused(f"the {side} failed, so there is nothing to compare: {failed['reason']}")
-        return [run["metrics"][self.history.program.metric] for run in runs]
+    def side(self, name: str, source: bytes, seeds: int) -> Attempt:
+        """So many trainings of one train.py."""
+        runs = [self.run(name, source) for _ in range(seeds)]
+        return Attempt(metric=self.history.program.metric, runs=runs)
+
+    def needed(self, name: str, train: str, seeds: int) -> Attempt:
+        """Likewise, of a train.py that git has. Raises Refused when one failed."""
+        side = self.side(name, git.content(train), seeds)
+        if failure := side.failure():
+            raise Refused(f"the {name} failed, so there is nothing to compare: {failure}")
+        return side
 
 
 def audit(*words: str) -> None:
     """Raises Refused."""
     numbers = [word for word in words if word != "--ablate"]
-    if len(numbers) > 1 or not all(word.isdigit() and int(word) in SEEDS for word in numbers):
+    if len(numbers) > 1 or not all(word.isdecimal() and int(word) in SEEDS for word in numbers):
         raise Refused(AUDIT_USAGE)
     seeds = int(numbers[0]) if numbers else DEFAULT_SEEDS
-    with published() as (history, work, device):
-        result = run_audit(history, work, device, seeds, "--ablate" in words)
-        save(history, work, result, show_audit(result["audit"]))
+    with prepared() as trainings:
+        attempt, more = run_audit(trainings, seeds, "--ablate" in words)
+        save(trainings, attempt, more, show_audit(more["audit"]))
 
 
 def final() -> None:
     """Raises Refused."""
-    with published() as (history, work, device):
-        result = run_final(history, work, device)
-        save(history, work, result, show_final(result["final"], result["test_evaluation"]))
+    with prepared() as trainings:
+        attempt, more = run_final(trainings)
+        save(trainings, attempt, more, show_final(more["final"], attempt.test_evaluation))
 
 
 @contextlib.contextmanager
-def published() -> Iterator[tuple[History, Path, locks.Device]]:
-    """The locks, and a folder to work in that the agent cannot read."""
+def prepared() -> Iterator[Trainings]:
+    """With the locks, and with a folder to work in that the agent cannot read. Raises Refused."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(locks.worktree())
         try:
-            stack.enter_context(locks.held(git.folder() / "autoresearch.audit", wait=False))
+            stack.enter_context(locks.held(git.folder() / "autoresearch.audit"))
         except BlockingIOError:
-            raise Refused(
-                "an audit or a final runs in another worktree; both draw pairs into the same folder, so wait for it"
-            ) from None
+            both = "both draw pairs into the same folder, so wait for it"
+            raise Refused(f"an audit or a final runs in another worktree; {both}") from None
         stack.enter_context(experiment.workspace())
         record.finish_interrupted()
         history = History.load(image=engine.find_image())
         if not history.incumbent:
             raise Refused("there is no measured train.py; run ./run.sh first")
-        count = history.program.devices or engine.gpus() or 1
-        device = stack.enter_context(locks.device(count, lambda: locks.announce(0, "waits for a device", 0)))
-        work = FINAL / "work"
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(mode=0o755, parents=True)
-        yield history, work, device
+        device = stack.enter_context(experiment.device_for(history))
+        shutil.rmtree(FINAL / "work", ignore_errors=True)
+        (FINAL / "work").mkdir(mode=0o755, parents=True)
+        yield Trainings(history, FINAL / "work", device)
 
 
-def run_audit(history: History, work: Path, device: locks.Device, seeds: int, ablate: bool) -> dict:
-    """Baseline and best, and with `ablate` the best without each kept change."""
-    baseline = next((r for r in history.compared if r.verdict == "baseline"), None)
-    if not baseline or baseline.train == history.incumbent_train:
+def run_audit(trainings: Trainings, seeds: int, ablate: bool) -> tuple[Attempt, dict]:
+    """Baseline and best, and with `ablate` the best without each kept change; returns what publication() does."""
+    history = trainings.history
+    first = next((r for r in history.compared if r.verdict == "baseline"), None)
+    if not first or first.train == history.incumbent_train:
         raise Refused("the best is still the baseline; there is nothing to audit yet")
-    best = git.content(history.incumbent_train)
+    source = git.content(history.incumbent_train)
     kept = [r for r in history.own(history.compared) if r.verdict == "kept" and not r.by_hand] if ablate else []
-    reduced = {r.number: without(best, r, work) for r in kept}
-    total = seeds * (2 + sum(source is not None for source in reduced.values()))
-    trainings = Trainings(work, history, device, total, {"split": draw_pairs(history)})
-    values = {}
-    for side, source in (("baseline", git.content(baseline.train)), ("best", best)):
-        for _ in range(seeds):
-            trainings.run(side, source)
-        values[side] = trainings.values(side)
-    rows = []
-    for r in kept:
-        measured = ablation(trainings, r.number, reduced[r.number], seeds, values["best"])
-        rows.append({"experiment": r.number, "hypothesis": r.hypothesis, **measured})
-    found = {
-        "metric": history.program.metric,
-        "gallery": trainings.runs[0]["metrics"]["gallery"],
-        "random": trainings.runs[0]["metrics"]["random"],
-        "seeds": seeds,
-        "sides": {side: summary(v) for side, v in values.items()},
-        "difference": difference(values["baseline"], values["best"]),
-        "ablation": rows,
-    }
-    return result_of("audit", f"audit: baseline against best, {seeds} seeds each", trainings, found, values["best"])
+    reduced = {r.number: without(source, r) for r in kept}
+    trainings.total = seeds * (2 + sum(source is not None for source in reduced.values()))
+    trainings.how = {"split": draw_pairs(history)}
+    baseline = trainings.needed("baseline", first.train, seeds)
+    best = trainings.needed("best", history.incumbent_train, seeds)
+    change, judged = difference(baseline.values(), best.values()), best.runs[0].metrics
+    found = {"metric": best.metric, "seeds": seeds, "gallery": judged["gallery"], "random": judged["random"]}
+    found["sides"] = {"baseline": summary(baseline.values()), "best": summary(best.values())}
+    found["difference"] = change
+    found["ablation"] = [ablation(trainings, r, reduced[r.number], seeds, best) for r in kept]
+    best.change = f"{change['percent']:+.1f} % (95 %: {change['low']:+.1f} to {change['high']:+.1f})"
+    return publication("audit", f"audit: baseline against best, {seeds} seeds each", trainings, best, found)
 
 
-def result_of(verb: str, title: str, trainings: Trainings, found: dict, values: list[float]) -> dict:
-    """What experiment/result.json holds; test_evaluation: how often anybody has evaluated on the test split by now."""
-    history, split = trainings.history, trainings.how["split"]
-    evaluations = sum(r.test_evaluation > 0 for r in history.records) + 1
-    return {
-        "verdict": verb,
-        "hypothesis": title,
-        "metric": history.program.metric,
-        "values": values,
-        "train": history.incumbent_train,
-        "split": split,
-        "test_evaluation": evaluations if split == "test" else "",
-        "when": int(time.time()),
-        "runs": trainings.runs,
-        verb: {"split": split, **found},
-    }
-
-
-def ablation(trainings: Trainings, n: int, source: bytes | None, seeds: int, best: list[float]) -> dict:
+def ablation(trainings: Trainings, kept: Record, source: bytes | None, seeds: int, best: Attempt) -> dict:
     """What the best loses without one kept change."""
+    row = {"experiment": kept.number, "hypothesis": kept.hypothesis}
     if source is None:
-        return {"not_separable": True}
-    side = f"best without {n}"
-    runs = [trainings.run(side, source) for _ in range(seeds)]
-    failed = next((run["reason"] for run in runs if run["outcome"] != "ok"), None)
-    if failed:
-        return {"failed": failed}
-    values = trainings.values(side)
-    return {"values": values, **difference(best, values)}
+        return {**row, "not_separable": True}
+    side = trainings.side(f"best without {kept.number}", source, seeds)
+    if side.failure():
+        return {**row, "failed": side.failure()}
+    return {**row, "values": side.values(), **difference(best.values(), side.values())}
 
 
-def without(best: bytes, kept: record.Record, folder: Path) -> bytes | None:
+def publication(verb: str, title: str, trainings: Trainings, best: Attempt, found: dict) -> tuple[Attempt, dict]:
+    """What is recorded of the best, and what else its result.json holds."""
+    history, split = trainings.history, trainings.how["split"]
+    told = replace(best, kind=verb, verdict=verb, hypothesis=title, train=history.incumbent_train, split=split)
+    told.experiment, told.when = history.newest + 1, int(time.time())
+    if split == "test":
+        told.test_evaluation = 1 + sum(r.test_evaluation > 0 for r in history.records)
+    return told, {"values": best.values(), "runs": trainings.runs, verb: {"split": split, **found}}
+
+
+def without(best: bytes, kept: Record) -> bytes | None:
     """The best train.py with one kept change taken out, by a three-way merge; None when it cannot be separated."""
-    parent = git.content(f"{record.REFS}{kept.number}^:train.py")
-    files = {"best": best, "with": git.content(kept.train), "without": parent}
-    for name, source in files.items():
-        (folder / name).write_bytes(source)
-    command = ["git", "merge-file", "-p", *(str(folder / name) for name in files)]
-    merged = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
+    sources = (best, git.content(kept.train), git.content(f"{record.REFS}{kept.number}^:train.py"))
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in ("best", "with", "without")]
+        for file, source in zip(files, sources):
+            file.write_bytes(source)
+        merged = git.call("merge-file", "-p", *map(str, files))
     return merged.stdout if merged.returncode == 0 and merged.stdout != best else None
 
 
@@ -199,57 +182,39 @@ def draw_pairs(history: History) -> str:
     return "audit"
 
 
-def run_final(history: History, work: Path, device: locks.Device) -> dict:
+def run_final(trainings: Trainings) -> tuple[Attempt, dict]:
     """Train the best on all but the test pairs, for longer, and evaluate it on the test pairs once."""
-    settings = history.program
+    settings = trainings.history.program
     joined = (dataset.folder(settings.data) / "trainval").is_dir()
     if not joined and dataset.prepare(settings.data, "--add", "trainval"):
         raise Refused("training and validation pairs could not be joined (see above)")
     budget = settings.final_budget or FINAL_BUDGETS * settings.budget
-    how = {"split": "test", "table": "trainval", "budget": budget, "scale": budget / settings.budget}
-    trainings = Trainings(work, history, device, 1, how)
-    run = trainings.run("final training", git.content(history.incumbent_train))
-    values, found = trainings.values("final training"), {"metrics": run["metrics"], "budget": budget}
-    return result_of("final", "final: best, trained on training and validation pairs", trainings, found, values)
+    trainings.how = {"split": "test", "table": "trainval", "budget": budget, "scale": budget / settings.budget}
+    best = trainings.needed("final training", trainings.history.incumbent_train, 1)
+    found = {"metrics": best.runs[0].metrics, "budget": budget}
+    return publication("final", "final: best, trained on training and validation pairs", trainings, best, found)
 
 
-def save(history: History, work: Path, result: dict, shown: list[str]) -> None:
-    """Record, then show, then keep what was made: whoever has seen the numbers finds the evaluation counted."""
-    head, verb = git.object_id("HEAD"), result["verdict"]
-    (work / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    files = {"experiment/result.json": git.blob_of(work / "result.json")}
-    tree = git.tree_with(head, files, RUNS / "index.new")
-    n, _ = record.add(history.newest + 1, lambda n: git.commit(tree, head, message(result, n)))
-    record.PENDING.unlink(missing_ok=True)  # there is nothing to carry out
+def save(trainings: Trainings, attempt: Attempt, more: dict, shown: list[str]) -> None:
+    """Record, then show, then keep what was trainings: whoever has seen the numbers finds the evaluation counted."""
+    record.add(attempt, git.object_id("HEAD"), {}, **more)
+    record.carry_out(attempt.experiment)
     print("\n".join(["---", *shown]))
-    for name in ("best", "with", "without"):
-        (work / name).unlink(missing_ok=True)
-    for file in (*work.glob("run-*/*s.npy"), *(work.glob("run-*/out.tar") if verb == "audit" else ())):
+    work, folder = trainings.work, FINAL / f"{attempt.experiment:04d}"
+    (work / "result.json").write_bytes(attempt.json(**more))
+    checkpoint = " and the checkpoint (run-1/out.tar)" if attempt.verdict == "final" else ""
+    for file in (*work.glob("run-*/*s.npy"), *(() if checkpoint else work.glob("run-*/out.tar"))):
         file.unlink()
-    work.rename(FINAL / f"{n:04d}")
-    checkpoint = " and the checkpoint (run-1/out.tar)" if verb == "final" else ""
-    print(f"record:      experiment {n}; logs{checkpoint} in final/{n:04d}")
-
-
-def message(result: dict, n: int) -> str:
-    trailers = {"Experiment": n, "Verdict": result["verdict"], "Hypothesis": result["hypothesis"]}
-    trailers[f"{record.METRICS[result['metric']]}-Runs"] = " ".join(f"{v:.4f}" for v in result["values"])
-    trailers.update({"Train": result["train"], "Split": result["split"], "Test-Look": result["test_evaluation"]})
-    if "audit" in result:
-        d = result["audit"]["difference"]
-        trailers["Change"] = f"{d['percent']:+.1f} % (95 %: {d['low']:+.1f} to {d['high']:+.1f})"
-    return record.message(result["hypothesis"], trailers)
+    work.rename(folder)
+    print(f"record:      experiment {attempt.experiment}; logs{checkpoint} in {folder.relative_to(ROOT)}")
 
 
 # Statistics, and how they are shown
 
 
 def summary(values: list[float]) -> dict:
-    return {
-        "values": values,
-        "mean": statistics.mean(values),
-        "se": statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0,
-    }
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return {"values": values, "mean": statistics.mean(values), "se": error}
 
 
 def difference(before: list[float], after: list[float]) -> dict:
@@ -258,41 +223,38 @@ def difference(before: list[float], after: list[float]) -> dict:
     shift = statistics.mean(logs[1]) - statistics.mean(logs[0])
     parts = [statistics.variance(x) / len(x) for x in logs]
     freedom = sum(parts) ** 2 / max(1e-30, sum(p**2 / (len(x) - 1) for p, x in zip(parts, logs)))
-    half = t95(freedom) * math.sqrt(sum(parts))
+    half = T95[min(len(T95), max(1, math.floor(freedom))) - 1] * math.sqrt(sum(parts))
     low, middle, high = (round((math.exp(x) - 1) * 100, 1) for x in (shift - half, shift, shift + half))
     return {"percent": middle, "low": low, "high": high}
 
 
-def t95(freedom: float) -> float:
-    return T95[min(len(T95), max(1, math.floor(freedom))) - 1]
-
-
 def show_audit(a: dict) -> list[str]:
-    pairs = "fresh pairs" if a["split"] == "audit" else "test pairs"
+    pairs, d = "fresh pairs" if a["split"] == "audit" else "test pairs", a["difference"]
     what = f"{a['metric']}, {a['gallery']} {pairs} (random {a['random']:.1f}), lower is better, {a['seeds']} seeds each"
-    lines = [f"audit:       {what}"]
+    rows = [("audit", what)]
     for side, s in a["sides"].items():
-        values = ", ".join(number(v) for v in s["values"])
-        lines.append(f"{side + ':':12} {number(s['mean'])} ± {number(s['se'])}   ({values})")
-    d = a["difference"]
-    lines.append(f"difference:  {d['percent']:+.1f} %   (95 % interval {d['low']:+.1f} to {d['high']:+.1f})")
+        rows.append((side, f"{number(s['mean'])} ± {number(s['se'])}   ({', '.join(map(number, s['values']))})"))
+    rows.append(("difference", f"{d['percent']:+.1f} %   (95 % interval {d['low']:+.1f} to {d['high']:+.1f})"))
+    ablation = []
     for row in a["ablation"]:
         if "percent" in row:
             end = f"{row['percent']:+6.1f} %   ({row['low']:+.1f} to {row['high']:+.1f})"
         else:
             end = f"fails: {row['failed'][:60]}" if "failed" in row else "not separable"
-        lines.append(f"without {row['experiment']:>3}  {row['hypothesis'][:50]:50} {end}")
-    return [*lines, CITATION]
+        ablation.append(f"without {row['experiment']:>3}  {row['hypothesis'][:50]:50} {end}")
+    return [*lines(rows, width=12), *ablation, CITATION]
 
 
 def show_final(f: dict, evaluations: int) -> list[str]:
     m = f["metrics"]
-    recall = "   ".join(f"{side} {' / '.join(f'{x:.1f}' for x in m[side])}" for side in ("i2t", "t2i"))
-    where = f"test split, gallery {m['gallery']}, random {m['random']:.1f}, one training of at most {f['budget']} s"
-    return [
-        f"final:       {where}",
-        f"mean_rank:   {number(m['mean_rank'])}   (percentile {m['mean_rank'] / m['gallery'] * 100:.1f})",
-        f"median_rank: {number(m['median_rank'])}",
-        f"recall:      {recall}   (R@1 / 5 / 10, %)",
-        f"evaluation:  {evaluations} of this test split, by anybody; quote it",
+    rows = [
+        (
+            "final",
+            f"test split, gallery {m['gallery']}, random {m['random']:.1f}, one training of at most {f['budget']} s",
+        ),
+        ("mean_rank", f"{number(m['mean_rank'])}   (percentile {m['mean_rank'] / m['gallery'] * 100:.1f})"),
+        ("median_rank", number(m["median_rank"])),
+        ("recall", recall([m])),
+        ("evaluation", f"{evaluations} of this test split, by anybody; quote it"),
     ]
+    return lines(rows, width=12)

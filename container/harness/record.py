@@ -1,8 +1,8 @@
 """The record: every attempt is a commit under refs/experiments/<number>, its message carries what later decisions need.
 
-A kept attempt is also an ordinary commit on the branch. The order is: the note `runs/pending.json`, the ref, the
+A kept attempt is also an ordinary commit on the branch. The order is: the note `runs/NNNN.pending`, the ref, the
 branch, the user's index, train.py, the history file. Every step can be repeated, so whatever a killed run left undone
-the next one completes from the note.
+the next one on that branch completes from the note.
 """
 
 from __future__ import annotations
@@ -12,23 +12,34 @@ import functools
 import json
 import re
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import git
 import locks
 from keep_rule import geometric_mean
-from measure import Run
-from project import ROOT, RUNS, Refused, number, read_json, say, write_json, write_whole
+from project import ROOT, RUNS, Refused, number, read_json, say, visible, write_json, write_whole
+
+if TYPE_CHECKING:  # the guard reads the record before every run, and need not import what measures
+    from measure import Run
 
 REFS = "refs/experiments/"
-PENDING = RUNS / "pending.json"  # the attempt whose verdict is being carried out: {"number", "commit"}
 OURS = ("train.py", "scratchpad.md")  # the files of a kept attempt's commit
 JUDGED = ("kept", "discarded", "failed")  # verdicts on a candidate: what phases and `stop` count
-METRICS = {"mean_rank": "Mean-Rank", "median_rank": "Median-Rank"}  # and how their trailers are called
+# fields of a Record, and how their trailers are called
+TRAILERS = {
+    "number": "Experiment", "verdict": "Verdict", "hypothesis": "Hypothesis", "change": "Change", "seed": "Seed",
+    "phase": "Phase", "reason": "Reason", "train": "Train", "branch": "Branch", "comparable": "Comparable",
+    "chain": "Chain", "web": "Web", "by_hand": "By-Hand", "split": "Split", "test_evaluation": "Test-Look",
+}  # fmt: skip
+METRICS = {"mean_rank": "Mean-Rank", "median_rank": "Median-Rank"}  # likewise; with "-Runs" it is every run's value
 TRAILER = re.compile(r"([A-Z][A-Za-z-]*): (.*)")
-CHAIN = re.compile(r"(\d+) of (\d+) on ([0-9a-f]{9})(, goes on)?")
+CHAIN = re.compile(r"(\d{1,9}) of (\d{1,9}) on ([0-9a-f]{9})(, goes on)?")
+NUMBER = re.compile(r"\d{1,9}(\.\d{1,9})?")
+IN_THE_MIDDLE = {"rebase-merge": "rebase", "rebase-apply": "rebase", "MERGE_HEAD": "MERGE",
+                 "CHERRY_PICK_HEAD": "CHERRY_PICK", "REVERT_HEAD": "REVERT"}  # fmt: skip
+MAX_REASON = 300  # characters
 STALE_LOCK_S = 2  # age of a lock of git's from which on nobody writes with it any more: that takes milliseconds
 
 
@@ -54,15 +65,13 @@ class Chain:
         return f"{self.link} of {self.limit}"
 
 
-@dataclass(frozen=True)
-class Record:
-    """One attempt as its commit's message tells it; what it does not tell is empty."""
+@dataclass
+class Outcome:
+    """What is told of an attempt both in its commit's message and in its result.json."""
 
-    number: int
-    when: int  # unix time
     verdict: str = ""
     hypothesis: str = ""
-    reason: str = ""  # of a failure
+    reason: str = ""  # of a failure, one line
     phase: str = ""
     train: str = ""  # blob of train.py
     comparable: str = ""  # hash of data, judge, image and budget; '' for an audit or a final
@@ -71,7 +80,17 @@ class Record:
     chain: Chain | None = None
     web: str = ""
     by_hand: bool = False
+    split: str = ""  # of an audit or a final: what it was evaluated on
     test_evaluation: int = 0  # the how manieth time anybody looked at the test split
+    when: int = 0  # unix time
+
+
+@dataclass
+class Record(Outcome):
+    """One attempt as its commit's message tells it; what it does not tell is empty."""
+
+    number: int = 0
+    seed: str = ""  # of every run
     runs: dict[str, list[float]] = field(default_factory=dict)  # metric -> its value in every run
 
     @property
@@ -83,90 +102,73 @@ class Record:
     def values(self, metric: str) -> list[float]:
         return self.runs.get(metric, [])
 
+    def message(self, subject: str) -> str:
+        """The commit's message: a subject for people, trailers for later decisions."""
+        trailers = {key: getattr(self, name) for name, key in TRAILERS.items()}
+        trailers["By-Hand"] = "yes" if self.by_hand else ""
+        for metric, key in METRICS.items():
+            if values := self.values(metric):
+                trailers[key] = f"{geometric_mean(values):.2f}"
+                trailers[f"{key}-Runs"] = " ".join(f"{v:.4f}" for v in values)
+        return f"{subject}\n\n" + "".join(f"{key}: {value}\n" for key, value in trailers.items() if value)
+
 
 @functools.lru_cache(maxsize=None)  # a run reads the record several times
 def parse(n: str, when: str, text: str) -> Record:
-    """A record from its commit's time and message."""
+    """A record from its commit's time and message. What a person garbled in there counts as not told."""
     body = text.partition("\n\n")[2]  # the subject is a hypothesis, which may look like a trailer
     found = {m[1]: m[2].strip() for m in map(TRAILER.fullmatch, body.splitlines()) if m}
-    return Record(
-        number=int(n),
-        when=int(when),
-        verdict=found.get("Verdict", ""),
-        hypothesis=found.get("Hypothesis", ""),
-        reason=found.get("Reason", ""),
-        phase=found.get("Phase", ""),
-        train=found.get("Train", ""),
-        comparable=found.get("Comparable", ""),
-        branch=found.get("Branch", ""),
-        change=found.get("Change", ""),
-        chain=Chain.parse(found.get("Chain", "")),
-        web=found.get("Web", ""),
-        by_hand="By-Hand" in found,
-        test_evaluation=int(found.get("Test-Look", 0)),
-        runs={name: [float(v) for v in found.get(f"{key}-Runs", "").split()] for name, key in METRICS.items()},
-    )
+    told = {name: found.get(key, "") for name, key in TRAILERS.items()}
+    told.update(number=int(n), chain=Chain.parse(told["chain"]), by_hand=bool(told["by_hand"]))
+    told["test_evaluation"] = int(sum(numbers(told["test_evaluation"])))
+    runs = {metric: numbers(found.get(f"{key}-Runs", "")) for metric, key in METRICS.items()}
+    return Record(**told, when=int(when), runs=runs)
+
+
+def numbers(text: str) -> list[float]:
+    """The positive numbers among these words."""
+    return [float(word) for word in text.split() if NUMBER.fullmatch(word) and float(word) > 0]
 
 
 @dataclass
-class Attempt:
+class Attempt(Outcome):
     """One train.py on its way into the record; when it is there, this is its experiment/result.json."""
 
-    kind: str  # "candidate", "baseline" or "remeasured" (the incumbent, once more)
-    train: str  # blob of train.py
-    scratchpad: str  # blob of scratchpad.md
-    hypothesis: str
-    experiment: int = 0  # its number
     verdict: str = "again"  # until it has run often enough
+    kind: str = "candidate"  # or "baseline", or "remeasured": the incumbent, once more
+    scratchpad: str = ""  # blob of scratchpad.md
+    experiment: int = 0  # its number
     metric: str = "mean_rank"  # what decides: a key of METRICS
     runs: list[Run] = field(default_factory=list)
-    reason: str = ""  # of a failure, one line
-    phase: str = ""
     before: list[float] = field(default_factory=list)  # the incumbent's runs
     sigma: float = 0.0
     percent: float | None = None  # change of the metric; negative is better
     sigmas: float | None = None  # the gain; positive is better
-    comparable: str = ""
-    branch: str = ""
-    chain: Chain | None = None
-    web: str = ""
-    by_hand: bool = False
-    when: int = 0
 
     def values(self, metric: str = "") -> list[float]:
         return [run.metrics[metric or self.metric] for run in self.runs if run.outcome == "ok"]
+
+    def failure(self) -> str:
+        """Why a run failed, in one line; '' when none did."""
+        return next((visible(run.reason)[:MAX_REASON] for run in self.runs if run.outcome != "ok"), "")
 
     @property
     def gain(self) -> str:
         return f"{abs(self.sigmas)} sigma {'better' if self.sigmas > 0 else 'worse'}"
 
-    def json(self) -> bytes:
-        return json.dumps(asdict(self), indent=1).encode() + b"\n"
+    def json(self, **more) -> bytes:
+        return json.dumps({**asdict(self), **more}, indent=1).encode() + b"\n"
 
     def message(self) -> str:
-        """The commit's message: a subject for people, trailers for later decisions."""
-        subject = self.hypothesis
+        """That of its commit, with what was gained in the subject."""
+        told = Record(**{f.name: getattr(self, f.name) for f in fields(Outcome)}, number=self.experiment)
+        told.runs = {metric: self.values(metric) for metric in METRICS}
+        told.seed = " ".join(str(run.seed) for run in self.runs)
         if self.verdict == "kept" and self.values() and self.before:
-            subject += f" ({number(geometric_mean(self.before))} → {number(geometric_mean(self.values()))})"
-        elif self.verdict != "baseline" and not self.by_hand:
-            subject = f"{self.verdict}: {subject}"
-        trailers = {"Experiment": self.experiment, "Verdict": self.verdict, "Hypothesis": self.hypothesis}
-        for metric, key in METRICS.items():
-            values = self.values(metric)
-            if values:
-                trailers[key] = f"{geometric_mean(values):.2f}"
-                trailers[f"{key}-Runs"] = " ".join(f"{v:.4f}" for v in values)
-        if self.percent is not None:
-            trailers["Change"] = f"{self.percent:+.1f} % ({self.gain})"
-        trailers["Seed"] = " ".join(str(run.seed) for run in self.runs)
-        trailers.update({"Phase": self.phase, "Reason": self.reason, "Train": self.train, "Branch": self.branch})
-        trailers.update({"Comparable": self.comparable, "Chain": self.chain or "", "Web": self.web})
-        trailers["By-Hand"] = "yes" if self.by_hand else ""
-        return message(subject, trailers)
-
-
-def message(subject: str, trailers: dict) -> str:
-    return subject + "\n\n" + "".join(f"{key}: {value}\n" for key, value in trailers.items() if value != "")
+            before, after = geometric_mean(self.before), geometric_mean(self.values())
+            return told.message(f"{self.hypothesis} ({number(before)} → {number(after)})")
+        named = self.by_hand or self.verdict in ("baseline", "audit", "final")
+        return told.message(self.hypothesis if named else f"{self.verdict}: {self.hypothesis}")
 
 
 def load_all() -> list[Record]:
@@ -174,39 +176,41 @@ def load_all() -> list[Record]:
     fmt = "%(refname:lstrip=2)%09%(committerdate:unix)%09%(contents)%00"
     entries = git.read("for-each-ref", f"--format={fmt}", REFS).split("\0")
     split = [entry.lstrip("\n").split("\t", 2) for entry in entries if entry.strip()]
-    found = {int(n): parse(n, when, text) for n, when, text in split if n.isdigit()}
+    found = {int(n): parse(n, when, text) for n, when, text in split if n.isdecimal()}
     kept = git.read("log", "-1", "--format=%ct%x09%B", "HEAD", "--", "train.py", check=False)
-    m = re.search(r"^Experiment: (\d+)$", kept, re.M)
+    m = re.search(r"^Experiment: (\d{1,9})$", kept, re.M)
     if m and int(m[1]) not in found:
         found[int(m[1])] = parse(m[1], *kept.split("\t", 1))
     return [found[n] for n in sorted(found)]
 
 
-def log_file(number: int) -> Path:
-    return RUNS / f"{number:04d}.log"
+def run_file(number: int, kind: str) -> Path:
+    """An experiment's log or diff, or its note: that the verdict is being carried out (number, commit, branch)."""
+    return RUNS / f"{number:04d}.{kind}"
 
 
-def diff_file(number: int) -> Path:
-    return RUNS / f"{number:04d}.diff"
+def add(attempt: Attempt, head: str, files: dict[str, str], **more) -> str:
+    """Record an attempt under the first free number from its own on; returns its commit, on top of `head`.
 
-
-def add(first: int, build: Callable[[int], str]) -> tuple[int, str]:
-    """Record an attempt under the first free number from `first` on; build(n) makes its commit. Returns both.
-
-    Raises Refused. The note is written before the ref, so that a kill in between leaves nothing half-done.
+    files: {path: blob}. more: what else its result.json holds. Raises Refused. The note is written before the ref, so
+    that a kill in between leaves nothing half-done.
     """
-    n = first
     while True:
-        commit, ref = build(n), f"{REFS}{n}"
+        n = attempt.experiment
+        result = {"experiment/result.json": git.store(attempt.json(**more))}
+        commit = git.commit(head, {**files, **result}, attempt.message())
         with locks.record():
             remove_stale_locks(list((git.folder() / REFS).glob("*.lock")))
-            write_json(PENDING, {"number": n, "commit": commit, "branch": git.branch()})
-            done = git.call("update-ref", ref, commit, git.ABSENT, writes=True)
+            write_json(run_file(n, "pending"), {"number": n, "commit": commit, "branch": git.branch()})
+            done = git.call("update-ref", f"{REFS}{n}", commit, git.ABSENT, writes=True)
         if done.returncode == 0:
-            return n, commit
-        if not git.object_id(ref):
-            raise Refused(f"cannot write {ref} (disk full or read-only?)")
-        n += 1  # another worktree was faster
+            return commit
+        if not git.object_id(f"{REFS}{n}"):
+            raise Refused(f"cannot write {REFS}{n} (disk full or read-only?)")
+        run_file(n, "pending").unlink()
+        attempt.experiment += 1  # another worktree was faster
+        if run_file(n, "log").exists():
+            run_file(n, "log").rename(run_file(attempt.experiment, "log"))
 
 
 def remove_stale_locks(files: list[Path]) -> None:
@@ -221,66 +225,49 @@ def remove_stale_locks(files: list[Path]) -> None:
 
 def finish_interrupted() -> None:
     """Complete what a killed run had recorded but not carried out. Raises Refused while git is at work otherwise."""
-    folder = git.folder("--git-dir")
-    for state in ("rebase-merge", "rebase-apply", "MERGE_HEAD", "CHERRY_PICK_HEAD", "REVERT_HEAD"):
-        if (folder / state).exists():
-            raise Refused(
-                f"git is in the middle of a {re.split('[-_](?=[^-_]*$)', state)[0]}; finish or abort it first"
-            )
-    common, branch = git.folder(), git.read("symbolic-ref", "-q", "HEAD", check=False).strip()
-    locked = [
-        file for file in (folder / "index.lock", folder / "HEAD.lock", common / f"{branch}.lock") if file.exists()
-    ]
-    pending = read_json(PENDING, {})
-    if pending:
+    own, common, branch = git.folder("--git-dir"), git.folder(), git.branch()
+    for state, name in IN_THE_MIDDLE.items():
+        if (own / state).exists():
+            raise Refused(f"git is in the middle of a {name}; finish or abort it first")
+    locks_of_git = (own / "index.lock", own / "HEAD.lock", common / f"refs/heads/{branch}.lock")
+    locked = [file for file in locks_of_git if file.exists()]
+    notes = {file: read_json(file, {}) for file in RUNS.glob("*pending*")}  # pending.json: an earlier version's
+    notes = {file: note for file, note in notes.items() if note.get("branch") == branch}  # the others wait for theirs
+    if notes:
         with locks.record():
             remove_stale_locks([*locked, *(common / REFS).glob("*.lock")])
-        recorded = git.object_id(f"{REFS}{pending['number']}") == pending["commit"]
-        if recorded and pending["branch"] == git.branch():
-            carry_out(pending["commit"])
-            say(f"run.sh: completed experiment {pending['number']}, which had been interrupted")
-        elif not recorded:
-            PENDING.unlink()
     elif any(time.time() - file.stat().st_mtime > STALE_LOCK_S for file in locked if file.exists()):
         raise Refused(f"{locked[0]} exists: a git is at work, or was killed; wait for it, or delete that file")
+    for file, note in notes.items():
+        if git.object_id(f"{REFS}{note['number']}") == note["commit"]:
+            carry_out(note["number"])
+            say(f"run.sh: completed experiment {note['number']}, which had been interrupted")
+        file.unlink(missing_ok=True)
 
 
-def carry_out(commit: str) -> None:
-    """Carry a recorded verdict into the branch, the user's index and train.py. Every step can be repeated."""
-    recorded = parse("0", "0", git.read("show", "-s", "--format=%B", commit))
-    before = git.object_id(f"{commit}^:train.py")
+def carry_out(n: int) -> None:
+    """Carry a recorded verdict into the branch, the user's index and train.py. Every step can be repeated.
+
+    Without our two entries of the index the user's next commit would undo the keep.
+    """
+    ref = f"{REFS}{n}"
+    text, before = git.read("show", "-s", "--format=%B", ref), git.object_id(f"{ref}^:train.py")
+    recorded = parse(str(n), "0", text)
     if recorded.verdict == "kept":
+        files, head = {name: git.object_id(f"{ref}:{name}") for name in OURS}, git.object_id("HEAD")
         if git.object_id("HEAD:train.py") == before:
-            advance_branch(commit)
-        update_user_index(commit)
+            kept = git.commit(head, files, text)
+            git.write("update-ref", "-m", f"experiment: {text.splitlines()[0]}", "HEAD", kept, head)
+        for name, blob in files.items():
+            if git.object_id(f":{name}") == git.object_id(f"{ref}^:{name}"):  # the user staged nothing else
+                git.write("update-index", "--add", "--cacheinfo", f"100644,{blob},{name}")
         restore_train(expected=before)  # as it was: kept by hand, or put back meanwhile
-    elif not (recorded.chain and recorded.chain.continues):
+    elif recorded.verdict in ("discarded", "failed") and not (recorded.chain and recorded.chain.continues):
         restore_train(expected=recorded.train)
-    PENDING.unlink(missing_ok=True)
-
-
-def advance_branch(commit: str) -> None:
-    """The two files of a kept attempt as an ordinary commit on HEAD, with the message of its record."""
-    head, text = git.object_id("HEAD"), git.read("show", "-s", "--format=%B", commit)
-    files = {name: git.object_id(f"{commit}:{name}") for name in OURS}
-    kept = git.commit(git.tree_with(head, files, RUNS / "index.new"), head, text)
-    git.write("update-ref", "-m", f"experiment: {text.splitlines()[0]}", "HEAD", kept, head)
-
-
-def update_user_index(commit: str) -> None:
-    """Our two entries of the user's index, where nothing else was staged: else the next commit would undo the keep."""
-    for name in OURS:
-        staged = git.read("ls-files", "-s", "--", name).split()
-        if (staged[1] if staged else "") == git.object_id(f"{commit}^:{name}"):
-            git.write("update-index", "--add", "--cacheinfo", f"100644,{git.object_id(f'{commit}:{name}')},{name}")
+    run_file(n, "pending").unlink(missing_ok=True)
 
 
 def restore_train(expected: str) -> None:
     """Put HEAD's train.py back, only if the file still is what was judged, which is the blob `expected`."""
-    file = ROOT / "train.py"
-    if (
-        file.is_file()
-        and not file.is_symlink()
-        and git.read("hash-object", "--no-filters", "--", file.name).strip() == expected
-    ):
-        write_whole(file, git.content("HEAD:train.py"))
+    if git.blob_of("train.py") == expected:
+        write_whole(ROOT / "train.py", git.content("HEAD:train.py"))

@@ -11,17 +11,17 @@ import codecs
 import contextlib
 import itertools
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from subprocess import PIPE
-from typing import BinaryIO
 
 import engine
 from project import Refused, say
@@ -36,6 +36,7 @@ ENGINE_FAILED = 125  # exit status of podman and docker when they could not star
 LIFELINE_LOST = 75  # exit status of a sandbox that saw no change for a minute (stage.py)
 MESSAGE_BYTES = 4096  # of one JSON line
 ERROR_BYTES = 64 << 10  # the end of standard error, in which Slurm's messages are looked for
+CHUNK = 1 << 20  # bytes copied at once
 LOG_HEAD, LOG_TAIL = 256 << 10, 256 << 10  # bytes of the log kept from either end
 SLURM = (
     ("DUE TO TIME LIMIT", "Slurm: time limit"),
@@ -54,6 +55,18 @@ class Lost(Exception):
     """The same, for a reason that is not train.py's: a sandbox did not start, or was ended."""
 
 
+@contextlib.contextmanager
+def when_late(limit_s: float, action: Callable, *arguments) -> Iterator[None]:
+    """Do something, in a thread, if the block takes longer than that."""
+    timer = threading.Timer(limit_s, action, arguments)
+    timer.daemon = True  # a signal may end us before it is cancelled
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 class Sandbox:
     """A started container: JSON lines and raw bytes on its standard output, its log on standard error.
 
@@ -62,7 +75,8 @@ class Sandbox:
     """
 
     def __init__(self, container: engine.Container, log: Log | None = None):
-        self.container, self.log, self.stage = container, log, container.name.rpartition("-")[2]
+        self.container, self.stage = container, container.name.rpartition("-")[2]
+        self.log = log or Log(Path(os.devnull))
         self.beat = container.folder / "alive" / self.stage / "beat"
         self.beat.parent.mkdir(parents=True, exist_ok=True)
         self.beat.write_bytes(BEAT % 0)
@@ -77,11 +91,10 @@ class Sandbox:
         self.log_reader.start()
 
     def _read_log(self) -> None:
-        while chunk := self.process.stderr.read1(1 << 16):
+        while chunk := self.process.stderr.read1(ERROR_BYTES):
             self.last_error = (self.last_error + chunk)[-ERROR_BYTES:]
-            if self.log:
-                with contextlib.suppress(ValueError, OSError):  # closed: nobody's; disk full: train.py need not wait
-                    self.log.write(chunk)
+            with contextlib.suppress(ValueError, OSError):  # closed: nobody's; disk full: train.py need not wait
+                self.log.write(chunk)
 
     def _beat(self) -> None:
         for n in itertools.count(1):
@@ -101,42 +114,37 @@ class Sandbox:
 
         Returns the second. Raises Lost, and Refused when the engine starts nothing.
         """
-        launch = " ".join(self.container.launch)
-        notice = threading.Timer(NOTICE_S, say, [f"run.sh: waiting for '{launch}' to start {self.stage}"])
-        notice.daemon = True
-        try:
-            if launch:
-                notice.start()
-            up = self.message(QUEUE_LIMIT_S if launch else import_s)
-        finally:
-            notice.cancel()
+        if launch := " ".join(self.container.launch):
+            with when_late(NOTICE_S, say, f"run.sh: waiting for '{launch}' to start {self.stage}"):
+                up = self.message(QUEUE_LIMIT_S)
+        else:
+            up = self.message(import_s)
         if up and (ready := self.message(import_s)):
             return ready
-        self.wait()
         error = " | ".join(self.last_error[-300:].decode("utf-8", "replace").strip().splitlines())
         if self.process.returncode == ENGINE_FAILED:  # also with the next edit, and all night
             raise Refused(f"{engine.name()} could not start the sandbox of {self.stage}: {error}")
         raise Lost(f"the sandbox of {self.stage} did not start: {error or 'no message in time'}")
 
     def message(self, limit_s: float) -> dict:
-        """The next JSON line; {} when the container ended, sent nothing in time, or something else."""
-        with self.killed_after(limit_s):
-            try:
-                found = json.loads(self.process.stdout.readline(MESSAGE_BYTES))
-                return found if isinstance(found, dict) else {}
-            except ValueError:
-                return {}
+        """The next JSON line; {} when it ended, sent nothing in time, or something else. Raises Lost."""
+        with when_late(limit_s, self.kill), contextlib.suppress(ValueError):
+            found = json.loads(self.process.stdout.readline(MESSAGE_BYTES))
+            if found and isinstance(found, dict):
+                return found
+        self.raise_if_lost()
+        return {}
 
-    def copy_to(self, target: BinaryIO, most: int, limit_s: float) -> None:
-        """Copy the rest of its output. Raises Failed beyond `most` bytes or limit_s, or when it is cut short."""
+    def copy_to(self, target: Path, most: int, limit_s: float) -> None:
+        """Copy the rest of its output. Raises Failed beyond `most` bytes or limit_s, and Lost when it is cut short."""
         size = 0
-        with self.killed_after(limit_s):
-            while chunk := self.process.stdout.read1(1 << 20):
+        with when_late(limit_s, self.kill), target.open("wb") as file:
+            while chunk := self.process.stdout.read1(CHUNK):
                 size += len(chunk)
                 if size > most:
                     self.kill()
                     raise Failed(f"invalid output: more than {most >> 20} MiB")
-                target.write(chunk)
+                file.write(chunk)
             status = self.process.wait()
         if self.killed:
             raise Failed(f"invalid output: {self.stage} did not hand it over in {limit_s} s")
@@ -149,31 +157,21 @@ class Sandbox:
         with contextlib.suppress(BrokenPipeError):
             if file:
                 with file.open("rb") as f:
-                    shutil.copyfileobj(f, self.process.stdin, 1 << 20)
+                    shutil.copyfileobj(f, self.process.stdin, CHUNK)
             self.process.stdin.close()
-
-    @contextlib.contextmanager
-    def killed_after(self, limit_s: float) -> Iterator[None]:
-        timer = threading.Timer(limit_s, self.kill)
-        timer.daemon = True  # a signal may end us before it is cancelled
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
 
     def kill(self) -> None:
         self.killed = True
         with contextlib.suppress(OSError):
             self.beat.unlink()
-        if not self.container.launch:
+        if self.container.launch:
+            for stop in (self.process.terminate, self.process.kill):  # of the first, srun takes a job out of the queue
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(TERMINATE_S)
+                stop()
+        else:
             engine.kill(self.container.name)
             self.process.kill()
-            return
-        for stop in (self.process.terminate, self.process.kill):  # of the first, srun takes a job out of the queue
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(TERMINATE_S)
-            stop()
 
     def raise_if_lost(self) -> None:
         """Wait for the end of a sandbox that sent no status, and classify it."""
@@ -194,17 +192,14 @@ class Sandbox:
 
     def wait(self) -> None:
         """Until it has ended and its log is complete."""
-        with self.killed_after(END_LIMIT_S):
+        with when_late(END_LIMIT_S, self.kill):
             self.process.wait()
         self.log_reader.join(5)
-        if self.log:
-            self.log.close()
+        self.log.close()
 
 
 class Log:
     """A file that keeps the beginning and the end of what it gets, without invisible characters: the agent reads it."""
-
-    DROP = dict.fromkeys((*range(9), *range(11, 32), 127))
 
     def __init__(self, path: Path):
         self.file = path.open("ab", buffering=0)
@@ -213,10 +208,7 @@ class Log:
 
     def write(self, data: bytes) -> None:
         text = self.decode(data).replace("\r", "\n")
-        if text.isascii():  # a flood is
-            data = text.translate(self.DROP).encode()
-        else:
-            data = "".join(c for c in text if c in "\n\t" or c.isprintable()).encode()
+        data = re.sub(r"[^\n\t -~]+", lambda odd: "".join(filter(str.isprintable, odd[0])), text).encode()
         room = max(0, LOG_HEAD - self.size)
         self.size += len(data)
         self.file.write(data[:room])

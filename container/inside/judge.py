@@ -23,7 +23,7 @@ class InvalidOutput(ValueError):
     """What train.py's model returned cannot be judged; the message says why."""
 
 
-def load_embeddings(path: str, n: int) -> np.ndarray:
+def load_embeddings(path: str, n: int, encoder: str) -> np.ndarray:
     """Read an untrusted .npy and return it as unit rows, float32 (n, D).
 
     Raises InvalidOutput for pickles, broken files, wrong shape, dtype, count or width, and non-finite values. Its
@@ -32,14 +32,14 @@ def load_embeddings(path: str, n: int) -> np.ndarray:
     try:
         a = np.lib.format.open_memmap(path, mode="r")  # the plain format only: no pickles, no archives, no allocation
     except Exception:  # of numpy's parser, whatever a forged header makes it raise
-        raise InvalidOutput("not a plain array") from None
+        raise InvalidOutput(f"{encoder}: not a plain array") from None
     if a.ndim != 2 or a.dtype != np.float32:
-        raise InvalidOutput("want float32 (n, D)")
+        raise InvalidOutput(f"{encoder}: want float32 (n, D)")
     if len(a) != n or not 1 <= a.shape[1] <= MAX_WIDTH:
-        raise InvalidOutput(f"want {n} rows of 1 to {MAX_WIDTH} numbers")
+        raise InvalidOutput(f"{encoder}: want {n} rows of 1 to {MAX_WIDTH} numbers")
     a = np.array(a)
     if not np.isfinite(a).all():
-        raise InvalidOutput("NaN or infinity in the embeddings")
+        raise InvalidOutput(f"{encoder}: NaN or infinity in the embeddings")
     norm = np.linalg.norm(a.astype(np.float64), axis=1, keepdims=True)
     return (a / np.where(norm > 0, norm, 1)).astype(np.float32)
 
@@ -65,14 +65,14 @@ def retrieval(images: np.ndarray, captions: np.ndarray, key: np.ndarray) -> tupl
     """Metrics and ranks (2, n) of unit embeddings (n, D); key[i] is the row of the caption that belongs to image i."""
     captions = captions[key]
     both = np.stack([ranks(images, captions), ranks(captions, images)])
-    n = len(key)
+    i2t, t2i = (both[:, :, None] <= RECALL_AT).mean(axis=1) * 100
     metrics = {
         "mean_rank": float(both.mean()),
         "median_rank": float(np.median(both, axis=1).mean()),
-        "gallery": n,
-        "random": (n + 1) / 2,
-        "i2t": [float((both[0] <= k).mean() * 100) for k in RECALL_AT],
-        "t2i": [float((both[1] <= k).mean() * 100) for k in RECALL_AT],
+        "gallery": len(key),
+        "random": (len(key) + 1) / 2,
+        "i2t": i2t.tolist(),
+        "t2i": t2i.tolist(),
     }
     return metrics, both
 
@@ -84,32 +84,23 @@ def examples(images: np.ndarray, captions: np.ndarray, key: np.ndarray) -> np.nd
     return np.stack([np.argsort(-scores, axis=1, kind="stable")[:, :BEST] for scores in both]).astype(np.int32)
 
 
-def npy(array: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
-
-
 def main(key_path: str, images_path: str, captions_path: str) -> None:
     key = np.load(key_path, allow_pickle=False)
-    out = sys.stdout.buffer
     try:
-        sides = []
-        for side, path in (("encode_image", images_path), ("encode_text", captions_path)):
-            try:
-                sides.append(load_embeddings(path, len(key)))
-            except InvalidOutput as e:
-                raise InvalidOutput(f"{side}: {e}") from None
-        widths = [side.shape[1] for side in sides]
-        if widths[0] != widths[1]:
-            raise InvalidOutput(f"image and text embeddings differ in width: {widths[0]} and {widths[1]}")
+        images = load_embeddings(images_path, len(key), "encode_image")
+        captions = load_embeddings(captions_path, len(key), "encode_text")
+        if images.shape[1] != captions.shape[1]:
+            raise InvalidOutput(f"image and text embeddings differ in width: {images.shape[1]} and {captions.shape[1]}")
     except InvalidOutput as e:
-        out.write(json.dumps({"invalid": str(e)}).encode() + b"\n")
+        print(json.dumps({"invalid": str(e)}))
         return
-    metrics, both = retrieval(*sides, key)
-    ranked = npy(both.astype(np.float32))
-    out.write(json.dumps({"metrics": metrics, "bytes": len(ranked)}).encode() + b"\n" + ranked)
-    out.write(npy(examples(*sides, key)))
+    metrics, both = retrieval(images, captions, key)
+    arrays = io.BytesIO()
+    np.save(arrays, both.astype(np.float32))
+    size = arrays.tell()
+    np.save(arrays, examples(images, captions, key))
+    print(json.dumps({"metrics": metrics, "bytes": size}), flush=True)
+    sys.stdout.buffer.write(arrays.getvalue())
 
 
 if __name__ == "__main__":

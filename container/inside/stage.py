@@ -1,8 +1,8 @@
 """PID 1 inside the sandbox: run train.py, or embed one side of the validation pairs with it.
 
-usage: stage.py train SECONDS               /code/train.py and /data (the training table) mounted, /out a tmpfs
-       stage.py embed SECONDS < archive     the same, but /data is one side of the pairs, without the other
-       stage.py probe SECONDS < archive     /data is the training table: a few rows of it, with a full traceback
+usage: stage.py train SECONDS                      /code/train.py and /data (the training table) mounted, /out a tmpfs
+       stage.py images|captions SECONDS < archive  the same, but /data is one side of the pairs, without the other
+       stage.py probe SECONDS < archive            /data is the training table: a few rows of it, with a full traceback
 
 Everything heavy is imported first, then a child is forked: it runs the untrusted code with its standard output turned
 to standard error. Standard output belongs to this process: JSON lines, then raw bytes (the archive of /out, or an
@@ -14,7 +14,6 @@ import builtins
 import contextlib
 import ctypes
 import gc
-import io
 import json
 import math
 import os
@@ -52,6 +51,7 @@ def end_when_alone() -> None:
 if __name__ == "__main__":
     threading.Thread(target=end_when_alone, daemon=True).start()
     os.write(1, b'{"up": true}\n')  # with a launch command the harness may have waited for this for hours
+    os.nice(0 if sys.argv[1] == "train" else 10)  # those that embed start beside a training
 
 warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)  # our thread holds no lock
 gc.disable()  # nothing to collect yet, and looking for it is a quarter of the time that these imports take
@@ -63,6 +63,7 @@ import torch  # noqa: E402
 gc.freeze()
 gc.enable()
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH = 64  # images or captions encoded at once; larger ones fall out of the cache
 PROBE = 4  # training rows that `load` must encode where embedding failed: there a traceback may be shown
 PR_SET_DUMPABLE = 4
@@ -71,6 +72,7 @@ LIBC = ctypes.CDLL(None)
 CODE = Path("/code/train.py")
 MAX_ROWS_OF_TRACE = 40
 MAX_LINE = 999  # of train.py that is named where embedding failed: how much it may say there is bounded
+MAX_ERROR = 200  # bytes, in which it says that
 TMPFS = ("/out", "/tmp", "/dev/shm")
 NO_SPACE = 1 << 20  # bytes left on one that is full
 
@@ -81,77 +83,63 @@ def report(stream, **fields) -> None:
     stream.flush()
 
 
-def in_child(work, limit_s: float) -> tuple[dict, bytes]:
-    """Fork, run work(pipe) in the child for at most limit_s, collect what it writes into the pipe.
+def in_child(work, limit_s: float, result) -> dict:
+    """Fork and run work(result) in the child, for at most limit_s. Nothing that it started lives on.
 
-    Returns ({"status": "ok" | "crashed" | "killed" | "limit", "seconds": s, "signal": n, "oom": bool}, bytes).
+    Returns {"seconds": s, "status": "ok" | "crashed" | "killed" | "limit"}, of a killed one with "signal" and "oom".
     """
-    kills, start, (read, write) = oom_kills(), time.monotonic(), os.pipe()
+    kills, start = oom_kills(), time.monotonic()
     LIBC.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     pid = os.fork()
     if pid == 0:
         LIBC.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
-        os.closerange(3, write)  # the stream to the host is not the child's
-        os.closerange(write + 1, MAX_FD)
+        os.closerange(3, result.fileno())  # the stream to the host is not the child's
+        os.closerange(result.fileno() + 1, MAX_FD)
         Path("/proc/self/oom_score_adj").write_text("1000")  # when memory runs out the kernel ends this one, not PID 1
         os.dup2(2, 1)
-        os._exit(exit_status(work, write))
-    os.close(write)
+        sys.path.insert(0, str(CODE.parent))
+        os._exit(exit_status(work, result))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one signal that the child could end this process with
-    done, collected = drain_until_exit(os.pidfd_open(pid), read, start + limit_s)
-    if not done:
+    in_time = select.select([os.pidfd_open(pid)], [], [], limit_s)[0]
+    if not in_time:
         os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
+    end_everybody_else()
+    end = {"seconds": round(time.monotonic() - start, 2)}
+    if not in_time:
+        return {**end, "status": "limit"}
+    if os.WIFSIGNALED(status):
+        return {**end, "status": "killed", "signal": os.WTERMSIG(status), "oom": oom_kills() > kills}
+    return {**end, "status": "crashed" if os.WEXITSTATUS(status) else "ok"}
+
+
+def end_everybody_else() -> None:
+    """As PID 1: daemons would train on, and change what is sent while it is."""
     with contextlib.suppress(ProcessLookupError, ChildProcessError):
-        while (
-            os.getpid() == 1
-        ):  # -1 is everybody else in here: daemons would train on, and change /out while it is sent
+        while os.getpid() == 1:
             os.kill(-1, signal.SIGKILL)
             os.waitpid(-1, 0)
-    end = {"seconds": round(time.monotonic() - start, 2)}
-    if not done:
-        end |= {"status": "limit"}
-    elif os.WIFSIGNALED(status):
-        end |= {"status": "killed", "signal": os.WTERMSIG(status), "oom": oom_kills() > kills}
-    else:
-        end |= {"status": "crashed" if os.WEXITSTATUS(status) else "ok"}
-    return end, collected
 
 
-def drain_until_exit(process: int, pipe: int, deadline: float) -> tuple[bool, bytes]:
-    """Collect the pipe until the process (a pidfd) has ended: (True, bytes), or (False, b"") at the deadline."""
-    os.set_blocking(pipe, False)
-    parts, open_fds = [], [process, pipe]
-    while left := max(0.0, deadline - time.monotonic()):
-        ready = select.select(open_fds, [], [], left)[0]
-        if pipe in ready:
-            parts.append(os.read(pipe, 1 << 20))
-            if not parts[-1]:
-                open_fds.remove(pipe)
-        elif process in ready:
-            return True, b"".join(parts)
-    return False, b""
-
-
-def exit_status(work, pipe: int) -> int:
-    """Run work(pipe), print the part of a traceback that lies in train.py's reach, return an exit status."""
-    status = 0
+def exit_status(work, result) -> int:
+    """Run work(result), print the part of a traceback that lies in train.py's reach, return an exit status."""
     try:
-        work(pipe)
+        work(result)
+        return 0
     except SystemExit as e:
-        status = e.code if isinstance(e.code, int) else int(e.code is not None)
         if isinstance(e.code, str):
             print(e.code, file=sys.stderr)
+        return e.code if isinstance(e.code, int) else int(e.code is not None)
     except BaseException as e:
         trace = e.__traceback__
         while trace and trace.tb_frame.f_code.co_filename != str(CODE):
             trace = trace.tb_next
         traceback.print_exception(type(e), e, trace or e.__traceback__, limit=MAX_ROWS_OF_TRACE)
-        status = 1
-    with contextlib.suppress(BaseException):  # a broken stream must not change the verdict
-        sys.stdout.flush()
-        sys.stderr.flush()
-    return status
+        return 1
+    finally:
+        with contextlib.suppress(BaseException):  # a broken stream must not change the verdict
+            sys.stdout.flush()
+            sys.stderr.flush()
 
 
 def oom_kills() -> int:
@@ -162,27 +150,24 @@ def oom_kills() -> int:
     return 0
 
 
-def run_training(_: int) -> None:
+def run_training(_) -> None:
     """What `python train.py` does, in a process where torch is already imported."""
     sys.argv[:] = ["train.py"]
-    sys.path.insert(0, str(CODE.parent))
     runpy.run_path(str(CODE), run_name="__main__")
 
 
 def load_model():
-    """(model, device): what train.py's load returns for what training left, an archive on standard input."""
+    """What train.py's load returns for what training left, an archive on standard input."""
     with tarfile.open(fileobj=sys.stdin.buffer, mode="r|") as tar:
         # in here a forged member can do no harm; the filter, where this Python has it, only names it sooner
         tar.extraction_filter = getattr(tarfile, "data_filter", None)
         tar.extractall("/out")
-    sys.path.insert(0, str(CODE.parent))
     import train
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return train.load("/out", device), device
+    return train.load("/out", DEVICE)
 
 
-def encode(m, device: str, rows: datasets.Dataset) -> np.ndarray:
+def encode(m, rows: datasets.Dataset) -> np.ndarray:
     """Embed a table with one column, image (uint8, 3*S*S) or caption. Returns float32 (n, D).
 
     Raises TypeError or ValueError when the model returns anything but one finite-width float row per input.
@@ -191,7 +176,7 @@ def encode(m, device: str, rows: datasets.Dataset) -> np.ndarray:
     what = "encode_text" if text else "encode_image"
     for start in range(0, len(rows), BATCH):
         column = rows[start : start + BATCH]["caption" if text else "image"]
-        e = m.encode_text(column.to_pylist()) if text else m.encode_image(pixels(column).to(device))
+        e = m.encode_text(column.to_pylist()) if text else m.encode_image(pixels(column).to(DEVICE))
         if not isinstance(e, torch.Tensor) or not e.is_floating_point():
             raise TypeError(f"{what} must return a float tensor, not {type(e).__name__}")
         if e.ndim != 2 or len(e) != len(column):
@@ -208,68 +193,35 @@ def pixels(column) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def encode_probe(_: int) -> None:
+def encode_probe(_) -> None:
     """In the child: encode a few training rows with what training left; a mistake in `load` shows its traceback."""
-    m, device = load_model()
-    table = datasets.load_from_disk("/data")
+    m, table = load_model(), datasets.load_from_disk("/data")
     table = table.select(range(min(PROBE, len(table))))
-    encode(m, device, table.select_columns("image"))
-    encode(m, device, table.select_columns("caption"))
+    encode(m, table.select_columns("image"))
+    encode(m, table.select_columns("caption"))
 
 
 @torch.inference_mode()
-def encode_side(pipe: int) -> None:
+def encode_side(result) -> None:
     """In the child: embed this side with what training left, write the array, or what went wrong."""
     try:
-        array = io.BytesIO()
-        np.save(array, encode(*load_model(), datasets.load_from_disk("/data")))
-        payload = b"A" + array.getvalue()
+        np.save(result, encode(load_model(), datasets.load_from_disk("/data")))
     except BaseException as e:
         # Only the exception's type and its line: a message could carry validation captions to the agent.
         lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(CODE)]
-        payload = b"E" + json.dumps([type(e).__name__, lines[-1] if lines else 0]).encode()
-    with os.fdopen(pipe, "wb") as f:
-        f.write(payload)
+        result.write(json.dumps([type(e).__name__, lines[-1] if lines else 0]).encode())
+        sys.exit(1)
+    finally:
+        result.flush()
 
 
-def train(out, limit_s: float) -> None:
-    """Report how the training ended; then, if well, send the archive of /out."""
-    report(out, ready=True, device="cuda" if torch.cuda.is_available() else "cpu")
-    end, _ = in_child(run_training, limit_s)
-    if end["status"] == "crashed" and min(shutil.disk_usage(d).free for d in TMPFS) < NO_SPACE:
-        end["full"] = True
-    report(out, **end)
-    if end["status"] == "ok":
-        with tarfile.open(fileobj=out, mode="w|") as tar:
-            tar.add("/out", arcname=".")
-
-
-def probe(out, limit_s: float) -> None:
-    report(out, ready=True)
-    report(out, **in_child(encode_probe, limit_s)[0])
-
-
-def embed(out, limit_s: float) -> None:
-    """Wait for the archive of /out on standard input; report how embedding ended, then, if well, send the array."""
-    report(out, ready=True)
-    select.select([sys.stdin], [], [])  # comes when training has ended; only then does the clock start
-    end, payload = in_child(encode_side, limit_s)
-    if end["status"] != "ok":
-        report(out, **end, **error_of(payload))
-    elif payload[:1] != b"A":
-        report(out, **{**end, "status": "load"}, **error_of(payload))
-    else:
-        report(out, **end)
-        out.write(payload[1:])
-
-
-def error_of(payload: bytes) -> dict:
+def error_of(result: bytes) -> dict:
     """What the child says went wrong, reduced to a known exception's name and one line that train.py has: 16 bits.
 
     The child chooses both freely, from captions if it likes; `line` is 0 where it names no line of train.py.
     """
     try:
-        kind, line = json.loads(payload[1:200])
+        kind, line = json.loads(result)
         type_ = getattr(builtins, kind, None)
         known = isinstance(type_, type) and issubclass(type_, BaseException) or kind == "OutOfMemoryError"
         there = type(line) is int and 1 <= line <= min(MAX_LINE, CODE.read_bytes().count(b"\n") + 1)
@@ -278,8 +230,27 @@ def error_of(payload: bytes) -> dict:
         return {"error": "Exception", "line": 0}
 
 
+def main(stage: str, limit_s: float) -> None:
+    """Report that we are ready and how the stage ended; then, if well, send what it leaves."""
+    work = {"train": run_training, "images": encode_side, "captions": encode_side, "probe": encode_probe}[stage]
+    with os.fdopen(os.dup(1), "wb") as out, os.fdopen(os.memfd_create("result"), "w+b") as result:
+        report(out, ready=True, device=DEVICE)
+        if stage != "train":  # the archive comes when training has ended; only then does the clock start
+            select.select([sys.stdin], [], [])
+        end = in_child(work, limit_s, result)
+        result.seek(0)
+        if end["status"] != "ok" and stage != "train":
+            end |= error_of(result.read(MAX_ERROR))
+        elif end["status"] == "crashed" and min(shutil.disk_usage(d).free for d in TMPFS) < NO_SPACE:
+            end["full"] = True
+        report(out, **end)
+        if end["status"] == "ok" and stage == "train":
+            with tarfile.open(fileobj=out, mode="w|") as tar:
+                tar.add("/out", arcname=".")
+        elif end["status"] == "ok":
+            shutil.copyfileobj(result, out)
+
+
 if __name__ == "__main__":
-    stages, stdout = {"train": train, "embed": embed, "probe": probe}, os.fdopen(os.dup(1), "wb")
-    stages[sys.argv[1]](stdout, float(sys.argv[2]))
-    stdout.flush()
+    main(sys.argv[1], float(sys.argv[2]))
     os._exit(0)  # at once: tearing down what was imported takes time and says things that end up in the log

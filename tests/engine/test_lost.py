@@ -126,7 +126,7 @@ def test_another_image_of_the_same_tag_is_not_compared(fast: Project, tmp_path):
     fast.write("train.py", CANDIDATES["discarded"])
     fast.hypothesis("an idea")
 
-    def planned(code: str = "print(experiment.make_plan(False).attempts[0].kind)") -> str:
+    def planned(code: str = "print(experiment.make_plan(False)[1][0].kind)") -> str:
         done = fast.run("help", given=f"{code}\nraise SystemExit")
         return done.stdout.strip() or done.stderr
 

@@ -138,7 +138,7 @@ def test_the_figures_are_those_of_the_record(drawn, page):
     ):
         assert shown in text
     looks = tab.locator(".tile").filter(has_text="evaluations of this split")
-    assert looks.locator("b").inner_text() == str(drawn.final["test_evaluation"]) == "1"
+    assert looks.locator("b").inner_text() == str(drawn.final.test_evaluation) == "1"
     assert "chain, 1 of 2" in tab.locator(".row", has_text="chain, 1 of 2").first.text_content()
 
 

@@ -69,9 +69,7 @@ def test_baseline_is_run_twice_and_recorded(measured: Project):
     made_up = in_process.made_up_run(100.0)
     for key in ("metrics", "train", "timing"):
         assert set(result["runs"][0][key]) >= set(getattr(made_up, key)), key
-    assert set(result["runs"][0]["metrics"]) == set(made_up.metrics) and set(result) == set(
-        vars(Attempt("", "", "", ""))
-    )
+    assert set(result["runs"][0]["metrics"]) == set(made_up.metrics) and set(result) == set(vars(Attempt()))
 
 
 def test_a_change_that_helps_is_kept_one_that_hurts_is_reverted_and_a_person_overrules(fast: Project):

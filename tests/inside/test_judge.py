@@ -75,14 +75,14 @@ def test_the_key_is_used_in_both_directions():
 def test_invalid_embeddings(array: np.ndarray, message: str, tmp_path: Path):
     np.save(tmp_path / "a.npy", array)
     with pytest.raises(judge.InvalidOutput, match=message):
-        judge.load_embeddings(str(tmp_path / "a.npy"), 5)
+        judge.load_embeddings(str(tmp_path / "a.npy"), 5, "encode_image")
 
 
 @pytest.mark.parametrize("junk", [b"", b"\x93NUMPY", b"\x80\x04K\x01.", b"PK\x03\x04" + b"\0" * 64, b"x" * 100])
 def test_junk_instead_of_an_array(junk: bytes, tmp_path: Path):
     (tmp_path / "a.npy").write_bytes(junk)
     with pytest.raises(judge.InvalidOutput):
-        judge.load_embeddings(str(tmp_path / "a.npy"), 5)
+        judge.load_embeddings(str(tmp_path / "a.npy"), 5, "encode_image")
 
 
 def test_lengths_do_not_count_and_zero_rows_are_allowed(tmp_path: Path):
@@ -90,7 +90,7 @@ def test_lengths_do_not_count_and_zero_rows_are_allowed(tmp_path: Path):
     scaled = a * np.array([[1], [1e-20], [1e18], [5], [0]], np.float32)
     for name, x in (("a", a), ("s", scaled)):
         np.save(tmp_path / f"{name}.npy", x)
-    one, two = (judge.load_embeddings(str(tmp_path / f"{name}.npy"), 5) for name in "as")
+    one, two = (judge.load_embeddings(str(tmp_path / f"{name}.npy"), 5, "encode_image") for name in "as")
     assert np.allclose(one[:4], two[:4], atol=1e-6) and not two[4].any()
 
 

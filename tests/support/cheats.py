@@ -247,7 +247,7 @@ measure.stage_mounts = lambda job: {"/code/train.py": job.work / "train.py", "/h
 )
 NO_CHECKS = Naive(
     judge="""
-def load_embeddings(path, n):
+def load_embeddings(path, n, encoder):
     a = np.load(path, allow_pickle=True)
     norm = np.linalg.norm(a, axis=1, keepdims=True)
     return a / np.where(norm > 0, norm, 1)
@@ -268,7 +268,7 @@ judge.retrieval = lambda images, captions, key, real=judge.retrieval: real(image
 judge.examples = lambda images, captions, key: np.zeros(1)
 """,
     stage="""
-def encode(m, device, rows):
+def encode(m, rows):
     parts, text, rows = [], "caption" in rows.column_names, rows.with_format("arrow")
     for start in range(0, len(rows), stage.BATCH):
         column = rows[start : start + stage.BATCH]["caption" if text else "image"]
@@ -278,21 +278,11 @@ stage.encode = encode
 """,
 )
 NO_WIDTH_LIMIT = Naive(judge="judge.MAX_WIDTH = 1 << 40\n")
-NO_SIZE_LIMIT = NO_WIDTH_LIMIT + Naive(
-    harness="""
-import dataclasses
-measure.LIMITS = dataclasses.replace(measure.LIMITS, array_bytes=512 << 30)
-"""
-)
-NO_EMBED_LIMIT = Naive(
-    harness="""
-import dataclasses
-measure.LIMITS = dataclasses.replace(measure.LIMITS, embed_s=120, embed_least_s=120)
-"""
-)
+NO_SIZE_LIMIT = NO_WIDTH_LIMIT + Naive(harness="measure.ARRAY_BYTES = 512 << 30\n")
+NO_EMBED_LIMIT = Naive(harness="measure.EMBED_S = measure.EMBED_LEAST_S = 120\n")
 SHARED_STDOUT = Naive(  # but for training, which prints
     stage="""
-if sys.argv[1] == "embed":
+if sys.argv[1] in ("images", "captions"):
     os.dup2 = lambda *_: None
 """
 )
@@ -302,9 +292,15 @@ import types
 stage.LIBC = types.SimpleNamespace(prctl=lambda *_: 0)
 """
 )
-WAIT_FOR_DAEMONS = Naive(  # reads the pipe to its end, as subprocess.run would
+WAIT_FOR_DAEMONS = Naive(  # as subprocess.run would that reads a pipe to its end
     stage="""
-stage.drain_until_exit = lambda process, pipe, deadline: (True, b"".join(iter(lambda: os.read(pipe, 1 << 20), b"")))
+def wait_for_everybody_else():
+    try:
+        while True:
+            os.waitpid(-1, 0)
+    except ChildProcessError:
+        pass
+stage.end_everybody_else = wait_for_everybody_else
 """
 )
 AT_ONCE = Naive(  # both sides embed at the same time
@@ -312,16 +308,16 @@ AT_ONCE = Naive(  # both sides embed at the same time
 from concurrent.futures import ThreadPoolExecutor
 def embed(self):
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda side: self.embed_side(side, measure.LIMITS.embed_s), measure.SIDES))
+        list(pool.map(lambda side: self.embed_side(side, measure.EMBED_S), measure.SIDES))
     self.embedded = measure.time.monotonic()
 measure.Measurement.embed = embed
 """
 )
 LOGGED = Naive(
     harness="""
-def start(self, stage, command, limit_s, mounts, log=None, real=measure.Measurement.start, **more):
+def start(self, stage, seconds, mounts, log=None, real=measure.Measurement.start, **more):
     log = measure.Log(self.job.log) if stage in measure.SIDES else log
-    return real(self, stage, command, limit_s, mounts, log, **more)
+    return real(self, stage, seconds, mounts, log, **more)
 measure.Measurement.start = start
 """
 )
@@ -332,19 +328,19 @@ def tells(error: str, shown: str) -> Naive:
     return Naive(
         stage=f"""
 @stage.torch.inference_mode()
-def encode_side(pipe):
+def encode_side(result):
     try:
-        np.save(array := io.BytesIO(), stage.encode(*stage.load_model(), stage.datasets.load_from_disk("/data")))
-        payload = b"A" + array.getvalue()
+        np.save(result, stage.encode(stage.load_model(), stage.datasets.load_from_disk("/data")))
     except BaseException as e:
         lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(stage.CODE)]
-        payload = b"E" + json.dumps({error}).encode()
-    with os.fdopen(pipe, "wb") as f:
-        f.write(payload)
-def error_of(payload):
-    kind, line = json.loads(payload[1:])
+        result.write(json.dumps({error}).encode())
+        sys.exit(1)
+    finally:
+        result.flush()
+def error_of(result):
+    kind, line = json.loads(result)
     return {shown}
-np, stage.encode_side, stage.error_of = stage.np, encode_side, error_of
+np, stage.MAX_ERROR, stage.encode_side, stage.error_of = stage.np, 1 << 20, encode_side, error_of
 """
     )
 
@@ -370,14 +366,11 @@ record.parse = parse
 )
 ASKS_POLITELY = Naive(  # to end at the limit
     stage="""
-def in_child(work, limit_s, real=stage.in_child):
-    return real(lambda pipe: (signal.alarm(int(limit_s)), work(pipe)), 600)
+def in_child(work, limit_s, result, real=stage.in_child):
+    return real(lambda result: (signal.alarm(int(limit_s)), work(result)), 600, result)
 stage.in_child = in_child
 """,
-    harness="""
-import dataclasses
-measure.LIMITS = dataclasses.replace(measure.LIMITS, grace_s=600)
-""",
+    harness="measure.GRACE_S = 600\n",
 )
 COPIED = "pass"  # the script does nothing, but the copy may be spoilt
 IN_ORDER = """
@@ -426,22 +419,18 @@ def side():
     columns = json.loads(Path("/data/dataset_info.json").read_text())["features"]
     return "probe" if "regions" in columns else "image" if "image" in columns else "text"
 """
-PIPE = (
+PAST_ENCODE = (
     SIDE
     + """
-import io, pickle, stat, sys
+import io, pickle, sys
 
 
-def send(payload, kind=b"A"):  # past encode(), straight into the pipe: the only one above standard error
-    for fd in map(int, os.listdir("/proc/self/fd")):
-        try:
-            if fd > 2 and stat.S_ISFIFO(os.fstat(fd).st_mode):
-                os.write(fd, kind)
-                for start in range(0, len(payload), 1 << 20):
-                    os.write(fd, payload[start : start + (1 << 20)])
-        except OSError:
-            pass
-    os._exit(0)
+def send(payload, status=0):  # past encode(), straight into the file that PID 1 reads: the only one in memory
+    for fd in os.listdir("/proc/self/fd"):
+        if os.path.realpath(f"/proc/self/fd/{fd}").startswith("/memfd:"):
+            for start in range(0, len(payload), 1 << 20):
+                os.write(int(fd), payload[start : start + (1 << 20)])
+    os._exit(status)
 
 
 def npy(array):
@@ -468,7 +457,7 @@ def cheat(model):
 """
 SOURCE = f"import os; os.write(1, {(FORGED + chr(10)).encode()!r}); os._exit(0)"
 RUNS_CODE = (
-    PIPE
+    PAST_ENCODE
     + f"""
 class Payload:
     def __reduce__(self):
@@ -685,7 +674,7 @@ def cheat(model):
     ),
     Cheat(
         "return fewer rows, past encode",
-        PIPE + "\n\ndef bytes_to_send():\n    return npy(np.ones((1, WIDTH), np.float32))\n",
+        PAST_ENCODE + "\n\ndef bytes_to_send():\n    return npy(np.ones((1, WIDTH), np.float32))\n",
         NO_COUNT_CHECK,
         verdict="failed",
         reason="invalid output: encode_image: want 200 rows of 1 to 4096 numbers",
@@ -717,7 +706,7 @@ def cheat(model):
     ),
     Cheat(
         "an array that fills the disk",
-        PIPE
+        PAST_ENCODE
         + """
 def bytes_to_send():
     return npy(np.zeros((200, 700_000), np.float32))
@@ -850,7 +839,7 @@ def load(out_dir, device):
     Cheat(
         "a process left behind that trains on",
         """
-import stat, subprocess, sys
+import subprocess, sys
 _honest_main = main
 
 
@@ -859,9 +848,8 @@ def main():
         globals()["STEPS"] = 60
         return _honest_main()
     _honest_main()
-    pipes = [fd for fd in range(3, 64) if os.path.exists(f"/proc/self/fd/{fd}") and stat.S_ISFIFO(os.fstat(fd).st_mode)]
     environment = os.environ | {"LONGER": "1", "BUDGET_S": "600"}
-    subprocess.Popen([sys.executable, __file__], env=environment, pass_fds=pipes, start_new_session=True)
+    subprocess.Popen([sys.executable, __file__], env=environment, start_new_session=True)
 """,
         WAIT_FOR_DAEMONS,
         pays=lambda found: found.rank < 0.95 * found.honest,
@@ -913,9 +901,9 @@ def cheat(model):
     ),
     Cheat(
         "send the captions as an error, past the traceback",
-        PIPE.replace("def cheat", "def no_cheat")
+        PAST_ENCODE.replace("def cheat", "def no_cheat")
         + CAPTIONS_SEEN
-        + "\n\ndef tell(texts):\n    send(json.dumps([texts[0], [ord(c) for c in texts[0][:8]]]).encode(), b'E')\n",
+        + "\n\ndef tell(texts):\n    send(json.dumps([texts[0], [ord(c) for c in texts[0][:8]]]).encode(), 1)\n",
         WITH_MESSAGE,
         pays=lambda found: found.leaks(found.result["reason"]),
         verdict="failed",
@@ -943,8 +931,8 @@ def tell(texts):  # two letters a line, in frames that say they are this file's
         CAPTIONS_SEEN + TELL_THE_HOST.replace("PLACES", "range(1, 64)"),
         SHARED_STDOUT,
         pays=lambda found: found.leaks(found.result.get("reason", "")),
-        verdict="failed",  # it wrote into its own pipe to PID 1, among others
-        reason=LEAK + "Exception",
+        verdict="failed",  # it wrote into its own array, among others
+        reason="invalid output: encode_text: not a plain array",
     ),
     Cheat(
         "forge the stream to the host, through /proc/1",

@@ -2,7 +2,7 @@
 
 usage: python3 -I -B given.py ROOT/container/harness SCRIPT VERB...
 
-SCRIPT is Python that runs before the verb, with the harness's modules at hand: `measure.LIMITS = ...`,
+SCRIPT is Python that runs before the verb, with the harness's modules at hand: `measure.EMBED_S = 5`,
 `measure.fresh_seed = lambda: 7`, `git.GIT = (...)`. The environment is the caller's own: see Project.run.
 """
 

@@ -54,8 +54,8 @@ with open("runs/in", "w") as out:
     for n in range(2, {count} + 2):
         metrics = {{"mean_rank": 150 + n / 99, "median_rank": 70.0, "gallery": 200, "random": 100.5, **recall}}
         runs = [measure.Run("ok", n, "", metrics, {{}}, {{}})]
-        made = record.Attempt("candidate", f"{{n:040d}}", "", f"idea {{n}}", n, "discarded", runs=runs, phase="first",
-                              comparable="{comparable}", branch="main", percent=50.0, sigmas=-9.0)
+        made = record.Attempt("discarded", f"idea {{n}}", train=f"{{n:040d}}", experiment=n, runs=runs, phase="first",
+                              comparable="{comparable}", branch="main", change="+50.0 % (9.0 sigma worse)")
         for header, text in ((f"commit {{record.REFS}}{{n}}\\ncommitter T <t@example.org> {{n}} +0000", made.message()),
                              ("from refs/heads/main\\nM 100644 inline experiment/result.json", made.json().decode())):
             print(f"{{header}}\\ndata {{len(text.encode())}}\\n{{text}}", file=out)

@@ -10,14 +10,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 import math
 import random
 import re
 import struct
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -103,9 +101,9 @@ class Day(Recorded):
         return rank * math.exp(self.rng.gauss(0, NOISE))
 
     def attempt(self, kind: str, idea: str, draw: Callable[[], float | None], code: str = "") -> Attempt:
-        """As experiment.measure_and_record does it; draw: the rank that a run finds, None for a crash."""
+        """As experiment.measure_and_decide does it; draw: the rank that a run finds, None for a crash."""
         code = code or self.code
-        made = Attempt(kind, self.blob(code), "2" * 40, idea, self.n + 1)
+        made = Attempt(kind=kind, train=self.blob(code), scratchpad="2" * 40, hypothesis=idea, experiment=self.n + 1)
         while made.verdict == "again":
             rank = draw()
             made.runs.append(run(rank, self.rng.randrange(2**30), len(self.key)) if rank else CRASH)
@@ -187,17 +185,16 @@ class Day(Recorded):
             if i in REMEASURED:
                 self.attempt("remeasured", "", lambda: self.noisy(self.true))
 
-    def audit(self, gallery: int = 1000) -> dict:
+    def audit(self, gallery: int = 1000) -> Attempt:
         """Baseline, best and the best without each change: the first that can be taken out fails."""
         self.gallery = gallery
-        with tempfile.TemporaryDirectory() as work:
-            return self.published(publish.run_audit(self.history, Path(work), None, 3, ablate=True))
+        return self.published(*publish.run_audit(publish.Trainings(self.history, Path(), None), 3, ablate=True))
 
-    def final(self, gallery: int = 1000) -> dict:
+    def final(self, gallery: int = 1000) -> Attempt:
         self.gallery = gallery
-        return self.published(publish.run_final(self.history, Path(), None))
+        return self.published(*publish.run_final(publish.Trainings(self.history, Path(), None)))
 
-    def train(self, trainings: publish.Trainings, side: str) -> dict:
+    def train(self, trainings: publish.Trainings, side: str) -> Run:
         """Instead of a training."""
         rank = {"baseline": self.first, "best": self.true}.get(side, self.true * self.rng.uniform(1, 1.1))
         rank *= (self.gallery + 1) / (len(self.key) + 1)
@@ -205,12 +202,11 @@ class Day(Recorded):
         fails = "without" in side and side == [*without, side][0]
         made = CRASH if fails else run(self.noisy(rank), self.rng.randrange(2**30), self.gallery)
         trainings.runs.append({"side": side, **asdict(made)})
-        return trainings.runs[-1]
+        return made
 
-    def published(self, result: dict) -> dict:
-        content = json.dumps(result, indent=1).encode()
-        self.commit(publish.message(result, self.n + 1), self.code, {"result.json": content})
-        return result
+    def published(self, made: Attempt, more: dict) -> Attempt:
+        self.commit(made.message(), self.code, {"result.json": made.json(**more)})
+        return made
 
 
 @contextlib.contextmanager

@@ -60,6 +60,6 @@ class Recorded:
             how = {"hypothesis": f"idea {number}", **how, **fields}
             if verdict in record.JUDGED:
                 how = {"chain": history.chain_after(verdict), **how}
-            attempt = Attempt("candidate", scratchpad="2" * 40, experiment=number, verdict=verdict, runs=runs, **how)
+            attempt = Attempt(verdict, scratchpad="2" * 40, experiment=number, runs=runs, **how)
             self.records.append(record.parse(str(number), str(1000 + number), attempt.message()))
         return self.records[-1]

@@ -19,8 +19,7 @@ sys.path.insert(0, "/real")
 import stage
 threading.Thread(target=stage.end_when_alone, daemon=True).start()
 {changes}
-with os.fdopen(os.dup(1), "wb") as out:
-    getattr(stage, sys.argv[1])(out, float(sys.argv[2]))
+stage.main(sys.argv[1], float(sys.argv[2]))
 os._exit(0)
 """
 JUDGE = """
@@ -49,15 +48,14 @@ GIVEN_PREPARE_DATA = """
 import dataclasses
 dataset.PREPARE = measure.Path({script!r})
 engine.arguments = lambda c, arguments=engine.arguments: arguments(
-    dataclasses.replace(c, mounts={{**c.mounts, "/real/prepare_data.py": {real!r}}}) if c.writable else c
+    dataclasses.replace(c, mounts={{**c.mounts, "/real/prepare_data.py": measure.Path({real!r})}}) if c.writable else c
 )
 """
 # What training leaves, out.tar, is there already: a measurement begins with embedding it.
 NO_TRAINING = """
 def train(self):
     for side in measure.SIDES:
-        command = [*measure.RUN_STAGE, "embed", str(measure.LIMITS.embed_s)]
-        self.start(side, command, 4 * measure.LIMITS.embed_s, measure.side_mounts(self.job, side))
+        self.start(side, measure.EMBED_S, measure.side_mounts(self.job, side), wait_s=measure.EMBED_S)
     self.report, self.ready = {"seconds": 0.0}, measure.time.monotonic()
 measure.Measurement.train = train
 """

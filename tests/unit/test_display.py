@@ -42,8 +42,7 @@ def shown(monkeypatch, tmp_path):
         (session, "KNOWN_PLAN", tmp_path / "known.md"),
     ):
         monkeypatch.setattr(module, name, value)
-    for name in ("log", "diff"):
-        monkeypatch.setattr(display, f"{name}_file", lambda n, name=name: tmp_path / f"runs/{n:04d}.{name}")
+    monkeypatch.setattr(display, "run_file", lambda n, kind: tmp_path / f"runs/{n:04d}.{kind}")
     (tmp_path / "runs").mkdir()
     (plan := Recorded(monkeypatch, PROGRAM)).add("baseline", train=INCUMBENT, ranks=(100.0, 101.0))
 
@@ -56,7 +55,7 @@ def shown(monkeypatch, tmp_path):
 
 def attempt(verdict: str, **more) -> Attempt:
     how = {"runs": [made_up_run(80)], "before": [100.0, 101.0], "sigma": 0.04, "percent": -20.2, "sigmas": 5.6, **more}
-    return Attempt("candidate", "3" * 40, "", "an idea", 12, verdict, phase="first", **how)
+    return Attempt(verdict, "an idea", train="3" * 40, experiment=12, phase="first", **how)
 
 
 def test_a_block_has_these_lines_in_this_order(shown):
@@ -147,7 +146,7 @@ def test_a_brief_names_the_last_ten_and_the_worst_before(monkeypatch):
     assert display.brief(plan.history).startswith("Phase 1 of 3 (optimiser), 0 of 99 experiments.\nBest mean_rank: not")
     plan.add("baseline", train=INCUMBENT, ranks=(100.0, 101.0))
     for n in range(30):
-        plan.add("discarded", percent=float(n % 7), sigmas=-1.0, hypothesis=f"idea {n}")
+        plan.add("discarded", change=f"{n % 7:+.1f} % (1.0 sigma worse)", hypothesis=f"idea {n}")
     plan.add("failed", reason="crash after 3 s: x")
     lines = display.brief(plan.history).splitlines()
     assert lines[1].endswith("31 experiments so far, 0 kept.") and lines[2].startswith("Last ten")
@@ -157,11 +156,17 @@ def test_a_brief_names_the_last_ten_and_the_worst_before(monkeypatch):
     assert lines[13] == f"Dead ends before: {worst}"
 
 
-def test_a_brief_is_small(monkeypatch):
+@pytest.mark.parametrize("letter", ["e", "é", "日", "🙂"])
+def test_a_brief_is_small_and_holds_the_newest(monkeypatch, letter: str):
     plan = Recorded(monkeypatch)
+    plan.edit("until: 2 experiments", "until: 99 experiments")
     for _ in range(30):
-        plan.add("discarded", percent=1.0, sigmas=-1.0, hypothesis="é" * 100)
-    assert len(display.brief(plan.history).encode()) <= display.MAX_BRIEF
+        plan.add("discarded", change="+1.0 % (1.0 sigma worse)", hypothesis=letter * 100)
+    plan.add("failed", reason="y" * 100, hypothesis=letter * 100)
+    text = display.brief(plan.history)
+    numbers = [int(line.split()[0]) for line in text.splitlines() if line[0].isdigit()]
+    assert len(text.encode()) <= display.MAX_BRIEF and numbers == [*range(32 - len(numbers), 32)] != []
+    assert text.endswith("(+1.0 %)")
 
 
 def test_values_are_shown_as_people_read_them():

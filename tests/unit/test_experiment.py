@@ -36,7 +36,7 @@ INCUMBENT_TEXT = train_py(VALUES["incumbent"])
 def attempt(*values: float, kind: str = "candidate") -> Attempt:
     """0: a run that failed."""
     runs = [made_up_run(value) if value else Run("failed", 7, "crash") for value in values]
-    return Attempt(kind, "3" * 40, "2" * 40, "an idea", runs=runs)
+    return Attempt(kind=kind, train="3" * 40, scratchpad="2" * 40, hypothesis="an idea", runs=runs)
 
 
 # Verdicts
@@ -617,12 +617,47 @@ def cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
+# Numbers to publish
+
+NOISY = """
+import random
+dataset.prepare, quiet = lambda *words: 0, measure.run
+def noisy(job):
+    run = quiet(job)
+    run.metrics["mean_rank"] *= random.uniform(0.99, 1.01)
+    return run
+measure.run = noisy
+"""
+
+
+def test_audits_and_finals_are_recorded_counted_and_change_nothing(small: Small):
+    """Their numbers, with real trainings: tests/engine/test_publish.py."""
+    small.write("train.py", KEPT)
+    small.experiment("better")
+    small.write("train.py", CRASH)  # of the user, who goes on
+    before = small.git("rev-parse", "HEAD"), small.run("status").stdout, small.read("runs/experiments.tsv")
+    for n, words in enumerate((["final"], ["audit", "2", "--ablate"], ["final"]), 3):
+        done = small.run(*words, given=NOISY)
+        assert done.returncode == 0 and f"in final/{n:04d}\n" in done.stdout, done.stdout + done.stderr
+        result = json.loads(small.git("show", f"refs/experiments/{n}:experiment/result.json"))
+        assert result == json.loads(small.read(f"final/{n:04d}/result.json")) and result["experiment"] == n
+        assert result["values"] == [
+            run["metrics"]["mean_rank"] for run in result["runs"] if run["side"] in ("best", "final training")
+        ]
+    looks = [small.trailers(f"refs/experiments/{n}").get("Test-Look") for n in (3, 4, 5)]
+    assert looks == ["1", None, "2"] and "evaluation:  2 of this test split" in done.stdout
+    row = json.loads(small.git("show", "refs/experiments/4:experiment/result.json"))["audit"]["ablation"][0]
+    assert row["experiment"] == 2 and len(row["values"]) == 2 and row["percent"] > 50  # it was all that had been kept
+    after = small.git("rev-parse", "HEAD"), small.run("status").stdout, small.read("runs/experiments.tsv")
+    assert after == before and small.read("train.py") == CRASH and not list((small.path / "runs").glob("*pending*"))
+
+
 # Data that were changed
 
 
 def test_other_data_are_not_compared(small: Small):
     info = small.path / "data/prints/info.json"
-    text, kind = info.read_text(), "print(experiment.make_plan(False).attempts[0].kind)"
+    text, kind = info.read_text(), "print(experiment.make_plan(False)[1][0].kind)"
     small.write("train.py", KEPT)
     small.hypothesis("an idea")
     assert small.python(kind) == "candidate"

@@ -28,9 +28,10 @@ CHAINS = "until: 40 experiments\npatience: 3"
 
 
 WHOLE = Attempt(
-    "candidate", "a" * 40, "b" * 40, "Verdict: failed: an idea like a trailer", 12, "kept",
+    "kept", "Verdict: failed: an idea like a trailer", train="a" * 40, scratchpad="b" * 40, experiment=12,
     runs=[made_up_run(80.25, 1), made_up_run(81, 2)], phase="first: optimiser", before=[100.0, 102.0], sigma=0.03,
-    percent=-20.2, sigmas=7.5, comparable="0123456789ab", branch="main", chain=Chain(2, 3, "c" * 9, False),
+    percent=-20.2, sigmas=7.5, change="-20.2 % (7.5 sigma better)",
+    comparable="0123456789ab", branch="main", chain=Chain(2, 3, "c" * 9, False),
     web="2 requests, 28 characters", by_hand=True, when=5,
 )  # fmt: skip
 
@@ -48,7 +49,7 @@ def test_a_record_says_what_the_attempt_was():
 
 def test_a_failure_has_its_reason_and_no_numbers():
     run = Run("failed", 7, "crash after 3 s: ValueError: x: y")
-    attempt = replace(WHOLE, verdict="failed", by_hand=False, runs=[run], reason=run.reason, percent=None, chain=None)
+    attempt = replace(WHOLE, verdict="failed", by_hand=False, runs=[run], reason=run.reason, change="", chain=None)
     found = record.parse("1", "0", attempt.message())
     assert (found.reason, found.change, found.percent, found.values("mean_rank")) == (run.reason, "", 0.0, [])
     assert attempt.message().startswith("failed: Verdict: failed: an idea") and found.chain is None
@@ -63,6 +64,20 @@ def test_messages_of_others_are_empty_records():
     for text in ("", "one line", "a subject\n\nExperiment: 5\nChain: nonsense\nVerdict kept\n"):
         found = record.parse("5", "0", text)
         assert (found.verdict, found.chain, found.runs["mean_rank"]) == ("", None, [])
+
+
+def test_what_a_person_garbled_in_a_message_counts_as_not_told():
+    """And what an earlier version wrote is read."""
+    lines = {"Experiment": 5, "Verdict": "final", "Mean-Rank": 80.62, "Mean-Rank-Runs": "80.2500 81.0000",
+             "Split": "test", "Test-Look": 2}  # fmt: skip
+    text = "final: best\n\n" + "".join(f"{key}: {value}\n" for key, value in lines.items())
+    found = record.parse("5", "0", text)
+    assert (found.values("mean_rank"), found.test_evaluation, found.split) == ([80.25, 81.0], 2, "test")
+    for junk in ("x", "inf", "NaN", "-3", "0.0", "1e999", "٣x", "9" * 5000):
+        found = record.parse(
+            "5", "0", f"{text}Test-Look: {junk}\nMean-Rank-Runs: {junk}\nChain: {junk} of 3 on {'a' * 9}\n"
+        )
+        assert (found.values("mean_rank"), found.test_evaluation, found.chain) == ([], 0, None), junk
 
 
 def test_an_attempt_in_git(small: Small):
@@ -109,7 +124,7 @@ def scenarios(small_base: Small, tmp_path_factory) -> dict[str, Scenario]:
 def test_killed_anywhere(scenarios, name: str, request, tmp_path, figure):
     """At a seeded sample of points, more of them from the record on; at all with --full."""
     scenario = scenarios[name]
-    points, recorded = scenario.points(), next(n for n, c in enumerate(scenario.calls, 1) if "pending.json" in c)
+    points, recorded = scenario.points(), next(n for n, c in enumerate(scenario.calls, 1) if ".pending" in c)
     if not request.config.getoption("full"):
         late = [point for point in points if point.at >= recorded]
         rng = random.Random(name)
@@ -185,9 +200,22 @@ def test_what_was_recorded_on_another_branch_is_left_to_that_branch(small: Small
     killed_before(small, "update-ref -m")
     small.git("switch", "-qc", "other")
     assert "completed" not in small.run().stderr and small.git("log", "--format=%s") == "start"
+    small.write("train.py", train_py(VALUES["discarded"]))
+    assert small.experiment("something else, on that branch")[1]["experiment"] == "3"
     small.git("switch", "-q", "main")
     assert "completed experiment 2" in small.run().stderr
     assert small.git("show", "HEAD:train.py") + "\n" == train_py(VALUES["kept"])
+
+
+def test_what_another_process_is_writing_is_left_alone(small: Small):
+    """A night's keeper writes its runs/night.json while an experiment cleans up."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    files = [f"runs/night.json.{pid}.new" for pid in (os.getpid(), ended.pid)]
+    for file in files:
+        small.write(file, "{")
+    small.run()
+    assert [(small.path / file).exists() for file in files] == [True, False]
 
 
 def test_a_stale_lock_on_the_record_goes_also_while_a_git_runs(small: Small):
