@@ -20,8 +20,9 @@ fi
 
 # Nothing of the client's keys and sockets, no GIT_* and no PYTHON* variables; the system's programs before the user's.
 keep=(${TZ+"TZ=$TZ"}) # empty, it means UTC
-for name in HOME USER TERM CI XDG_RUNTIME_DIR DOCKER_HOST AR_ENGINE CLAUDECODE CLAUDE_CODE_SESSION_ID SLURM_JOB_ID \
-  {http,https,no}_proxy {HTTP,HTTPS,NO}_PROXY SSL_CERT_FILE NODE_EXTRA_CA_CERTS HF_ENDPOINT; do
+for name in HOME USER TERM CI XDG_RUNTIME_DIR DOCKER_HOST AR_ENGINE CLAUDECODE CLAUDE_CODE_SESSION_ID \
+  CLAUDE_CONFIG_DIR SLURM_JOB_ID {http,https,no}_proxy {HTTP,HTTPS,NO}_PROXY SSL_CERT_FILE NODE_EXTRA_CA_CERTS \
+  HF_ENDPOINT; do
   [[ -z ${!name-} ]] || keep+=("$name=${!name}")
 done
 exec env -i "${keep[@]}" PATH="$system" LANG=C.UTF-8 "${harness[@]}"

@@ -42,8 +42,8 @@ def one_experiment() -> int:
         proof = RUNS / "session" / f"proof.{name}"
         if not name or not proof.is_file():
             raise Refused(
-                "called by Claude Code, but its guard did not approve this call: the hooks are off, another hook changed "
-                "it (./run.sh doctor names both), or this is a typed '!' command. "
+                "called by Claude Code, but its guard did not approve this call: the hooks are off, another hook "
+                "changed it (./run.sh doctor names both), or this is a typed '!' command. "
                 f"Start claude in {ROOT} with its hooks on, or use a terminal."
             )
         proof.unlink()

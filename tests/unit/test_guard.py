@@ -409,7 +409,7 @@ def test_a_damaged_guard_refuses(project):
 
 def test_without_python_nothing_passes(project, tmp_path):
     """As on a machine without one: the hook looks where the system's is first, so that is taken from it here."""
-    project.edit("PATH=/usr/bin:/bin:$PATH ", "", ".claude/settings.json")
+    project.edit("PATH=/usr/local/bin:/usr/bin:/bin:$PATH ", "", ".claude/settings.json")
     (tmp_path / "bin").mkdir()
     for name in ("sh", "timeout"):
         (tmp_path / "bin" / name).symlink_to(shutil.which(name))

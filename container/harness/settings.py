@@ -1,0 +1,137 @@
+"""What else Claude Code is told on this machine, by the person or a company, as far as it bends the loop.
+
+The project's .claude/settings.json pins what it can. What it cannot is named here, by doctor and to a conversation
+that begins.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from project import ROOT, read_json, visible
+
+PROJECT, LOCAL = ROOT / ".claude" / "settings.json", ROOT / ".claude" / "settings.local.json"
+COMPANY = Path("/etc/claude-code")
+EDITED = ("train.py", "scratchpad.md")
+READ = (*EDITED, "program.md", "runs/experiments.tsv", "runs/0001.log")
+FILE_TOOLS = {"Read": READ, "Edit": EDITED, "Write": EDITED}
+CALLS = {"Bash": ("./run.sh",), "Agent": ("planner",), **FILE_TOOLS}  # what the agent needs
+RULE = re.compile(r"([A-Za-z*]+)(?:\((.*)\))?")
+MERGED = {"$schema", "permissions", "hooks", "env"}  # what the client adds up over all files
+EARLY = (  # read before any settings of the project's
+    "CLAUDE_CODE_SIMPLE",
+    "CLAUDE_CODE_SAFE_MODE",
+    "CLAUDE_CODE_COORDINATOR_MODE",
+    "CLAUDE_CODE_SUBPROCESS_ENV_SCRUB",
+)
+OFF = ("", "0", "false")  # what such a variable may well be set to
+OUT = "take it out of that file while the agent works"
+
+
+@dataclass
+class Trouble:
+    file: Path
+    what: str
+    remedy: str = OUT
+    certain: bool = True  # whether it is known to keep the loop from working
+
+    def __str__(self) -> str:
+        return f"{self.file}: {visible(self.what)[:200]}; {self.remedy}"
+
+
+def troubles() -> Iterator[Trouble]:
+    """In all files that the client reads besides the project's own; a company's win over that."""
+    person = Path(os.environ.get("CLAUDE_CONFIG_DIR") or "~/.claude").expanduser()
+    company = [person / "remote-settings.json", COMPANY / "managed-settings.json"]
+    company += sorted(COMPANY.glob("managed-settings.d/*.json"))
+    for file in (person / "settings.json", LOCAL, *company):
+        try:
+            settings = json.loads(file.read_text())
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as e:
+            yield Trouble(file, f"cannot be read ({e})", "mend it, or move it away", certain=False)
+            continue
+        settings = settings if isinstance(settings, dict) else {}
+        yield from stops_calls(file, settings)
+        yield from takes_away(file, settings)
+        if file in company:
+            yield from overrides(file, settings)
+        if file != LOCAL:
+            yield from may_interfere(file, settings)
+    for file in (person / "CLAUDE.md", COMPANY / "CLAUDE.md"):
+        if file.exists():
+            yield Trouble(file, "the agent is told this too", "should it want to be asked, or talk, look there", False)
+
+
+def part(settings: dict, key: str, kind: type):
+    """What stands there, if it is of this kind: people write these files by hand."""
+    return settings[key] if isinstance(settings.get(key), kind) else kind()
+
+
+def stops_calls(file: Path, settings: dict) -> Iterator[Trouble]:
+    """Rules of any file count more than that the guard allows a call; where nobody is asked, `ask` denies."""
+    for kind in ("deny", "ask"):
+        for rule in part(part(settings, "permissions", dict), kind, list):
+            if hits(str(rule)):
+                yield Trouble(file, f"permissions.{kind} {rule} denies calls that the agent needs")
+
+
+def hits(rule: str) -> bool:
+    """Whether a permission rule is about one of the calls that the agent needs."""
+    m = RULE.fullmatch(rule.strip())
+    tool, pattern = m.groups() if m else ("", None)
+    if not pattern:
+        return tool in CALLS or tool == "*"
+    if pattern.startswith("//"):
+        pattern = pattern[1:]
+    elif pattern.startswith("~/"):
+        pattern = os.path.expanduser(pattern)
+    elif tool in FILE_TOOLS:
+        pattern = re.sub(r"^\.?/", "", pattern)
+    spelled = [pattern.replace(":*", "*"), pattern.rstrip("/") + "/*"]
+    return any(fnmatchcase(n, p) for call in CALLS.get(tool, ()) for n in (call, f"{ROOT}/{call}") for p in spelled)
+
+
+def takes_away(file: Path, settings: dict) -> Iterator[Trouble]:
+    """What is added up over all files, or is read before the project's."""
+    for pattern in part(settings, "claudeMdExcludes", list):
+        if fnmatchcase(str(ROOT / "CLAUDE.md"), str(pattern)):
+            yield Trouble(file, f"claudeMdExcludes {pattern} keeps CLAUDE.md from the agent")
+    for name, value in part(settings, "env", dict).items():
+        if name in EARLY and str(value).lower() not in OFF:
+            yield Trouble(file, f"env {name} takes the guard, or what it needs, from the agent")
+
+
+def overrides(file: Path, settings: dict) -> Iterator[Trouble]:
+    ours = read_json(PROJECT, {})
+    for key in sorted((settings.keys() & ours.keys()) - MERGED):
+        if settings[key] != ours[key]:
+            yield Trouble(file, f"{key} overrides the project's")
+    for name, value in part(settings, "env", dict).items():
+        if str(value) != ours["env"].get(name, str(value)):
+            yield Trouble(file, f"env {name} overrides the project's")
+    if settings.get("allowManagedHooksOnly"):
+        yield Trouble(file, "allowManagedHooksOnly switches the guard and the loop off")
+
+
+def may_interfere(file: Path, settings: dict) -> Iterator[Trouble]:
+    """Hooks can deny or rewrite calls; most only look on."""
+    remedy = "should calls fail or come out changed, switch that off while the agent works"
+    for event, hooks in part(settings, "hooks", dict).items():
+        commands = re.findall(r'"(?:command|url|prompt)": "((?:[^"\\]|\\.)*)"', json.dumps(hooks))
+        yield Trouble(file, f"a hook at {event}: {', '.join(commands)}", remedy, certain=False)
+    plugins = [name for name, on in part(settings, "enabledPlugins", dict).items() if on]
+    if plugins:
+        yield Trouble(file, f"plugins, perhaps with hooks: {', '.join(plugins)}", remedy, certain=False)
+
+
+def in_the_way() -> str:
+    """All that keeps the loop from working, '' when nothing is known to."""
+    return " ".join(f"{trouble}." for trouble in troubles() if trouble.certain)
