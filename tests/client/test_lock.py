@@ -350,6 +350,88 @@ def test_without_hooks_run_sh_refuses_claude_code(made_up, home, how):
     assert not changes(before, tree(made_up.path), re.compile(r"\.claude/settings\.local\.json"))
 
 
+# A person's own settings
+
+BENDING = {
+    "agent": "general-purpose",
+    "autoCompactEnabled": False,
+    "disableAllHooks": True,
+    "outputStyle": "Learning",
+    "permissions": {"defaultMode": "plan"},
+    "sandbox": {"enabled": True, "failIfUnavailable": True},
+    "statusLine": {"type": "command", "command": "date"},
+    "env": {
+        "BASH_DEFAULT_TIMEOUT_MS": "100",
+        "BASH_MAX_OUTPUT_LENGTH": "200",
+        "CLAUDE_BASH_MAINTAIN_PROJECT_WORKING_DIR": "0",
+        "CLAUDE_CODE_DISABLE_CLAUDE_MDS": "1",
+        "CLAUDE_CODE_SHELL_PREFIX": "/usr/bin/nice",
+        "CLAUDE_CODE_SKIP_PROMPT_HISTORY": "1",
+        "DISABLE_COMPACT": "1",
+        "LANG": "de_DE.ISO-8859-1",
+        "PYTHONHOME": "/nonexistent",
+        "TZ": "Asia/Tokyo",
+    },
+}
+
+
+def test_what_a_persons_settings_would_bend_is_pinned(quick, tmp_path):
+    """All of it at once: the request is the same as without, the result is whole, the transcript is there."""
+    talks = []
+    for name, user in (("plain", {}), ("bent", BENDING)):
+        script = [call("Bash", command="./run.sh"), say("noted")]
+        talks.append(Conversation(quick.path, tmp_path / name, script, trusted=True, user=user).run("hello"))
+        assert len(list((tmp_path / name).glob(".claude/projects/*/*.jsonl"))) == 1
+    plain, bent = (talk.model.requests[0] for talk in talks)
+    assert (bent.system, bent.tools) == (plain.system, plain.tools) and "How you work here" in json.dumps(bent.body)
+    assert abs(bent.messages - plain.messages) < 300, "the brief of one more experiment"
+    assert "Learning" not in json.dumps(bent.body)
+    (result,) = talks[1].model.results
+    assert result.content.startswith("---\n") and "next:" in result.content, result
+
+
+REWRITE = """python3 -c 'import json, sys, time
+given = json.load(sys.stdin)["tool_input"]
+time.sleep({seconds})
+given["command"] = given["command"].replace("./run.sh", "{command}")
+decision = {{"hookEventName": "PreToolUse", "permissionDecision": "allow", "updatedInput": given}}
+print(json.dumps({{"hookSpecificOutput": decision}}))'
+"""
+
+
+@pytest.mark.parametrize(("seconds", "command"), [(0, "nice ./run.sh"), (1, "nice ./run.sh"), (1, "bash -c ./run.sh")])
+def test_another_hook_that_rewrites_the_command(quick, home, seconds, command):
+    hook = {"type": "command", "command": REWRITE.format(seconds=seconds, command=command)}
+    user = {"hooks": {"PreToolUse": [{"matcher": "Bash", "hooks": [hook]}]}}
+    script = [call("Bash", command="./run.sh"), call("Bash", command="id"), call("Bash", command="./run.sh"), say("x")]
+    results = Conversation(quick.path, home, script, trusted=True, user=user).run("hello").model.results
+    assert [r.is_error for r in results] == [False, True, False], results
+    assert len(quick.experiments()) == 1 + 2
+
+
+RULES = [
+    {"ask": ["Bash"]},
+    {"deny": ["Bash(./run.sh:*)"]},
+    {"ask": ["Edit"]},
+    {"deny": ["Read(./train.py)"]},
+]
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_rules_that_deny_the_agents_calls_are_named(quick, home, rules):
+    """Nothing of the project can allow what they deny; but person and agent are told which, and where."""
+    script = [
+        call("Bash", command="./run.sh"),
+        call("Read", file_path="train.py"),
+        call("Edit", file_path="scratchpad.md", old_string="idea", new_string="thought"),
+    ]
+    talk = Conversation(quick.path, home, script, trusted=True, user={"permissions": rules}).run("hello")
+    ((kind, (rule,)),) = rules.items()
+    assert any(r.is_error for r in talk.model.results), "a rule that does no harm"
+    named = f"{home}/.claude/settings.json: permissions.{kind} {rule} denies calls that the agent needs"
+    assert named in talk.model.requests[0].shown.text and named in talk.told
+
+
 # Generated calls
 
 

@@ -538,6 +538,25 @@ def test_when_the_client_must_be_ended(loop, monkeypatch):
     assert not fault(0, newest=4) and not fault(night.SILENT)
 
 
+@pytest.mark.parametrize("version", ["2.1.328 (Claude Code)", "9.0.0", ""])
+def test_the_log_names_the_client_which_does_not_update_itself(loop, monkeypatch, capsys, version):
+    program = loop.folder / "bin/claude"
+    program.parent.mkdir()
+    answer = '{"result": "updates $DISABLE_AUTOUPDATER", "total_cost_usd": 1}'
+    program.write_text(f"#!/bin/sh\n[ \"$1\" != --version ] || {{ echo '{version}'; exit; }}\ncat << E\n{answer}\nE\n")
+    program.chmod(0o755)
+    path = f"{program.parent}:{os.environ['PATH']}"
+    monkeypatch.setenv("PATH", path)
+    monkeypatch.setitem(night.ENV, "PATH", path)
+    monkeypatch.setattr(night, "OUTPUT", loop.folder / "runs/night.out")
+    monkeypatch.setattr(night, "NIGHT", loop.folder / "runs/night.json")
+    monkeypatch.setattr(night, "POLL", 0.05)
+    keeper = night.Keeper(Night())
+    keeper.run_client()
+    assert keeper.message == "updates 1"
+    assert f"Claude Code starts, conversation 1, version {version or 'unknown'}\n" in capsys.readouterr().out
+
+
 def test_only_its_keeper_begins_a_night_that_is_announced(loop, monkeypatch, tmp_path):
     """`night keep` is not for people."""
     monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("nothing is to be killed"))
