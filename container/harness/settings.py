@@ -31,14 +31,13 @@ EARLY = (  # read before any settings of the project's
     "CLAUDE_CODE_SUBPROCESS_ENV_SCRUB",
 )
 OFF = ("", "0", "false")  # what such a variable may well be set to
-OUT = "take it out of that file while the agent works"
 
 
 @dataclass
 class Trouble:
     file: Path
     what: str
-    remedy: str = OUT
+    remedy: str = "take it out of that file while the agent works"
     certain: bool = True  # whether it is known to keep the loop from working
 
     def __str__(self) -> str:
@@ -51,23 +50,17 @@ def troubles() -> Iterator[Trouble]:
     company = [person / "remote-settings.json", COMPANY / "managed-settings.json"]
     company += sorted(COMPANY.glob("managed-settings.d/*.json"))
     for file in (person / "settings.json", LOCAL, *company):
-        try:
-            settings = json.loads(file.read_text())
-        except FileNotFoundError:
+        settings = read_json(file, {})
+        if not isinstance(settings, dict):  # the client ignores it too
             continue
-        except (OSError, ValueError) as e:
-            yield Trouble(file, f"cannot be read ({e})", "mend it, or move it away", certain=False)
-            continue
-        settings = settings if isinstance(settings, dict) else {}
-        yield from stops_calls(file, settings)
-        yield from takes_away(file, settings)
-        if file in company:
-            yield from overrides(file, settings)
-        if file != LOCAL:
-            yield from may_interfere(file, settings)
+        certain = [*denials(settings), *takings(settings), *(overrides(settings) if file in company else ())]
+        yield from (Trouble(file, what) for what in certain)
+        remedy = "should calls fail or come out changed, switch that off while the agent works"
+        possible = helpers(settings) if file != LOCAL else ()
+        yield from (Trouble(file, what, remedy, certain=False) for what in possible)
     for file in (person / "CLAUDE.md", COMPANY / "CLAUDE.md"):
         if file.exists():
-            yield Trouble(file, "the agent is told this too", "should it want to be asked, or talk, look there", False)
+            yield Trouble(file, "the agent is told this too", "should it ask or talk much, look there", certain=False)
 
 
 def part(settings: dict, key: str, kind: type):
@@ -75,12 +68,12 @@ def part(settings: dict, key: str, kind: type):
     return settings[key] if isinstance(settings.get(key), kind) else kind()
 
 
-def stops_calls(file: Path, settings: dict) -> Iterator[Trouble]:
+def denials(settings: dict) -> Iterator[str]:
     """Rules of any file count more than that the guard allows a call; where nobody is asked, `ask` denies."""
     for kind in ("deny", "ask"):
         for rule in part(part(settings, "permissions", dict), kind, list):
             if hits(str(rule)):
-                yield Trouble(file, f"permissions.{kind} {rule} denies calls that the agent needs")
+                yield f"permissions.{kind} {rule} denies calls that the agent needs"
 
 
 def hits(rule: str) -> bool:
@@ -89,47 +82,41 @@ def hits(rule: str) -> bool:
     tool, pattern = m.groups() if m else ("", None)
     if not pattern:
         return tool in CALLS or tool == "*"
-    if pattern.startswith("//"):
-        pattern = pattern[1:]
-    elif pattern.startswith("~/"):
-        pattern = os.path.expanduser(pattern)
-    elif tool in FILE_TOOLS:
-        pattern = re.sub(r"^\.?/", "", pattern)
+    if tool in FILE_TOOLS:  # //absolute, ~/at home, /relative or ./relative
+        pattern = os.path.expanduser(pattern[1:] if pattern.startswith("//") else re.sub(r"^\.?/", "", pattern))
     spelled = [pattern.replace(":*", "*"), pattern.rstrip("/") + "/*"]
     return any(fnmatchcase(n, p) for call in CALLS.get(tool, ()) for n in (call, f"{ROOT}/{call}") for p in spelled)
 
 
-def takes_away(file: Path, settings: dict) -> Iterator[Trouble]:
+def takings(settings: dict) -> Iterator[str]:
     """What is added up over all files, or is read before the project's."""
     for pattern in part(settings, "claudeMdExcludes", list):
         if fnmatchcase(str(ROOT / "CLAUDE.md"), str(pattern)):
-            yield Trouble(file, f"claudeMdExcludes {pattern} keeps CLAUDE.md from the agent")
+            yield f"claudeMdExcludes {pattern} keeps CLAUDE.md from the agent"
     for name, value in part(settings, "env", dict).items():
         if name in EARLY and str(value).lower() not in OFF:
-            yield Trouble(file, f"env {name} takes the guard, or what it needs, from the agent")
+            yield f"env {name} takes the guard, or what it needs, from the agent"
 
 
-def overrides(file: Path, settings: dict) -> Iterator[Trouble]:
+def overrides(settings: dict) -> Iterator[str]:
     ours = read_json(PROJECT, {})
     for key in sorted((settings.keys() & ours.keys()) - MERGED):
         if settings[key] != ours[key]:
-            yield Trouble(file, f"{key} overrides the project's")
+            yield f"{key} overrides the project's"
     for name, value in part(settings, "env", dict).items():
-        if str(value) != ours["env"].get(name, str(value)):
-            yield Trouble(file, f"env {name} overrides the project's")
+        if str(value) != part(ours, "env", dict).get(name, str(value)):
+            yield f"env {name} overrides the project's"
     if settings.get("allowManagedHooksOnly"):
-        yield Trouble(file, "allowManagedHooksOnly switches the guard and the loop off")
+        yield "allowManagedHooksOnly switches the guard and the loop off"
 
 
-def may_interfere(file: Path, settings: dict) -> Iterator[Trouble]:
+def helpers(settings: dict) -> Iterator[str]:
     """Hooks can deny or rewrite calls; most only look on."""
-    remedy = "should calls fail or come out changed, switch that off while the agent works"
     for event, hooks in part(settings, "hooks", dict).items():
         commands = re.findall(r'"(?:command|url|prompt)": "((?:[^"\\]|\\.)*)"', json.dumps(hooks))
-        yield Trouble(file, f"a hook at {event}: {', '.join(commands)}", remedy, certain=False)
-    plugins = [name for name, on in part(settings, "enabledPlugins", dict).items() if on]
-    if plugins:
-        yield Trouble(file, f"plugins, perhaps with hooks: {', '.join(plugins)}", remedy, certain=False)
+        yield f"a hook at {event}: {', '.join(commands)}"
+    if plugins := [name for name, on in part(settings, "enabledPlugins", dict).items() if on]:
+        yield f"plugins, perhaps with hooks: {', '.join(plugins)}"
 
 
 def in_the_way() -> str:

@@ -132,8 +132,7 @@ def test_what_may_or_may_not_matter_is_a_note(written):
     assert found.good is None and "PreToolUse: rewriter --all" in found.text
     (found,) = written("person", {"enabledPlugins": {"helper@market": True, "off@market": False}})
     assert found.good is None and "helper@market" in found.text and "off@market" not in found.text
-    (found,) = written("person", "{")
-    assert found.good is None and "cannot be read" in found.text
+    assert written("person", "{") == [], "the client does not read it either"
     (found,) = written("person", {"claudeMdExcludes": ["**/other/CLAUDE.md", "**/CLAUDE.md"]})
     assert found.good is False and "**/CLAUDE.md keeps CLAUDE.md from the agent" in found.text
     for odd in ([], "x", {"permissions": [1]}, {"permissions": {"deny": "Bash"}}, {"env": 3, "hooks": [1]}, None):
