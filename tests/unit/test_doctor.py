@@ -11,7 +11,7 @@ import pytest
 
 import install
 import settings
-from repository import ROOT
+from repository import ROOT, copy_of_the_repository
 
 
 @pytest.fixture
@@ -200,6 +200,16 @@ def test_one_time_zone_everywhere(tmp_path, zone):
     as_it_is = subprocess.run(["date", "-d@0", "+%H:%M %Z"], env=here, capture_output=True, text=True).stdout
     for verb in ("log", "night"):
         assert subprocess.run([copy, verb], env=here, capture_output=True, text=True).stdout == as_it_is
+
+
+def test_a_clone_under_another_umask(tmp_path):
+    """Containers read as another user what is mounted from it."""
+    made = copy_of_the_repository(tmp_path / "repo")
+    subprocess.run(["chmod", "-R", "go=", made.path / "container"], check=True)
+    assert made.run("help").returncode == 0
+    inside = made.path / "container/inside"
+    assert all(file.stat().st_mode & 0o044 == 0o044 for file in (inside, *inside.iterdir()))
+    assert inside.stat().st_mode & 0o055 == 0o055 and made.git("status", "--short") == ""
 
 
 @pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, {"LANG": "de_DE.ISO-8859-1"}, {"LC_ALL": "en_US.ISO-8859-1"}, {}])
