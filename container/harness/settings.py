@@ -37,11 +37,11 @@ OFF = ("", "0", "false")  # what such a variable may well be set to
 class Trouble:
     file: Path
     what: str
-    remedy: str = "take it out of that file while the agent works"
-    certain: bool = True  # whether it is known to keep the loop from working
+    certain: bool  # whether it is known to keep the loop from working
 
     def __str__(self) -> str:
-        return f"{self.file}: {visible(self.what)[:200]}; {self.remedy}"
+        remedy = "take it out while the agent works" if self.certain else "should its calls fail or change, look there"
+        return f"{self.file}: {visible(self.what)[:200]}; {remedy}"
 
 
 def troubles() -> Iterator[Trouble]:
@@ -51,16 +51,14 @@ def troubles() -> Iterator[Trouble]:
     company += sorted(COMPANY.glob("managed-settings.d/*.json"))
     for file in (person / "settings.json", LOCAL, *company):
         settings = read_json(file, {})
-        if not isinstance(settings, dict):  # the client ignores it too
-            continue
-        certain = [*denials(settings), *takings(settings), *(overrides(settings) if file in company else ())]
-        yield from (Trouble(file, what) for what in certain)
-        remedy = "should calls fail or come out changed, switch that off while the agent works"
-        possible = helpers(settings) if file != LOCAL else ()
-        yield from (Trouble(file, what, remedy, certain=False) for what in possible)
+        if isinstance(settings, dict):  # else the client ignores it too
+            known = [*denials(settings), *takings(settings), *(overrides(settings) if file in company else ())]
+            yield from (Trouble(file, what, certain=True) for what in known)
+            possible = helpers(settings) if file != LOCAL else ()
+            yield from (Trouble(file, what, certain=False) for what in possible)
     for file in (person / "CLAUDE.md", COMPANY / "CLAUDE.md"):
         if file.exists():
-            yield Trouble(file, "the agent is told this too", "should it ask or talk much, look there", certain=False)
+            yield Trouble(file, "the agent is told this too", certain=False)
 
 
 def part(settings: dict, key: str, kind: type):

@@ -96,7 +96,7 @@ def test_rules_that_deny_what_the_agent_needs(written, where, kind):
     for rule in STOPPING:
         (found,) = written(where, {"permissions": {kind: [*HARMLESS, rule], "allow": ["Bash"]}})
         assert found.good is False and f"permissions.{kind} {rule} denies" in found.text, rule
-        assert "take it out of that file" in found.text
+        assert "take it out while the agent works" in found.text
     assert written(where, {"permissions": {kind: HARMLESS}}) == []
     assert written(where, {"permissions": {"allow": STOPPING}}) == []
 
