@@ -158,7 +158,8 @@ def run(call: dict, given: dict) -> dict:
         from history import History
         from session import Session
 
-        why = Session.load(conversation).reason_to_end(History.load())
+        now = Session.load(conversation)
+        why = now.reason_to_end(History.load() if now.on else None)
     if why:
         raise Denied(f"The loop has ended: {why}. Do not run another experiment: {SUM_UP}")
     os.makedirs(os.path.join(ROOT, "runs", "session"), exist_ok=True)

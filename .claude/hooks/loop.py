@@ -111,10 +111,11 @@ EVENTS = {"SessionStart": session_start, "UserPromptSubmit": prompt, "Stop": sto
 
 
 def main() -> None:
-    call = {} if sys.stdin.isatty() else json.loads(sys.stdin.buffer.read() or b"{}")
-    now, event = Session.load(call.get("session_id", "")), call.get("hook_event_name", "")
-    now.transcript = call.get("transcript_path") or now.transcript
+    said, call, event = b"" if sys.stdin.isatty() else sys.stdin.buffer.read(), {}, ""
     try:
+        call = dict(json.loads(said or b"{}"))
+        now, event = Session.load(call.get("session_id", "")), call.get("hook_event_name", "")
+        now.transcript = call.get("transcript_path") or now.transcript
         answer = status_line(call, now) if sys.argv[1:] else json.dumps(EVENTS[event](call, now))
     except Exception as e:  # program.md cannot be read, most often: the loop ends; person and agent both see why
         told = {} if event == "Stop" else context(call, f"{e}. Tell the person; nothing can run before it is fixed.")

@@ -27,7 +27,6 @@ TOKENS = ("input_tokens", "output_tokens", "cache_creation_input_tokens")  # wha
 def load(kind: type, file: Path, **default):
     """A dataclass as write_json left it; its defaults where the file is missing or damaged."""
     known = read_json(file, {})
-    known = known if isinstance(known, dict) else {}
     return kind(**{**default, **{f.name: known[f.name] for f in fields(kind) if f.name in known}})
 
 
@@ -164,8 +163,11 @@ class Session:
         near = [amount(unit, n, f" of {limit:{FORMATS[unit]}}") for unit, (n, limit) in self.used(history).items()]
         return f" Since start {', '.join(near)}." if near else ""
 
-    def reason_to_end(self, history: History) -> str:
-        """Why no further experiment may begin; '' while one may, and where the loop was never on."""
+    def reason_to_end(self, history: History | None) -> str:
+        """Why no further experiment may begin; '' while one may, and where the loop was never on.
+
+        history: needed only while the loop is on.
+        """
         if self.stopped or not self.on:
             return "the person said stop" if self.stopped else ""
         night, stop = current_night(), history.program.stop
