@@ -10,6 +10,7 @@ the agent reads ever sees them, and what they leave is in final/NNNN, which the 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import shutil
 import statistics
@@ -28,11 +29,12 @@ import measure
 import record
 from display import lines, recall
 from history import History
-from project import ROOT, Refused, number, say
+from project import ROOT, Refused, number, read_json, say, write_json
 from record import Attempt, Record
 
 FINAL = ROOT / "final"
 FINAL_BUDGETS = 4  # budgets that a final training gets when program.md says nothing
+FINISHED = "finished.json"  # in a training's folder
 AROUND_S = 8  # seconds around a training: start, embedding, judging; for the estimate that is shown
 DEFAULT_SEEDS, SEEDS = 3, range(2, 100)
 # two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, the last one, which is cautious
@@ -61,10 +63,37 @@ class Trainings:
         seconds = [run["timing"]["total"] for run in self.runs] or [budget + AROUND_S]
         minutes = (self.total - len(self.runs)) * statistics.mean(seconds) / 60
         say(f"{activity}: {'' if self.runs else 'at most '}{minutes:.0f} min left")
-        job = experiment.job(self.history, self.work / f"run-{len(self.runs) + 1}", source, self.device)
-        run = measure.run(replace(job, **self.how))
+        run = self.finished(source) or self.train(source)
         self.runs.append({"side": side, **asdict(run)})
         return run
+
+    def finished(self, source: bytes) -> measure.Run | None:
+        """This very training, where an audit that was killed had come to its end."""
+        known = read_json(self.folder / FINISHED, {})
+        return measure.Run(**known["run"]) if known.get("of") == self.of(source) else None
+
+    def train(self, source: bytes) -> measure.Run:
+        self.remove_others()
+        job = experiment.job(self.history, self.folder, source, self.device)
+        run = measure.run(replace(job, **self.how))
+        if run.outcome == "ok":
+            write_json(self.folder / FINISHED, {"of": self.of(source), "run": asdict(run)})
+        return run
+
+    def remove_others(self) -> None:
+        """What another audit, which was killed, left."""
+        for left in self.work.glob("run-*"):
+            if int(left.name[4:]) > len(self.runs):
+                shutil.rmtree(left)
+
+    @property
+    def folder(self) -> Path:
+        """Of the next training."""
+        return self.work / f"run-{len(self.runs) + 1}"
+
+    def of(self, source: bytes) -> list:
+        """What makes a training the same as another one, but for its seed."""
+        return [audits(self.history), self.history.comparable, self.how, hashlib.sha256(source).hexdigest()]
 
     def side(self, name: str, source: bytes, seeds: int) -> Attempt:
         """So many trainings of one train.py."""
@@ -113,8 +142,7 @@ def prepared() -> Iterator[Trainings]:
         if not history.incumbent:
             raise Refused("there is no measured train.py; run ./run.sh first")
         device = stack.enter_context(experiment.device_for(history))
-        shutil.rmtree(FINAL / "work", ignore_errors=True)
-        (FINAL / "work").mkdir(mode=0o755, parents=True)
+        (FINAL / "work").mkdir(mode=0o755, parents=True, exist_ok=True)
         yield Trainings(history, FINAL / "work", device)
 
 
@@ -172,12 +200,16 @@ def without(best: bytes, kept: Record) -> bytes | None:
     return merged.stdout if merged.returncode == 0 and merged.stdout != best else None
 
 
+def audits(history: History) -> int:
+    """How many there were. Each draws pairs of its own by it."""
+    return sum(r.verdict == "audit" for r in history.records)
+
+
 def draw_pairs(history: History) -> str:
     """The split an audit uses: fresh pairs where they can be drawn, otherwise the test split. Raises Refused."""
     if history.program.data != "prints":
         return "test"
-    count = sum(r.verdict == "audit" for r in history.records)
-    if dataset.prepare("prints", "--add", f"audit={count}"):
+    if dataset.prepare("prints", "--add", f"audit={audits(history)}"):
         raise Refused("the fresh pairs could not be drawn (see above)")
     return "audit"
 
@@ -200,6 +232,7 @@ def save(trainings: Trainings, attempt: Attempt, more: dict, shown: list[str]) -
     record.add(attempt, git.object_id("HEAD"), {}, **more)
     record.carry_out(attempt.experiment)
     print("\n".join(["---", *shown]))
+    trainings.remove_others()
     work, folder = trainings.work, FINAL / f"{attempt.experiment:04d}"
     (work / "result.json").write_bytes(attempt.json(**more))
     checkpoint = " and the checkpoint (run-1/out.tar)" if attempt.verdict == "final" else ""

@@ -25,6 +25,8 @@ if TYPE_CHECKING:  # the guard reads the record before every run, and need not i
     from measure import Run
 
 REFS = "refs/experiments/"
+FETCH = "git fetch --no-prune origin 'refs/experiments/*:refs/experiments/*'"  # how a clone gets the record
+KNOWN = "autoresearch.experiments"  # in git's folder: {ref: commit} of the whole record, as it was last seen
 OURS = ("train.py", "scratchpad.md")  # the files of a kept attempt's commit
 JUDGED = ("kept", "discarded", "failed")  # verdicts on a candidate: what phases and `stop` count
 # fields of a Record, and how their trailers are called
@@ -184,6 +186,19 @@ def load_all() -> list[Record]:
     return [found[n] for n in sorted(found)]
 
 
+def results(records: list[Record]) -> list[dict]:
+    """The result.json of each; {} where it is missing or damaged."""
+    names = [f"{REFS}{r.number}:experiment/result.json" for r in records]
+    contents, found = git.contents(names), []
+    for name in names:
+        try:
+            result = json.loads(contents.get(name, b""))
+        except ValueError:
+            result = {}
+        found.append(result if isinstance(result, dict) else {})
+    return found
+
+
 def run_file(number: int, kind: str) -> Path:
     """An experiment's log or diff, or its note: that the verdict is being carried out (number, commit, branch)."""
     return RUNS / f"{number:04d}.{kind}"
@@ -203,14 +218,42 @@ def add(attempt: Attempt, head: str, files: dict[str, str], **more) -> str:
             remove_stale_locks(list((git.folder() / REFS).glob("*.lock")))
             write_json(run_file(n, "pending"), {"number": n, "commit": commit, "branch": git.branch()})
             done = git.call("update-ref", f"{REFS}{n}", commit, git.ABSENT, writes=True)
-        if done.returncode == 0:
-            return commit
+            if done.returncode == 0:
+                restore_lost()
+                return commit
         if not git.object_id(f"{REFS}{n}"):
             raise Refused(f"cannot write {REFS}{n} (disk full or read-only?)")
         run_file(n, "pending").unlink()
         attempt.experiment += 1  # another worktree was faster
         if run_file(n, "log").exists():
             run_file(n, "log").rename(run_file(attempt.experiment, "log"))
+
+
+def message(name: str) -> str:
+    """Of a commit; '' where git does not have it."""
+    return git.read("show", "-s", "--format=%B", name, check=False)
+
+
+def restore_lost() -> None:
+    """Put back what a fetch took out of the record, by pruning or by writing over it. Only under the record's lock.
+
+    Whoever deletes an experiment on purpose deletes its line in KNOWN too.
+    """
+    file = git.folder() / KNOWN
+    listed = (line.split() for line in git.read("for-each-ref", "--format=%(refname) %(objectname)", REFS).splitlines())
+    now, known = {ref: commit for ref, commit in listed if ref[len(REFS) :].isdecimal()}, read_json(file, {})
+    for ref, commit in known.items():
+        if commit in now.values():
+            continue
+        if ref in now:
+            if message(ref) == message(commit):
+                continue  # the same experiment, in a history that was rewritten
+            ref = f"{REFS}{max(int(other.rpartition('/')[2]) for other in now) + 1}"
+        if git.call("update-ref", ref, commit, git.ABSENT, writes=True).returncode == 0:  # else gc has taken it
+            now[ref] = commit
+            say(f"run.sh: {ref} is back, which a fetch had taken away; README says how to fetch the record")
+    if now != known:
+        write_json(file, now)
 
 
 def remove_stale_locks(files: list[Path]) -> None:
@@ -229,7 +272,8 @@ def finish_interrupted() -> None:
     for state, name in IN_THE_MIDDLE.items():
         if (own / state).exists():
             raise Refused(f"git is in the middle of a {name}; finish or abort it first")
-    locks_of_git = (own / "index.lock", own / "HEAD.lock", common / f"refs/heads/{branch}.lock")
+    tables = {folder / "reftable/tables.list.lock" for folder in (own, common)}  # where refs are no files
+    locks_of_git = (own / "index.lock", own / "HEAD.lock", common / f"refs/heads/{branch}.lock", *tables)
     locked = [file for file in locks_of_git if file.exists()]
     notes = {file: read_json(file, {}) for file in RUNS.glob("*pending*")}  # pending.json: an earlier version's
     notes = {file: note for file, note in notes.items() if note.get("branch") == branch}  # the others wait for theirs
@@ -238,21 +282,28 @@ def finish_interrupted() -> None:
             remove_stale_locks([*locked, *(common / REFS).glob("*.lock")])
     elif any(time.time() - file.stat().st_mtime > STALE_LOCK_S for file in locked if file.exists()):
         raise Refused(f"{locked[0]} exists: a git is at work, or was killed; wait for it, or delete that file")
+    with locks.record():
+        restore_lost()
     for file, note in notes.items():
+        edited = ""
         if git.object_id(f"{REFS}{note['number']}") == note["commit"]:
-            carry_out(note["number"])
+            edited = carry_out(note["number"])
             say(f"run.sh: completed experiment {note['number']}, which had been interrupted")
         file.unlink(missing_ok=True)
+        if edited:
+            raise Refused(f"{edited}; then run ./run.sh again")
 
 
-def carry_out(n: int) -> None:
+def carry_out(n: int) -> str:
     """Carry a recorded verdict into the branch, the user's index and train.py. Every step can be repeated.
 
-    Without our two entries of the index the user's next commit would undo the keep.
+    Without our two entries of the index the user's next commit would undo the keep. Returns what to do where train.py
+    is then not what the verdict says, for somebody edited it meanwhile; '' where it is.
     """
     ref = f"{REFS}{n}"
     text, before = git.read("show", "-s", "--format=%B", ref), git.object_id(f"{ref}^:train.py")
     recorded = parse(str(n), "0", text)
+    continues = recorded.chain is not None and recorded.chain.continues
     if recorded.verdict == "kept":
         files, head = {name: git.object_id(f"{ref}:{name}") for name in OURS}, git.object_id("HEAD")
         if git.object_id("HEAD:train.py") == before:
@@ -262,9 +313,16 @@ def carry_out(n: int) -> None:
             if git.object_id(f":{name}") == git.object_id(f"{ref}^:{name}"):  # the user staged nothing else
                 git.write("update-index", "--add", "--cacheinfo", f"100644,{blob},{name}")
         restore_train(expected=before)  # as it was: kept by hand, or put back meanwhile
-    elif recorded.verdict in ("discarded", "failed") and not (recorded.chain and recorded.chain.continues):
+    elif recorded.verdict in JUDGED and not continues:
         restore_train(expected=recorded.train)
     run_file(n, "pending").unlink(missing_ok=True)
+    expected = recorded.train if continues else git.object_id("HEAD:train.py")
+    if recorded.verdict not in JUDGED or git.blob_of("train.py") == expected:
+        return ""
+    if recorded.verdict == "kept":
+        return "train.py was edited meanwhile and is not what was kept: read it first"
+    diff = run_file(n, "diff").relative_to(ROOT)
+    return f"train.py was edited meanwhile and may hold what lost: read it, and undo that change ({diff})"
 
 
 def restore_train(expected: str) -> None:
