@@ -190,6 +190,7 @@ def measure_and_decide(attempt: Attempt, planned: History, device: locks.Device)
             say(f"experiment {attempt.experiment} ({activity}): {limit}")
         training = job(history, WORK / f"run-{run}", texts[attempt.train], device)
         attempt.runs.append(measure.run(replace(training, log=log)))
+        record.restore()
         history = History.load(planned.program, planned.image)  # other worktrees' results count too
         if history.comparable != planned.comparable:
             raise Refused("data or judge were changed while this ran, so it is not recorded; run ./run.sh again")
@@ -267,13 +268,21 @@ def record_and_carry_out(attempt: Attempt, history: History, incumbent: str) -> 
         for file in requests:
             file.unlink(missing_ok=True)
         write_whole(record.run_file(attempt.experiment, "diff"), git.diff(commit, "train.py"))
-        edited = record.carry_out(attempt.experiment)
+        edited = carry_out(attempt.experiment)
         display.write_history(History.load(history.program))
     except (Refused, OSError) as error:
         if attempt.by_hand:
             raise
         edited = f"the verdict is not carried out, which the next run does: {error}"
     return commit, edited
+
+
+def carry_out(n: int) -> str:
+    """As the record's, and a second time where a person's git held the index or moved HEAD at this very moment."""
+    with contextlib.suppress(Refused):
+        return record.carry_out(n)
+    time.sleep(record.STALE_LOCK_S)
+    return record.carry_out(n)
 
 
 def complete(attempt: Attempt, history: History, incumbent: str) -> None:

@@ -234,11 +234,17 @@ def message(name: str) -> str:
     return git.read("show", "-s", "--format=%B", name, check=False)
 
 
-def restore_lost() -> None:
-    """Put back what a fetch took out of the record, by pruning or by writing over it. Only under the record's lock.
+def restore() -> None:
+    """Put back what a fetch, perhaps an editor's own, took out of the record, by pruning or by writing over it.
 
-    Whoever deletes an experiment on purpose deletes its line in KNOWN too.
+    Whoever deletes an experiment on purpose deletes its entry in KNOWN too.
     """
+    with locks.record():
+        restore_lost()
+
+
+def restore_lost() -> None:
+    """The same, for who holds the record's lock."""
     file = git.folder() / KNOWN
     listed = (line.split() for line in git.read("for-each-ref", "--format=%(refname) %(objectname)", REFS).splitlines())
     now, known = {ref: commit for ref, commit in listed if ref[len(REFS) :].isdecimal()}, read_json(file, {})
@@ -282,8 +288,7 @@ def finish_interrupted() -> None:
             remove_stale_locks([*locked, *(common / REFS).glob("*.lock")])
     elif any(time.time() - file.stat().st_mtime > STALE_LOCK_S for file in locked if file.exists()):
         raise Refused(f"{locked[0]} exists: a git is at work, or was killed; wait for it, or delete that file")
-    with locks.record():
-        restore_lost()
+    restore()
     for file, note in notes.items():
         edited = ""
         if git.object_id(f"{REFS}{note['number']}") == note["commit"]:

@@ -230,9 +230,11 @@ def test_a_stale_lock_on_the_record_goes_also_while_a_git_runs(small: Small):
     assert "removed" in done.stderr and not lock.exists()
 
 
-@pytest.mark.parametrize("name", ["index.lock", "HEAD.lock", "refs/heads/main.lock"])
+@pytest.mark.parametrize("name", ["index.lock", "HEAD.lock", "refs/heads/main.lock", "reftable/tables.list.lock"])
 def test_a_lock_that_is_not_ours_is_reported_and_left_alone(small: Small, name: str):
-    (lock := small.path / ".git" / name).touch()
+    """The last is a stand-in: git before 2.45 knows no reftable."""
+    (lock := small.path / ".git" / name).parent.mkdir(exist_ok=True)
+    lock.touch()
     os.utime(lock, (time.time() - 60,) * 2)
     done = small.run()
     assert done.returncode == 2 and f"{lock} exists: a git is at work, or was killed" in done.stderr and lock.exists()
@@ -418,7 +420,41 @@ def rebased(small: Small, folder: Path) -> Small:
     return small
 
 
-@pytest.mark.parametrize("kind", [sha256, packed, sparse, partial, apart, rebased])
+def submodule(small: Small, folder: Path) -> Small:
+    outer, made = folder / "outer", Small(folder / "outer/sub")
+    small.git("commit", "-qm", "mine")
+    subprocess.run(["git", "init", "-q", outer], check=True)
+    add = ["git", "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", small.path, "sub"]
+    subprocess.run(add, cwd=outer, check=True)
+    made.git("fetch", "-q", str(small.path), "refs/experiments/*:refs/experiments/*")
+    for data in (made.path / "data", outer / ".git/modules/data"):  # wherever it looks for them
+        shutil.copytree(small.path / "data", data)
+    return made
+
+
+def bare_with_worktree(small: Small, folder: Path) -> Small:
+    small.git("commit", "-qm", "mine")
+    subprocess.run(["git", "clone", "-q", "--mirror", small.path, folder / "bare/repo.git"], check=True)
+    made = Small(folder / "bare/tree")
+    subprocess.run(["git", "worktree", "add", "-q", "-b", "mine", made.path], cwd=folder / "bare/repo.git", check=True)
+    for data in (made.path / "data", folder / "bare/data"):
+        shutil.copytree(small.path / "data", data)
+    return made
+
+
+def replaced(small: Small, folder: Path) -> Small:
+    """With a graft, a replaced commit, a note on each experiment and a tag that is called as a branch is."""
+    small.git("commit", "-qm", "mine")
+    small.git("replace", "--graft", "HEAD")
+    small.git("notes", "add", "-m", "Verdict: failed", "refs/experiments/1")
+    for name in ("main", "HEAD", "refs/experiments/1"):
+        small.git("tag", "-f", name, "HEAD^{tree}", check=False)
+    return small
+
+
+@pytest.mark.parametrize(
+    "kind", [sha256, packed, sparse, partial, apart, rebased, submodule, bare_with_worktree, replaced]
+)
 def test_any_repository(small: Small, kind, tmp_path):
     one_kept_one_lost(made := kind(small, tmp_path))
     assert "fatal" not in made.git("fsck", "--no-dangling")
@@ -464,6 +500,16 @@ def test_no_fetch_takes_a_record_away(small: Small, kind: str, tmp_path):
     (small.path / ".git/autoresearch.experiments").unlink()
     small.run("status")
     assert small.experiments() == []
+
+
+def test_a_fetch_while_it_trains_takes_nothing(small: Small):
+    """An editor's own fetch, with prune: what is judged is judged against what was there."""
+    small.write("train.py", train_py(VALUES["kept"]))
+    small.hypothesis("better")
+    prune = "git for-each-ref --format='delete %(refname)' refs/experiments | git update-ref --stdin"
+    shown = block(small.run(point=Point("measure", "meanwhile", prune)).stdout)
+    assert (shown["verdict"], shown["experiment"]) == ("kept", "2") and shown["before"].endswith("(2 runs)"), shown
+    assert small.experiments() == [1, 2]
 
 
 def test_a_rewritten_history_is_not_taken_for_a_loss(small: Small):
