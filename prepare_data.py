@@ -25,6 +25,7 @@ Every problem is reported with its file and line, and then nothing is written. W
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -51,6 +52,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent / "container" / "data_sets"))
 import prints
 import ukiyoe
+from ukiyoe import DataError
 
 FORMAT = 3  # of info.json; container/harness/dataset.py wants the same
 SPLITS = ("train", "val", "test")
@@ -62,7 +64,7 @@ ROWS_PER_BATCH = 256  # of an Arrow file: 7 MB at 96 px
 MAX_PROBLEMS_SHOWN = 20
 HASH_SIDE = 16  # of a perceptual hash: 256 bits
 # Bits by which the hashes of two impressions of a block may differ. Of 1,000 drawn prints, brightened by 20 %, cut by
-# 2 % and stored as JPEG, 998 differ by no more from their originals; of 500,000 pairs of different prints none do.
+# 2 % and stored as JPEG, 999 differ by no more from their originals; of 500,000 pairs of different prints one does.
 HASH_BITS = 40
 PREVIEW_COLOURS = 128  # of preview.png, which an agent that looks at it carries along in every request
 BOX_SLACK = 1.0  # pixels a box may stick out by and is cut back: annotation tools round outwards
@@ -94,13 +96,12 @@ OWN = Source(96, "images and annotations in ODVG format", "that of the images", 
 
 
 def list_jobs(options: argparse.Namespace, problems: list[str], report: dict[str, int]) -> dict[str, list[Job]]:
-    """The jobs of every split. Appends to the problems, and counts for info.json. Raises ukiyoe.FetchError."""
+    """The jobs of every split. Appends to the problems, and counts for info.json. Raises DataError."""
     if options.name == "prints":
         jobs, start = {}, 0  # print 0 and following are the training split, then come validation and test
         for split in SPLITS:
-            end = start + (getattr(options, split) or PRINTS_COUNTS[split])
-            jobs[split] = [(f"print {index}", partial(prints.draw, PRINTS_SEED, index)) for index in range(start, end)]
-            start = end
+            jobs[split] = list_prints(start, getattr(options, split) or PRINTS_COUNTS[split])
+            start += len(jobs[split])
         return jobs
     if options.odvg:
         folder, images = options.odvg, options.odvg / "images"
@@ -109,19 +110,23 @@ def list_jobs(options: argparse.Namespace, problems: list[str], report: dict[str
         local = {name: getattr(options, name) for name in LOCAL_COPIES}
         images = ukiyoe.fetch(folder, options.out.with_name("weights"), local, report)
     if not images.is_dir():
-        problems.append(f"{images} is not a folder; put the images there")
-        return {}
+        raise DataError(f"{images} is not a folder; put the images there")
     used: dict[Path, str] = {}
     return {split: list(read_odvg(folder / f"{split}.jsonl", images.resolve(), used, problems)) for split in SPLITS}
+
+
+def list_prints(start: int, count: int) -> list[Job]:
+    return [(f"print {index}", partial(prints.draw, PRINTS_SEED, index)) for index in range(start, start + count)]
 
 
 def read_odvg(file: Path, images: Path, used: dict[Path, str], problems: list[str]) -> Iterator[Job]:
     """The jobs of the good lines; `used` says which line uses an image."""
     lines = file.read_bytes().splitlines() if file.is_file() else []
-    lines = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not lines:
+    if not any(line.strip() for line in lines):
         problems.append(f"{file.name}: is missing or empty; every split needs at least one image")
-    for number, line in lines:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         where = f"{file.name} line {number}"
         try:
             entry = json.loads(line)
@@ -187,22 +192,18 @@ def load_image(path: Path, stated: tuple[int, int], caption: str, regions: list[
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1)), caption, regions
 
 
-def write_data_set(options: argparse.Namespace, folder: Path) -> list[str]:
-    """Writes everything. Where it returns problems, what it wrote is of no use."""
+def write_data_set(options: argparse.Namespace, folder: Path) -> None:
+    """Writes everything. Raises DataError."""
     source, problems, report = SOURCES.get(options.name, OWN), [], {}
     size, jobs = options.size or source.size, list_jobs(options, problems, report)
     tables, seen = {}, {}
-    # Forked, because they need nothing but numpy and Pillow, and starting anew would import everything in each.
-    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("fork")) as pool:
-        for split in jobs:
-            names, makers = [name for name, _ in jobs[split]], [make for _, make in jobs[split]]
-            rows = pool.map(operator.call, makers, repeat(size), chunksize=ROWS_PER_TASK)
-            rows = zip(names, ukiyoe.Bar(rows, split, len(makers), unit=" images"), strict=True)
-            seen = {} if source.near_duplicates else seen
-            tables[split] = store_rows(rows, folder / f"{split}.arrow", size, seen, problems)
-            print(f"{split}: {len(makers)} images", file=sys.stderr, flush=True)
+    for split in SPLITS:
+        seen = {} if source.near_duplicates else seen
+        rows = make_rows(split, jobs[split], size, options.processes)
+        tables[split] = store_rows(rows, folder / f"{split}.arrow", size, seen, problems)
+        print(f"{split}: {len(jobs[split])} images", file=sys.stderr, flush=True)
     if problems:
-        return problems
+        raise DataError(*problems)
     if source.near_duplicates:
         kept = rows_unlike(tables["train"], [tables["val"], tables["test"]])
         report["near_duplicates_left_out"] = len(tables["train"]) - len(kept)
@@ -220,7 +221,13 @@ def write_data_set(options: argparse.Namespace, folder: Path) -> list[str]:
     if options.name == "prints":
         report["prints_version"] = prints.VERSION
     write_info(folder, {"format": FORMAT, "name": options.name, "image_size": size, **report}, source)
-    return []
+
+
+def make_rows(what: str, jobs: list[Job], size: int, processes: int) -> Rows:
+    """Does the jobs in processes, forked, because they need no more than numpy and Pillow. Raises BrokenProcessPool."""
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+        rows = pool.map(operator.call, [make for _, make in jobs], repeat(size), chunksize=ROWS_PER_TASK)
+        yield from zip([name for name, _ in jobs], ukiyoe.Bar(rows, what, len(jobs), unit=" images"), strict=True)
 
 
 def write_info(folder: Path, info: dict, source: Source) -> None:
@@ -299,51 +306,45 @@ def add_trainval(folder: Path, staging: Path, info: dict) -> None:
     datasets.concatenate_datasets([train, pairs]).save_to_disk(staging / "trainval", num_shards=1)
 
 
-def add_audit(staging: Path, info: dict, number: int) -> None:
-    """Pairs for audit `number`, drawn with indices that no split and no other audit has."""
-    first = sum(info[split] for split in SPLITS) + number * info["val"]
-    indices = ukiyoe.Bar(range(first, first + info["val"]), "audit", unit=" images")
-    rows = ((f"print {index}", prints.draw(PRINTS_SEED, index, info["image_size"])) for index in indices)
-    table = store_rows(rows, staging / "audit.arrow", info["image_size"], {}, [])
-    store_pairs_apart(table, staging, "audit")
-
-
-def add(options: argparse.Namespace) -> list[str]:
-    """Adds pairs to a data set, in the place of those that an earlier call added, or returns problems."""
-    info, staging = json.loads((options.out / "info.json").read_text()), options.out / "add.partial"
+def add(options: argparse.Namespace) -> None:
+    """Adds pairs to a data set, in the place of those that an earlier call added. Raises DataError."""
+    out, info = options.out, json.loads((options.out / "info.json").read_text())
     if options.name == "prints" and info.get("prints_version") != prints.VERSION:
-        return [f"{options.out} was drawn by another version of prints.py; move it away and draw the prints anew"]
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    if options.add == "trainval":
-        add_trainval(options.out, staging, info)
-    else:
-        add_audit(staging, info, int(options.add.removeprefix("audit=")))
-    for new in sorted(staging.iterdir()):
-        old = options.out / new.name
-        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-        new.rename(old)
-    staging.rmdir()
-    return []
+        raise DataError(f"{out} was drawn by another version of prints.py; move it away and draw the prints anew")
+    with staged(out / "add.partial") as staging:
+        if options.add == "trainval":
+            add_trainval(out, staging, info)
+        else:  # prints with indices that no split and no other audit has
+            number, size = int(options.add.removeprefix("audit=")), info["image_size"]
+            jobs = list_prints(sum(info[split] for split in SPLITS) + number * info["val"], info["val"])
+            rows = make_rows("audit", jobs, size, options.processes)
+            store_pairs_apart(store_rows(rows, staging / "audit.arrow", size, {}, []), staging, "audit")
+        for new in sorted(staging.iterdir()):
+            old = out / new.name
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+            new.rename(old)
 
 
-def prepare(options: argparse.Namespace) -> list[str]:
-    """Writes the data set, completely or, where it returns problems, not at all."""
-    out, staging = options.out, options.out.with_name(options.out.name + ".partial")
+def prepare(options: argparse.Namespace) -> None:
+    """Writes the data set, completely or, where it raises DataError, not at all."""
+    out = options.out
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        return [f"{out} is not an empty folder; remove it, or give another one"]
-    shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed
-    staging.mkdir()
+        raise DataError(f"{out} is not an empty folder; remove it, or give another one")
+    with staged(out.with_name(f"{out.name}.partial")) as staging:
+        write_data_set(options, staging)
+        staging.rename(out)
+    shutil.rmtree(out.with_name(f"{out.name}.download"), ignore_errors=True)
+
+
+@contextlib.contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """An empty folder, in the place of what a killed run left, that is gone afterwards."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     try:
-        problems = write_data_set(options, staging)
-        if not problems:
-            staging.rename(out)
-            shutil.rmtree(out.with_name(f"{out.name}.download"), ignore_errors=True)
-        return problems
-    except BrokenProcessPool:
-        return ["a process was killed, perhaps for want of memory; try fewer --processes"]
+        yield folder
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -381,14 +382,18 @@ def main(arguments: list[str] | None = None) -> int:
     datasets.disable_progress_bars()
     os.umask(0o022)  # everybody may read what is written
     try:
-        problems = add(options) if options.add else prepare(options)
-    except (OSError, ukiyoe.FetchError) as error:
-        problems = [str(error)]
-    if problems:
-        print(*problems[:MAX_PROBLEMS_SHOWN], sep="\n", file=sys.stderr)
-        more = f" ({len(problems) - MAX_PROBLEMS_SHOWN} more than shown)" if len(problems) > MAX_PROBLEMS_SHOWN else ""
-        print(f"error: {len(problems)} problem{'s' * (len(problems) > 1)}{more}; nothing was written", file=sys.stderr)
-    return 1 if problems else 0
+        add(options) if options.add else prepare(options)
+        return 0
+    except DataError as error:
+        problems = error.args
+    except BrokenProcessPool:
+        problems = ("a process was killed, perhaps for want of memory; try fewer --processes",)
+    except OSError as error:
+        problems = (str(error),)
+    print(*problems[:MAX_PROBLEMS_SHOWN], sep="\n", file=sys.stderr)
+    more = f" ({len(problems) - MAX_PROBLEMS_SHOWN} more than shown)" if len(problems) > MAX_PROBLEMS_SHOWN else ""
+    print(f"error: {len(problems)} problem{'s' * (len(problems) > 1)}{more}; nothing was written", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

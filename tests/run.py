@@ -3,7 +3,7 @@
 usage: run.py              everything a contributor and CI need: unit, engine, client
        run.py unit         only what needs no engine, no client and no image
        run.py --full       the long sweeps too, every point of them
-       run.py PYTEST...    a part: tests/engine/test_run.py -k crash
+       run.py PYTEST...    a part: tests/engine/test_run.py -k crash; or options for all: --durations=20
 """
 
 from __future__ import annotations
@@ -69,13 +69,11 @@ def main(words: list[str]) -> None:
         install.need_image()
         need_client()
     python = need_python(UNIT_REQUIREMENTS if unit else REQUIREMENTS)
-    if unit:
-        words = [*TWO_AT_ONCE, str(TESTS / "unit"), *words[1:]]
-    elif not words:
-        words = [*TWO_AT_ONCE, *ALL]
-    elif words == ["--full"]:
-        words = [*ALL, *words]
     os.chdir(TESTS.parent)
+    words = words[unit:]
+    if not any(Path(word.partition("::")[0]).exists() for word in words):  # options at most: all of them
+        words += ALL[:1] if unit else ALL
+        words += TWO_AT_ONCE if "--full" not in words else []
     os.execv(python, [python, "-m", "pytest", *words])
 
 

@@ -8,6 +8,7 @@ archive's size, which zipfile then reads, checking every CRC. A local copy of ea
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -53,25 +54,20 @@ TRIES = 8  # failures in a row, without a byte in between
 PAUSE_S = 1.0  # before the second try; doubles
 SHAPE_SLACK = 0.02  # by which the aspect ratio of a print may differ from what the annotation states
 MIN_SIDE = 1.0  # pixels of a box; smaller ones are left out
+# Shown on a terminal; in a container, which has none, if PROGRESS says that the caller has one.
+Bar = functools.partial(tqdm, disable=False if "PROGRESS" in os.environ else None, leave=False)
 AGAIN = "run the same command again (it goes on where it stopped), or give a local copy with --"
 
 
-class FetchError(Exception):
-    """One line that says what is wrong, where, and what to do next."""
-
-
-class Bar(tqdm):
-    """Shown on a terminal; in a container, which has none, if PROGRESS says that the caller has one."""
-
-    def __init__(self, *args: object, **options: object) -> None:
-        super().__init__(*args, disable=False if "PROGRESS" in os.environ else None, leave=False, **options)
+class DataError(Exception):
+    """Why there is no data set: lines, in args, that each say what is wrong, where, and what to do next."""
 
 
 def fetch(folder: Path, weights: Path, given: dict[str, Path | None], report: dict[str, int]) -> Path:
     """Fetches images and annotations (train.jsonl, val.jsonl, test.jsonl) into `folder`, and the weights.
 
     Returns the folder to which the annotations' file names are relative. `given` names local copies of annotations,
-    images, weights, or None; `report` gets counts. Raises FetchError.
+    images, weights, or None; `report` gets counts. Raises DataError.
     """
     folder.mkdir(exist_ok=True)
     files = fetch_annotations(folder / "annotations", given["annotations"])
@@ -87,13 +83,13 @@ def fetch(folder: Path, weights: Path, given: dict[str, Path | None], report: di
 
 
 def fetch_annotations(folder: Path, source: Path | None) -> dict[str, Path]:
-    """The file of every split. In a local folder it may lie deeper, or all three flat. Raises FetchError."""
+    """The file of every split. In a local folder it may lie deeper, or all three flat. Raises DataError."""
     files = {split: folder / name for split, name in ANNOTATIONS.items()}
     if source:
         for split, name in ANNOTATIONS.items():
             found = sorted(source.rglob(name)) or sorted(source.rglob(PurePosixPath(name).name))
             if len(found) != 1:
-                raise FetchError(f"--annotations {source}: {len(found)} files {name}; want exactly one")
+                raise DataError(f"--annotations {source}: {len(found)} files {name}; want exactly one")
             files[split] = found[0]
         return files
     missing = [split for split, file in files.items() if not file.is_file()]
@@ -105,7 +101,7 @@ def fetch_annotations(folder: Path, source: Path | None) -> dict[str, Path]:
             files[split].parent.mkdir(parents=True, exist_ok=True)
             gdown.download(id=ids[ANNOTATIONS[split]], output=str(files[split]), **options)
     except (gdown.exceptions.DownloadError, requests.RequestException, KeyError) as error:  # KeyError: not listed
-        raise FetchError(f"Google Drive folder {DRIVE_FOLDER}: {error!r:.200}; {AGAIN}annotations") from error
+        raise DataError(f"Google Drive folder {DRIVE_FOLDER}: {error!r:.200}; {AGAIN}annotations") from error
     return files
 
 
@@ -128,16 +124,16 @@ def adapt_line(line: str, root: Path, places: dict[str, Path], report: dict[str,
         return line
     entry = json.loads(line) | {"filename": str(places[name])}
     try:
-        size, grounding = (entry["width"], entry["height"]), entry["grounding"]
+        stated, grounding = (entry["width"], entry["height"]), entry["grounding"]
         if not (grounding["caption"] or "").strip():
             report["captionless_prints"] += 1
             return ""
         with Image.open(root / places[name]) as image:
-            same_shape = abs(image.width / image.height * size[1] / size[0] - 1) <= SHAPE_SLACK
-            found = image.size if same_shape else size
-        report["other_sizes"] += found != size
+            same_shape = abs(image.width / image.height * stated[1] / stated[0] - 1) <= SHAPE_SLACK
+            found = image.size if same_shape else stated
+        report["other_sizes"] += found != stated
         entry["width"], entry["height"] = found
-        regions = [fit_region(region, size, found) for region in grounding["regions"]]
+        regions = [fit_region(region, stated, found) for region in grounding["regions"]]
         grounding["regions"] = [region for region in regions if region]
         report["regions_left_out"] += regions.count(None)
     except (AttributeError, KeyError, OSError, TypeError, ValueError, ZeroDivisionError, Image.DecompressionBombError):
@@ -155,7 +151,7 @@ def fit_region(region: dict, stated: tuple[int, int], found: tuple[int, int]) ->
 
 
 def fetch_images(needed: set[str], folder: Path, source: Path | None) -> tuple[Path, dict[str, Path]]:
-    """A folder, and the path in it of every image by its name. Raises FetchError that names every missing one."""
+    """A folder, and the path in it of every image by its name. Raises DataError that names every missing one."""
     if source and source.is_dir():
         paths = (path.relative_to(source) for path in source.rglob("*") if path.is_file())
         return source, choose(needed, ((path.name, path) for path in paths), f"folder {source}")
@@ -165,7 +161,7 @@ def fetch_images(needed: set[str], folder: Path, source: Path | None) -> tuple[P
     try:
         archive = remote.open() if remote else zipfile.ZipFile(source)
     except zipfile.BadZipFile as error:
-        raise FetchError(f"{where}: {error!r:.200}; give the archive, or a folder of images, with --images") from error
+        raise DataError(f"{where}: {error!r:.200}; give the archive, or a folder of images, with --images") from error
     with archive:
         members = choose(needed, ((PurePosixPath(info.filename).name, info) for info in archive.infolist()), where)
         for _ in range(2):  # a damaged member is fetched once again
@@ -179,12 +175,12 @@ def fetch_images(needed: set[str], folder: Path, source: Path | None) -> tuple[P
     damaged = [name for name, info in members.items() if not in_place(target / name, info)]
     if damaged:
         names = ", ".join(damaged)
-        raise FetchError(f"{len(damaged)} images in {where} do not have their checksum, twice: {names}; {AGAIN}images")
+        raise DataError(f"{len(damaged)} images in {where} do not have their checksum, twice: {names}; {AGAIN}images")
     return target, {name: Path(name) for name in members}
 
 
 def choose(needed: set[str], found: Iterable[tuple[str, object]], where: str) -> dict[str, object]:
-    """What was found under every needed name. Raises FetchError that names all that are missing or ambiguous."""
+    """What was found under every needed name. Raises DataError that names all that are missing or ambiguous."""
     by_name = defaultdict(list)
     for name, thing in found:
         by_name[name].append(thing)
@@ -192,7 +188,7 @@ def choose(needed: set[str], found: Iterable[tuple[str, object]], where: str) ->
     if missing or twice:
         names, fault = (missing, "not in") if missing else (twice, "more than once in")
         counted = f"{len(names)} of {len(needed)} images are {fault} {where}: {', '.join(sorted(names))}"
-        raise FetchError(f"{counted}; give a complete archive or folder with --images")
+        raise DataError(f"{counted}; give a complete archive or folder with --images")
     return {name: by_name[name][0] for name in sorted(needed)}
 
 
@@ -220,7 +216,7 @@ class RemoteArchive:
             entry = next(entry for entry in answer.json()["files"] if entry["key"] == ARCHIVE)
             self.url, self.size, stamp = entry["links"]["self"], entry["size"], entry.get("checksum", "unstamped")
         except (requests.RequestException, ValueError, KeyError, StopIteration) as error:
-            raise FetchError(f"{RECORD} does not tell about {ARCHIVE}: {error!r:.200}; {AGAIN}images") from error
+            raise DataError(f"{RECORD} does not tell about {ARCHIVE}: {error!r:.200}; {AGAIN}images") from error
         self.file = folder / f"{stamp.replace(':', '-')}-{self.size}.zip"  # of another version, another file
         self.descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
         os.ftruncate(self.descriptor, self.size)
@@ -232,7 +228,7 @@ class RemoteArchive:
         return zipfile.ZipFile(self.file.open("rb", buffering=0))  # unbuffered, as more will be copied
 
     def copy(self, start: int, end: int) -> None:
-        """Copies bytes start to end - 1. A connection that is cut is taken up where it was. Raises FetchError."""
+        """Copies bytes start to end - 1. A connection that is cut is taken up where it was. Raises DataError."""
         failures = 0
         while start < end:
             wanted = f"bytes {start}-{end - 1}/{self.size}"
@@ -243,7 +239,7 @@ class RemoteArchive:
                     if answer.status_code != 206 or got != wanted:
                         got = f"asked for {wanted}, got {answer.status_code} {answer.reason} {got}"
                         causes = "it has changed, or a proxy sends the whole archive instead of a range"
-                        raise FetchError(f"{self.url}: {got}: {causes}; {AGAIN}images")
+                        raise DataError(f"{self.url}: {got}: {causes}; {AGAIN}images")
                     for chunk in answer.iter_content(CHUNK):
                         start, failures = start + os.pwrite(self.descriptor, chunk, start), 0
                 if start < end:
@@ -251,7 +247,7 @@ class RemoteArchive:
             except requests.RequestException as error:
                 failures += 1
                 if failures == TRIES or isinstance(error, requests.exceptions.RetryError):
-                    raise FetchError(f"{self.url}: {error!r:.200}; {AGAIN}images") from error
+                    raise DataError(f"{self.url}: {error!r:.200}; {AGAIN}images") from error
                 time.sleep(PAUSE_S * 2 ** (failures - 1))
 
 
@@ -277,7 +273,7 @@ def fetch_weights(folder: Path, scratch: Path, source: Path | None) -> None:
         if source:
             path, origin = source / target.name, read_origins(source).get(target.name, {})
             if not path.is_file():
-                raise FetchError(f"--weights {source}: no {target.name}; want one for each of {', '.join(WEIGHTS)}")
+                raise DataError(f"--weights {source}: no {target.name}; want one for each of {', '.join(WEIGHTS)}")
         else:
             path, origin = download_weights(repo, file, scratch)
         digest = sha256(path)
@@ -285,11 +281,11 @@ def fetch_weights(folder: Path, scratch: Path, source: Path | None) -> None:
             if not source:
                 path.unlink()
             stated = f"{'info.json there' if source else 'the hub'} states {origin['sha256']}"
-            raise FetchError(f"weights {path} have SHA-256 {digest}, {stated}; {AGAIN}weights")
+            raise DataError(f"weights {path} have SHA-256 {digest}, {stated}; {AGAIN}weights")
         try:
             safetensors.safe_open(path, "numpy").keys()
         except (safetensors.SafetensorError, OSError) as error:
-            raise FetchError(f"weights {path}: {error!r:.200}; want safetensors") from error
+            raise DataError(f"weights {path}: {error!r:.200}; want safetensors") from error
         folder.mkdir(exist_ok=True)
         write_whole(target, path.read_bytes())
         origins[target.name] = origin
@@ -297,7 +293,7 @@ def fetch_weights(folder: Path, scratch: Path, source: Path | None) -> None:
 
 
 def download_weights(repo: str, file: str, scratch: Path) -> tuple[Path, dict]:
-    """A file from the hub, and its origin with the SHA-256 that the hub states. Raises FetchError."""
+    """A file from the hub, and its origin with the SHA-256 that the hub states. Raises DataError."""
     # The image switches the hub off. Plain HTTP, because Xet would not take up a download where it was cut.
     huggingface_hub.constants.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_DISABLE_XET = False, True
     hub = {"endpoint": os.environ.get("HF_ENDPOINT"), "token": False}
@@ -307,7 +303,7 @@ def download_weights(repo: str, file: str, scratch: Path) -> tuple[Path, dict]:
         hub |= {"revision": stated.commit_hash, "local_dir": scratch, "tqdm_class": Bar}
         path = Path(huggingface_hub.hf_hub_download(repo, file, **hub))
     except (OSError, ValueError, httpx2.HTTPError) as error:
-        raise FetchError(f"weights {repo}/{file}: {error!r:.200}; {AGAIN}weights") from error
+        raise DataError(f"weights {repo}/{file}: {error!r:.200}; {AGAIN}weights") from error
     return path, {"repo": repo, "revision": stated.commit_hash, "file": file, "sha256": stated.etag}
 
 

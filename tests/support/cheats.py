@@ -232,7 +232,9 @@ engine.arguments = lambda c, real=engine.arguments: real(
 )
 """
 )
-PRINTS_IN_REACH = mounted("/harness/prints.py", f"measure.Path({str(ROOT / 'container/data_sets/prints.py')!r})")
+DATA_SETS = ROOT / "container" / "data_sets"
+PRINTS_IN_REACH = mounted("/harness/prints.py", f"measure.Path({str(DATA_SETS / 'prints.py')!r})")
+PRINTS_IN_REACH += mounted("/harness/prints.json", f"measure.Path({str(DATA_SETS / 'prints.json')!r})")
 WRITABLE = Naive(  # as most containers are started: root inside, everything writable
     harness="""
 import shutil
