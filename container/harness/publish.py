@@ -56,44 +56,26 @@ class Trainings:
     runs: list[dict] = field(default_factory=list)  # of all, for result.json
 
     def run(self, side: str, source: bytes) -> measure.Run:
-        """One training with a fresh seed. Raises Refused when nothing ran."""
+        """One training with a fresh seed, or what the same audit, which was killed, had of it. Raises Refused."""
         budget = self.how.get("budget", self.history.program.budget)
         activity = f"training {len(self.runs) + 1} of {self.total}, {side}"
         locks.announce(self.history.newest + 1, activity, budget)
         seconds = [run["timing"]["total"] for run in self.runs] or [budget + AROUND_S]
         minutes = (self.total - len(self.runs)) * statistics.mean(seconds) / 60
         say(f"{activity}: {'' if self.runs else 'at most '}{minutes:.0f} min left")
-        run = self.finished(source) or self.train(source)
+        folder = self.work / f"run-{len(self.runs) + 1}"
+        what = [audits(self.history), self.history.comparable, self.how, self.total, hashlib.sha256(source).hexdigest()]
+        finished = read_json(folder / FINISHED, {})
+        if finished.get("what") == what:
+            run = measure.Run(**finished["run"])
+        else:
+            shutil.rmtree(folder if self.runs else self.work, ignore_errors=True)  # of another audit
+            job = experiment.job(self.history, folder, source, self.device)
+            run = measure.run(replace(job, **self.how))
+        if run.outcome == "ok":
+            write_json(folder / FINISHED, {"what": what, "run": asdict(run)})
         self.runs.append({"side": side, **asdict(run)})
         return run
-
-    def finished(self, source: bytes) -> measure.Run | None:
-        """This very training, where an audit that was killed had come to its end."""
-        known = read_json(self.folder / FINISHED, {})
-        return measure.Run(**known["run"]) if known.get("of") == self.of(source) else None
-
-    def train(self, source: bytes) -> measure.Run:
-        self.remove_others()
-        job = experiment.job(self.history, self.folder, source, self.device)
-        run = measure.run(replace(job, **self.how))
-        if run.outcome == "ok":
-            write_json(self.folder / FINISHED, {"of": self.of(source), "run": asdict(run)})
-        return run
-
-    def remove_others(self) -> None:
-        """What another audit, which was killed, left."""
-        for left in self.work.glob("run-*"):
-            if int(left.name[4:]) > len(self.runs):
-                shutil.rmtree(left)
-
-    @property
-    def folder(self) -> Path:
-        """Of the next training."""
-        return self.work / f"run-{len(self.runs) + 1}"
-
-    def of(self, source: bytes) -> list:
-        """What makes a training the same as another one, but for its seed."""
-        return [audits(self.history), self.history.comparable, self.how, hashlib.sha256(source).hexdigest()]
 
     def side(self, name: str, source: bytes, seeds: int) -> Attempt:
         """So many trainings of one train.py."""
@@ -142,7 +124,6 @@ def prepared() -> Iterator[Trainings]:
         if not history.incumbent:
             raise Refused("there is no measured train.py; run ./run.sh first")
         device = stack.enter_context(experiment.device_for(history))
-        (FINAL / "work").mkdir(mode=0o755, parents=True, exist_ok=True)
         yield Trainings(history, FINAL / "work", device)
 
 
@@ -232,7 +213,6 @@ def save(trainings: Trainings, attempt: Attempt, more: dict, shown: list[str]) -
     record.add(attempt, git.object_id("HEAD"), {}, **more)
     record.carry_out(attempt.experiment)
     print("\n".join(["---", *shown]))
-    trainings.remove_others()
     work, folder = trainings.work, FINAL / f"{attempt.experiment:04d}"
     (work / "result.json").write_bytes(attempt.json(**more))
     checkpoint = " and the checkpoint (run-1/out.tar)" if attempt.verdict == "final" else ""

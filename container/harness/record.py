@@ -187,16 +187,10 @@ def load_all() -> list[Record]:
 
 
 def results(records: list[Record]) -> list[dict]:
-    """The result.json of each; {} where it is missing or damaged."""
+    """The result.json of each; {} where there is none."""
     names = [f"{REFS}{r.number}:experiment/result.json" for r in records]
-    contents, found = git.contents(names), []
-    for name in names:
-        try:
-            result = json.loads(contents.get(name, b""))
-        except ValueError:
-            result = {}
-        found.append(result if isinstance(result, dict) else {})
-    return found
+    contents = git.contents(names)
+    return [json.loads(contents.get(name, b"{}")) for name in names]
 
 
 def run_file(number: int, kind: str) -> Path:

@@ -783,11 +783,12 @@ def test_an_audit_that_is_killed_goes_on_where_it_was(small: Small):
         "run-3",
     ]
     seeds = [json.loads(small.read(f"final/work/run-{n}/finished.json"))["run"]["seed"] for n in (1, 2, 3)]
-    done = small.run("audit", "2", given=NOISY)  # with less than before
+    done = small.run("audit", "2", "--ablate", given=NOISY)
     assert done.returncode == 0 and "in final/0003\n" in done.stdout, done.stdout + done.stderr
-    assert [call for call in json.loads(small.calls_file.read_text()) if "measure" in call] == ["measure run-4"]
+    calls = json.loads(small.calls_file.read_text())
+    assert [call for call in calls if "measure" in call] == [f"measure run-{n}" for n in (4, 5, 6)]
     runs = json.loads(small.git("show", "refs/experiments/3:experiment/result.json"))["runs"]
-    assert [run["seed"] for run in runs][:3] == seeds and len({run["seed"] for run in runs}) == 4
+    assert [run["seed"] for run in runs][:3] == seeds and len({run["seed"] for run in runs}) == 6
     small.write("train.py", DISCARDED)
     assert not (small.path / "final/work").exists()
     assert small.run("audit", "2", given=NOISY).returncode == 0  # another one, with pairs and trainings of its own

@@ -458,7 +458,7 @@ def replaced(small: Small, folder: Path) -> Small:
 def test_any_repository(small: Small, kind, tmp_path):
     one_kept_one_lost(made := kind(small, tmp_path))
     assert "fatal" not in made.git("fsck", "--no-dangling")
-    made.run(given="print(len(report.gather()['experiments']))")  # whatever a partial clone lacks
+    assert made.python("print(len(report.gather()['experiments']))") == "3"  # whatever a partial clone lacks
 
 
 FETCHES = {
