@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 from pathlib import Path
+from subprocess import PIPE
 
 from project import ROOT, RUNS, Refused
 
 # Off: hooks, monitors, pagers, signature programs, fetches of missing objects, a file that may be missing; and messages
 # are UTF-8
 QUIET = ("core.hooksPath=/dev/null", "core.fsmonitor=false", "commit.gpgSign=false", "log.showSignature=false",
-         "protocol.allow=never", "gc.auto=0", "diff.orderFile=/dev/null", "i18n.commitEncoding=UTF-8",
-         "i18n.logOutputEncoding=UTF-8")  # fmt: skip
+         "protocol.allow=never", "gc.auto=0", "core.filesRefLockTimeout=5000", "diff.orderFile=/dev/null",
+         "i18n.commitEncoding=UTF-8", "i18n.logOutputEncoding=UTF-8")  # fmt: skip
 GIT = ("git", *(word for setting in QUIET for word in ("-c", setting)), "--no-pager")
 FALLBACK_IDENTITY = ("-c", "user.name=autoresearch", "-c", "user.email=autoresearch@localhost")
 INDEX = RUNS / "work" / "index"  # beside the user's own; the folder is emptied before and after every run
@@ -25,30 +27,24 @@ def call(*args: str, given: bytes = b"", index: Path | None = None, writes: bool
     """One git command; returns the finished process, with bytes.
 
     given: its standard input. index: a file in place of the user's index. writes: in a session of its own, so that
-    neither Ctrl-C nor a kill of our process group stops it half-way.
+    neither Ctrl-C nor a kill of our process group stops it half-way; a signal to us alone waits for its end.
     """
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     if index:
         environment["GIT_INDEX_FILE"] = str(index)
-    return subprocess.run(
-        [*GIT, *args],
-        input=given,
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        start_new_session=writes,
-        pass_fds=held_locks if writes else (),
-    )
+    where = {"cwd": ROOT, "env": environment, "start_new_session": writes, "pass_fds": held_locks if writes else ()}
+    # not subprocess.run, which kills it when a signal handler raises
+    with subprocess.Popen([*GIT, *args], stdin=PIPE, stdout=PIPE, stderr=PIPE, **where) as process:
+        out, error = process.communicate(given)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, error)
 
 
 def read(*args: str, check: bool = True, **how) -> str:
     """Standard output of a git command as text. Raises Refused when it fails, unless check is off."""
     done = call(*args, **how)
     if done.returncode and check:
-        error = (
-            " ".join(done.stderr.decode("utf-8", "replace").split())[:MAX_ERROR] or f"it ended with {done.returncode}"
-        )
-        raise Refused(f"git {args[0]} failed: {error}; fix that and run it again, which completes what is recorded")
+        error = " | ".join(done.stderr.decode("utf-8", "replace").strip().splitlines())[:MAX_ERROR]
+        raise Refused(f"git {args[0]} failed: {error or f'it ended with {done.returncode}'}; fix that, then try again")
     return done.stdout.decode("utf-8", "replace")
 
 
@@ -96,13 +92,10 @@ def contents(names: list[str]) -> dict[str, bytes]:
     return found
 
 
-def diff(commit: str, name: str) -> str:
-    """What a commit changes in a file of any bytes, as a patch that shows all of it; '' where git lacks one of both.
-
-    Not `git diff`, which obeys the user's settings.
-    """
-    options = ("--patch", "--text", "--no-color", "--no-ext-diff", "--no-textconv")
-    text = read("diff-tree", *options, f"{commit}^", commit, "--", name, check=False)
+def diff(before: str, after: str) -> str:
+    """What changed from one blob of any bytes to another, whatever the user's settings say about diffs; '' without one."""
+    options = ("--text", "--no-color", "--no-ext-diff", "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/", "-U3")
+    text = read("diff", *options, before, after, check=False)
     return "".join(c for c in text if c in "\n\t" or c.isprintable())  # what is invisible could fake a line
 
 
@@ -125,3 +118,14 @@ def commit(parent: str, files: dict[str, str], message: str) -> str:
     known = all(call("var", f"GIT_{who}_IDENT").returncode == 0 for who in ("AUTHOR", "COMMITTER"))
     identity = () if known else FALLBACK_IDENTITY
     return read(*identity, "commit-tree", tree, "-p", parent, "-F", "-", given=message.encode()).strip()
+
+
+def commit_under_way() -> bool:
+    """Whether somebody's `git commit` runs in this worktree: while its editor is open it holds the index's lock."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+            program, *words = (process / "cmdline").read_bytes().split(b"\0")
+            cwd = (process / "cwd").resolve()
+            if program.rpartition(b"/")[2] == b"git" and b"commit" in words and ROOT in (cwd, *cwd.parents):
+                return True
+    return False

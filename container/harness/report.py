@@ -54,7 +54,7 @@ def incumbents(history: History) -> tuple[dict[int, float], str]:
 
 def diff(r: Record) -> str:
     """The hunks of an experiment's change to train.py; '' without one, or where its commit is not in this clone."""
-    text = git.diff(f"{REFS}{r.number}", "train.py")
+    text = git.diff(f"{REFS}{r.number}^:train.py", f"{REFS}{r.number}:train.py")
     hunks = text[text.find("\n@@") + 1 :].rstrip("\n").expandtabs(4)
     return hunks if len(hunks) <= MAX_TEXT else hunks[:MAX_TEXT] + "\n[... cut ...]"
 
