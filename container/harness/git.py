@@ -93,7 +93,7 @@ def contents(names: list[str]) -> dict[str, bytes]:
 
 
 def diff(before: str, after: str) -> str:
-    """What changed from one blob of any bytes to another, whatever the user's settings say about diffs; '' without one."""
+    """What changed from one blob to another, of any bytes, whatever the user's settings; '' where one is missing."""
     options = ("--text", "--no-color", "--no-ext-diff", "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/", "-U3")
     text = read("diff", *options, before, after, check=False)
     return "".join(c for c in text if c in "\n\t" or c.isprintable())  # what is invisible could fake a line
