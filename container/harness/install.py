@@ -18,6 +18,7 @@ import engine
 import experiment
 import git
 import program
+import settings
 from history import History
 from project import ROOT, Refused, read_json, say
 
@@ -148,6 +149,7 @@ def findings() -> Iterator[Finding]:
         yield Finding("engine", False, str(e))
     yield check_client()
     yield check_lock()
+    yield from check_settings()
     free = shutil.disk_usage(ROOT).free / 1e9
     yield Finding("disk", free > DISK_GB, f"{free:.0f} GB free")
     if git.call("var", "GIT_COMMITTER_IDENT").returncode == 0:
@@ -211,3 +213,9 @@ def check_lock() -> Finding:
         return Finding("lock", True, "guard in place")
     danger = "it can run code or switch the guard OFF, remove it"
     return Finding("lock", False, f".claude/settings.local.json holds {keys}: {danger}")
+
+
+def check_settings() -> Iterator[Finding]:
+    """What a person or a company has told the client for all projects."""
+    for trouble in settings.troubles():
+        yield Finding("settings", False if trouble.certain else None, str(trouble))

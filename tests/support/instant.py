@@ -15,7 +15,7 @@ from repository import Project, block, copy_of_the_repository
 SUPPORT = Path(__file__).resolve().parent
 RUN_SH = """#!/bin/bash
 cd "$(dirname "$0")" || exit
-exec {python} -I -B {given} "$PWD/container/harness" "$(cat .git/given.py)" "$@"
+exec {python} -I -X utf8 -B {given} "$PWD/container/harness" "$(cat .git/given.py)" "$@"
 """
 # `slow`: a file with the seconds that a training takes
 MADE_UP = f"""
