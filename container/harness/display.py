@@ -41,8 +41,12 @@ def fitted(first: list[str], middle: list[str], last: list[str], most: int) -> s
     return cut("\n".join([*first, *middle, *last]), most)
 
 
-def block(attempt: Attempt, commit: str, plan: program.Program) -> str:
-    """The result block, below 2 KB. plan: what the run began with, for where program.md has a mistake by now."""
+def block(attempt: Attempt, commit: str, plan: program.Program, edited: str = "") -> str:
+    """The result block, below 2 KB.
+
+    plan: what the run began with, for where program.md has a mistake by now. edited: what to do where train.py is not
+    what the verdict says.
+    """
     try:
         history = History.load()  # what was edited while this ran is for the next experiment
     except program.ProgramError:
@@ -59,11 +63,12 @@ def block(attempt: Attempt, commit: str, plan: program.Program) -> str:
     last = [
         ("plan", "program.md has changed since you last read it: read it" if session.plan_has_changed() else ""),
         ("new phase", f"{phase}: read its section in program.md" if phase and attempt.phase not in ("", phase) else ""),
-        ("commit", commit[:9] + consequence(attempt)),
+        ("commit", commit[:9] + (" (in the record)" if edited else consequence(attempt))),
+        ("train.py", edited),
         ("log", run_file(attempt.experiment, "log").relative_to(ROOT)),
         ("elsewhere", history.better_elsewhere()),
         ("phase", history.phase_line()),
-        ("next", next_step(attempt, history)),
+        ("next", "first see train.py above; then " * bool(edited) + next_step(attempt, history)),
     ]
     quoted = log_end(attempt.experiment) if attempt.reason else []
     return fitted(["---", *lines(first)], quoted, lines(last), MAX_BLOCK)
@@ -141,7 +146,8 @@ def next_step(attempt: Attempt, history: History) -> str:
 
 def log_end(n: int) -> list[str]:
     """The last lines of a log, quoted: data, not instructions."""
-    text = run_file(n, "log").read_bytes()[-LOG_BYTES:].decode("utf-8", "replace")
+    log = run_file(n, "log")
+    text = log.read_bytes()[-LOG_BYTES:].decode("utf-8", "replace") if log.is_file() else ""
     quoted = [("| " if line[:1].strip() else "|   ") + visible(line)[:LOG_WIDTH] for line in text.splitlines()]
     return [line for line in quoted if line.strip("| ")][-LOG_LINES:]
 

@@ -10,13 +10,16 @@ from subprocess import PIPE
 
 from project import ROOT, RUNS, Refused
 
-# hooks, monitors, pagers, signature programs, fetches of missing objects
+# Off: hooks, monitors, pagers, signature programs, fetches of missing objects, a file that may be missing; and messages
+# are UTF-8
 QUIET = ("core.hooksPath=/dev/null", "core.fsmonitor=false", "commit.gpgSign=false", "log.showSignature=false",
-         "protocol.allow=never", "gc.auto=0", "core.filesRefLockTimeout=5000")  # fmt: skip
+         "protocol.allow=never", "gc.auto=0", "core.filesRefLockTimeout=5000", "diff.orderFile=/dev/null",
+         "i18n.commitEncoding=UTF-8", "i18n.logOutputEncoding=UTF-8")  # fmt: skip
 GIT = ("git", *(word for setting in QUIET for word in ("-c", setting)), "--no-pager")
 FALLBACK_IDENTITY = ("-c", "user.name=autoresearch", "-c", "user.email=autoresearch@localhost")
 INDEX = RUNS / "work" / "index"  # beside the user's own; the folder is emptied before and after every run
-ABSENT = "0" * 40  # what a ref that does not exist yet is expected to hold
+ABSENT = ""  # what a ref that does not exist yet is expected to hold, in SHA-256 repositories too
+MAX_ERROR = 400  # characters of git's own words
 held_locks: list[int] = []  # files that a git which writes keeps open: our locks last until it has ended
 
 
@@ -40,7 +43,7 @@ def read(*args: str, check: bool = True, **how) -> str:
     """Standard output of a git command as text. Raises Refused when it fails, unless check is off."""
     done = call(*args, **how)
     if done.returncode and check:
-        error = " | ".join(done.stderr.decode("utf-8", "replace").strip().splitlines())[:200]
+        error = " | ".join(done.stderr.decode("utf-8", "replace").strip().splitlines())[:MAX_ERROR]
         raise Refused(f"git {args[0]} failed: {error or f'it ended with {done.returncode}'}; fix that, then try again")
     return done.stdout.decode("utf-8", "replace")
 
@@ -79,12 +82,21 @@ def contents(names: list[str]) -> dict[str, bytes]:
     out = call("cat-file", "--batch", given="".join(f"{n}\n" for n in names).encode()).stdout
     found, at = {}, 0
     for name in names:
-        end = out.index(b"\n", at)
+        end = out.find(b"\n", at)
+        if end < 0:  # git ended at an object that a partial clone lacks
+            break
         header, at = out[at:end].split(), end + 1
         if len(header) == 3 and header[1] == b"blob":
             found[name] = out[at : at + int(header[2])]
             at += int(header[2]) + 1
     return found
+
+
+def diff(before: str, after: str) -> str:
+    """What changed from one blob to another, of any bytes, whatever the user's settings; '' where one is missing."""
+    options = ("--text", "--no-color", "--no-ext-diff", "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/", "-U3")
+    text = read("diff", *options, before, after, check=False)
+    return "".join(c for c in text if c in "\n\t" or c.isprintable())  # what is invisible could fake a line
 
 
 def folder(which: str = "--git-common-dir") -> Path:
@@ -103,7 +115,8 @@ def commit(parent: str, files: dict[str, str], message: str) -> str:
     lines = "".join(f"100644 {blob}\t{path}\n" for path, blob in files.items())
     read("update-index", "--add", "--index-info", given=lines.encode(), index=INDEX)
     tree = read("write-tree", index=INDEX).strip()
-    identity = () if call("var", "GIT_COMMITTER_IDENT").returncode == 0 else FALLBACK_IDENTITY
+    known = all(call("var", f"GIT_{who}_IDENT").returncode == 0 for who in ("AUTHOR", "COMMITTER"))
+    identity = () if known else FALLBACK_IDENTITY
     return read(*identity, "commit-tree", tree, "-p", parent, "-F", "-", given=message.encode()).strip()
 
 

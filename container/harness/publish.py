@@ -10,6 +10,7 @@ the agent reads ever sees them, and what they leave is in final/NNNN, which the 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import shutil
 import statistics
@@ -28,11 +29,12 @@ import measure
 import record
 from display import lines, recall
 from history import History
-from project import ROOT, Refused, number, say
+from project import ROOT, Refused, number, read_json, say, write_json
 from record import Attempt, Record
 
 FINAL = ROOT / "final"
 FINAL_BUDGETS = 4  # budgets that a final training gets when program.md says nothing
+FINISHED = "finished.json"  # in a training's folder
 AROUND_S = 8  # seconds around a training: start, embedding, judging; for the estimate that is shown
 DEFAULT_SEEDS, SEEDS = 3, range(2, 100)
 # two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, the last one, which is cautious
@@ -54,15 +56,24 @@ class Trainings:
     runs: list[dict] = field(default_factory=list)  # of all, for result.json
 
     def run(self, side: str, source: bytes) -> measure.Run:
-        """One training with a fresh seed. Raises Refused when nothing ran."""
+        """One training with a fresh seed, or what the same audit, which was killed, had of it. Raises Refused."""
         budget = self.how.get("budget", self.history.program.budget)
         activity = f"training {len(self.runs) + 1} of {self.total}, {side}"
         locks.announce(self.history.newest + 1, activity, budget)
         seconds = [run["timing"]["total"] for run in self.runs] or [budget + AROUND_S]
         minutes = (self.total - len(self.runs)) * statistics.mean(seconds) / 60
         say(f"{activity}: {'' if self.runs else 'at most '}{minutes:.0f} min left")
-        job = experiment.job(self.history, self.work / f"run-{len(self.runs) + 1}", source, self.device)
-        run = measure.run(replace(job, **self.how))
+        folder = self.work / f"run-{len(self.runs) + 1}"
+        what = [audits(self.history), self.history.comparable, self.how, self.total, hashlib.sha256(source).hexdigest()]
+        finished = read_json(folder / FINISHED, {})
+        if finished.get("what") == what:
+            run = measure.Run(**finished["run"])
+        else:
+            shutil.rmtree(folder if self.runs else self.work, ignore_errors=True)  # of another audit
+            job = experiment.job(self.history, folder, source, self.device)
+            run = measure.run(replace(job, **self.how))
+        if run.outcome == "ok":
+            write_json(folder / FINISHED, {"what": what, "run": asdict(run)})
         self.runs.append({"side": side, **asdict(run)})
         return run
 
@@ -113,8 +124,6 @@ def prepared() -> Iterator[Trainings]:
         if not history.incumbent:
             raise Refused("there is no measured train.py; run ./run.sh first")
         device = stack.enter_context(experiment.device_for(history))
-        shutil.rmtree(FINAL / "work", ignore_errors=True)
-        (FINAL / "work").mkdir(mode=0o755, parents=True)
         yield Trainings(history, FINAL / "work", device)
 
 
@@ -172,12 +181,16 @@ def without(best: bytes, kept: Record) -> bytes | None:
     return merged.stdout if merged.returncode == 0 and merged.stdout != best else None
 
 
+def audits(history: History) -> int:
+    """How many there were. Each draws pairs of its own by it."""
+    return sum(r.verdict == "audit" for r in history.records)
+
+
 def draw_pairs(history: History) -> str:
     """The split an audit uses: fresh pairs where they can be drawn, otherwise the test split. Raises Refused."""
     if history.program.data != "prints":
         return "test"
-    count = sum(r.verdict == "audit" for r in history.records)
-    if dataset.prepare("prints", "--add", f"audit={count}"):
+    if dataset.prepare("prints", "--add", f"audit={audits(history)}"):
         raise Refused("the fresh pairs could not be drawn (see above)")
     return "audit"
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:  # the guard reads the record before every run, and need not i
     from measure import Run
 
 REFS = "refs/experiments/"
+FETCH = "git fetch --no-prune origin 'refs/experiments/*:refs/experiments/*'"  # how a clone gets the record
+KNOWN = "autoresearch.experiments"  # in git's folder: {ref: commit} of the whole record, as it was last seen
 OURS = ("train.py", "scratchpad.md")  # the files of a kept attempt's commit
 JUDGED = ("kept", "discarded", "failed")  # verdicts on a candidate: what phases and `stop` count; not "lost"
 # fields of a Record, and how their trailers are called
@@ -186,6 +188,13 @@ def load_all() -> list[Record]:
     return [found[n] for n in sorted(found)]
 
 
+def results(records: list[Record]) -> list[dict]:
+    """The result.json of each; {} where there is none."""
+    names = [f"{REFS}{r.number}:experiment/result.json" for r in records]
+    contents = git.contents(names)
+    return [json.loads(contents.get(name, b"{}")) for name in names]
+
+
 def run_file(number: int, kind: str) -> Path:
     """An experiment's log or diff, or its note: that the verdict is being carried out (number, commit, branch)."""
     return RUNS / f"{number:04d}.{kind}"
@@ -205,8 +214,9 @@ def add(attempt: Attempt, head: str, files: dict[str, str], **more) -> str:
             remove_stale_locks(list((git.folder() / REFS).glob("*.lock")))
             write_json(run_file(n, "pending"), {"number": n, "commit": commit, "branch": git.branch()})
             done = git.call("update-ref", f"{REFS}{n}", commit, git.ABSENT, writes=True)
-        if done.returncode == 0:
-            return commit
+            if done.returncode == 0:
+                restore_lost()
+                return commit
         if not git.object_id(f"{REFS}{n}"):
             raise Refused(f"cannot write {REFS}{n} (disk full or read-only?)")
         run_file(n, "pending").unlink()
@@ -214,6 +224,39 @@ def add(attempt: Attempt, head: str, files: dict[str, str], **more) -> str:
         for kind in ("log", "diff"):
             if run_file(n, kind).exists():
                 run_file(n, kind).rename(run_file(attempt.experiment, kind))
+
+
+def message(name: str) -> str:
+    """Of a commit; '' where git does not have it."""
+    return git.read("show", "-s", "--format=%B", name, check=False)
+
+
+def restore() -> None:
+    """Put back what a fetch, perhaps an editor's own, took out of the record, by pruning or by writing over it.
+
+    Whoever deletes an experiment on purpose deletes its entry in KNOWN too.
+    """
+    with locks.record():
+        restore_lost()
+
+
+def restore_lost() -> None:
+    """The same, for who holds the record's lock."""
+    file = git.folder() / KNOWN
+    listed = (line.split() for line in git.read("for-each-ref", "--format=%(refname) %(objectname)", REFS).splitlines())
+    now, known = {ref: commit for ref, commit in listed if ref[len(REFS) :].isdecimal()}, read_json(file, {})
+    for ref, commit in known.items():
+        if commit in now.values():
+            continue
+        if ref in now:
+            if message(ref) == message(commit):
+                continue  # the same experiment, in a history that was rewritten
+            ref = f"{REFS}{max(int(other.rpartition('/')[2]) for other in now) + 1}"
+        if git.call("update-ref", ref, commit, git.ABSENT, writes=True).returncode == 0:  # else gc has taken it
+            now[ref] = commit
+            say(f"run.sh: {ref} is back, which a fetch had taken away; README says how to fetch the record")
+    if now != known:
+        write_json(file, now)
 
 
 def remove_stale_locks(files: list[Path]) -> None:
@@ -228,11 +271,12 @@ def remove_stale_locks(files: list[Path]) -> None:
 
 def refuse_while_git_is_at_work() -> None:
     """Raises Refused in the middle of a rebase or the like, and while a git holds a lock that no run of ours left."""
-    own, branch = git.folder("--git-dir"), git.branch()
+    own, common, branch = git.folder("--git-dir"), git.folder(), git.branch()
     for state, name in IN_THE_MIDDLE.items():
         if (own / state).exists():
             raise Refused(f"git is in the middle of a {name}; finish or abort it first")
-    locked = [own / "index.lock", own / "HEAD.lock", git.folder() / f"refs/heads/{branch}.lock"]
+    locked = [own / "index.lock", own / "HEAD.lock", common / f"refs/heads/{branch}.lock"]
+    locked += {folder / "reftable/tables.list.lock" for folder in (own, common)}  # where refs are no files
     if any(file.exists() for file in locked) and git.commit_under_way():
         raise Refused("a git commit is under way here, perhaps with its editor open; finish that first")
     if pending_notes():
@@ -253,26 +297,32 @@ def pending_notes() -> dict[Path, dict]:
 def finish_interrupted() -> None:
     """Complete what a killed run had measured but not recorded or carried out. Raises Refused."""
     refuse_while_git_is_at_work()
+    restore()
     for file, note in pending_notes().items():
         n, commit, ref = note["number"], note["commit"], f"{REFS}{note['number']}"
         with locks.record():
             remove_stale_locks(list((git.folder() / REFS).glob("*.lock")))
             if not git.object_id(ref):  # killed in between
                 git.call("update-ref", ref, commit, git.ABSENT, writes=True)
+        edited = ""
         if git.object_id(ref) == commit:
-            carry_out(n)
+            edited = carry_out(n)
             say(f"run.sh: completed experiment {n}, which had been interrupted")
         file.unlink(missing_ok=True)
+        if edited:
+            raise Refused(f"{edited}; then run ./run.sh again")
 
 
-def carry_out(n: int) -> None:
+def carry_out(n: int) -> str:
     """Carry a recorded verdict into the branch, the user's index and train.py. Every step can be repeated.
 
-    Without our two entries of the index the user's next commit would undo the keep.
+    Without our two entries of the index the user's next commit would undo the keep. Returns what to do where train.py
+    is then not what the verdict says, for somebody edited it meanwhile; '' where it is.
     """
     ref = f"{REFS}{n}"
     text, before = git.read("show", "-s", "--format=%B", ref), git.object_id(f"{ref}^:train.py")
     recorded = parse(str(n), "0", text)
+    continues = recorded.chain is not None and recorded.chain.continues
     if recorded.verdict == "kept":
         files, head = {name: git.object_id(f"{ref}:{name}") for name in OURS}, git.object_id("HEAD")
         if git.object_id("HEAD:train.py") == before:
@@ -282,9 +332,16 @@ def carry_out(n: int) -> None:
             if git.object_id(f":{name}") == git.object_id(f"{ref}^:{name}"):  # the user staged nothing else
                 git.write("update-index", "--add", "--cacheinfo", f"100644,{blob},{name}")
         restore_train(expected=before)  # as it was: kept by hand, or put back meanwhile
-    elif recorded.verdict in ("discarded", "failed") and not (recorded.chain and recorded.chain.continues):
+    elif recorded.verdict in JUDGED and not continues:
         restore_train(expected=recorded.train)
     run_file(n, "pending").unlink(missing_ok=True)
+    expected = recorded.train if continues else git.object_id("HEAD:train.py")
+    if recorded.verdict not in JUDGED or git.blob_of("train.py") == expected:
+        return ""
+    if recorded.verdict == "kept":
+        return "train.py was edited meanwhile and is not what was kept: read it first"
+    diff = run_file(n, "diff").relative_to(ROOT)
+    return f"train.py was edited meanwhile and may hold what lost: read it, and undo that change ({diff})"
 
 
 def restore_train(expected: str) -> None:

@@ -21,7 +21,7 @@ import locks
 from history import History
 from keep_rule import geometric_mean
 from project import INSIDE, ROOT, RUNS, Refused, visible, write_whole
-from record import REFS, Record
+from record import FETCH, REFS, Record, results
 
 ERROR = RUNS / "report.err"  # why drawing in the background failed the last time
 LIMIT_S = 180
@@ -54,11 +54,9 @@ def incumbents(history: History) -> tuple[dict[int, float], str]:
 
 def diff(r: Record) -> str:
     """The hunks of an experiment's change to train.py; '' without one, or where its commit is not in this clone."""
-    options = ["--no-color", "--no-ext-diff", "--no-textconv"]
-    text = git.read("diff", *options, f"{REFS}{r.number}^", f"{REFS}{r.number}", "--", "train.py", check=False)
+    text = git.diff(f"{REFS}{r.number}^:train.py", f"{REFS}{r.number}:train.py")
     hunks = text[text.find("\n@@") + 1 :].rstrip("\n").expandtabs(4)
-    hunks = hunks if len(hunks) <= MAX_TEXT else hunks[:MAX_TEXT] + "\n[... cut ...]"
-    return "".join(c for c in hunks if c.isprintable() or c == "\n")  # what is invisible could fake a line
+    return hunks if len(hunks) <= MAX_TEXT else hunks[:MAX_TEXT] + "\n[... cut ...]"
 
 
 def path(r: Record, name: str) -> str:
@@ -69,18 +67,18 @@ def path(r: Record, name: str) -> str:
 def experiments(history: History, incumbent: dict[int, float], sides: dict[str, Record]) -> list[dict]:
     """All attempts, with what the page shows of each."""
     detailed = [*history.records[-MAX_DETAILED:], *sides.values()]
-    files = git.contents([path(r, "result.json") for r in history.records] + [path(r, "train.log") for r in detailed])
+    files = git.contents([path(r, "train.log") for r in detailed])
     return [
         {
             **asdict(r),
             "runs": history.values(r),
             "value": geometric_mean(history.values(r)) if history.values(r) else None,
             "incumbent": incumbent.get(r.number),
-            "result": json.loads(files.get(path(r, "result.json"), b"{}")),
+            "result": result,
             "log": files.get(path(r, "train.log"), b"").decode("utf-8", "replace")[:MAX_TEXT],
             "diff": diff(r) if r in detailed else None,
         }
-        for r in history.records
+        for r, result in zip(history.records, results(history.records))
     ]
 
 
@@ -91,8 +89,7 @@ def gather() -> dict:
         raise NothingToShow("there is nothing to show: nothing comparable was measured yet; run ./run.sh first")
     incumbent, best = incumbents(history)
     if not best:
-        fetch = "git fetch origin 'refs/experiments/*:refs/experiments/*'"
-        raise Refused(f"the report was not drawn: what this branch kept is missing; {fetch}")
+        raise Refused(f"the report was not drawn: what this branch kept is missing; {FETCH}")
     measured = [r for r in history.compared if history.values(r) and r.number in incumbent]
     sides = {"baseline": measured[0], "best": [r for r in measured if r.train == best][-1]}
     arrays = {}
@@ -142,6 +139,7 @@ def make(wait: bool) -> None:
         engine.sweep(background=True)  # what a killed one left
         for name, content in draw(gather()).items():
             write_whole(ROOT / name, base64.b64decode(content))
+        ERROR.unlink(missing_ok=True)
 
 
 def report() -> None:
@@ -154,7 +152,6 @@ def refresh() -> None:
     os.nice(19)
     try:
         make(wait=False)
-        ERROR.unlink(missing_ok=True)
     except (NothingToShow, BlockingIOError):
         pass  # it is too early, or another is being drawn
     except Exception as error:

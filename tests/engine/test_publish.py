@@ -15,6 +15,7 @@ from repository import CANDIDATES, Project
 def improved(fast: Project) -> Project:
     """One change is kept: experiment 3. Nothing is known of the train.py that ships."""
     fast.git("update-ref", "-d", "refs/experiments/1")
+    (fast.path / ".git/autoresearch.experiments").unlink()  # or it comes back
     fast.edit("stop: 100 experiments", "stop: 100 experiments\nfinal_budget: 120", "program.md")
     done = fast.run("audit")
     assert (done.returncode, done.stdout) == (2, "") and "still the baseline" in done.stderr

@@ -6,6 +6,7 @@ import re
 import shutil
 import struct
 import time
+from dataclasses import asdict
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -13,8 +14,11 @@ import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
 import made_up
+import publish
 from keep_rule import geometric_mean
+from measure import Run
 from project import number
+from record import Attempt
 from repository import Project
 
 HOSTILE = '</style></title></script><script>alert(1)</script><img src=x onerror=alert(1)>" onload="alert(1) $\\frac{'
@@ -244,6 +248,9 @@ def test_refresh_is_silent_and_harmless(drawn, tmp_path):
     broken = project.run("refresh-report", env={"AR_ENGINE": "no-such-engine"})
     assert (broken.returncode, broken.stdout, broken.stderr) == (0, "", "") and project.read("report.html") == before
     assert "no-such-engine" in error.read_text() and error.read_text().count("\n") == 1
+    assert re.search("^report: +could not be drawn: .*no-such-engine", project.run("status").stdout, re.M)
+    assert project.run("report").returncode == 0 and not error.exists()
+    assert project.run("refresh-report", env={"AR_ENGINE": "no-such-engine"}).returncode == 0 and error.exists()
     few = f"report.MAX_DETAILED = {FEW}"
     two = [project.start("refresh-report", given=few), project.start("refresh-report", given=few)]
     assert [(*p.communicate(), p.returncode) for p in two] == [("", "", 0)] * 2
@@ -272,6 +279,46 @@ def test_a_day_that_has_just_begun_and_data_that_is_gone(empty: Project, tmp_pat
     tab.goto(f"file://{project.path}/report.html")
     assert tab.locator(".row").count() == 1 and tab.locator(".example").count() == 0
     tab.close()
+
+
+ODD_RESULTS = {"none": None, "without runs": b'{"verdict": "kept"}', "with none": b'{"verdict": "kept", "runs": []}'}
+
+
+def test_every_shape_that_a_record_can_have_is_drawn(empty: Project, tmp_path, browser):
+    """Failed, by hand, unmeasured; audits of another metric, and with failed ablations alone; damaged results."""
+    project = empty.copy(tmp_path / "repo")
+    with made_up.day(project.path) as day:
+        day.attempt("baseline", "", lambda: None)
+        day.attempt("baseline", "", lambda: day.noisy(29))
+        for n, (idea, rank) in enumerate({"crash": None, "worse": 60, "better": 12, "best": 6}.items()):
+            day.attempt("candidate", idea, lambda rank=rank: rank, f"{day.code}\nODD = {n}\n")
+        day.attempt("remeasured", "", lambda: None)
+        day.attempt("remeasured", "", lambda: day.noisy(6))
+        for idea, result in ODD_RESULTS.items():
+            by_hand = Attempt("kept", f"{idea}, by hand", train=day.incumbent, by_hand=True, comparable=day.comparable)
+            day.commit(by_hand.message(), day.code, {"result.json": result} if result is not None else {})
+        day.audit(gallery=200)
+        train = publish.Trainings.run
+        publish.Trainings.run = lambda made, side, source: (
+            fails(made, side) if "without" in side else train(made, side, source)
+        )
+        day.audit(gallery=200)
+        day.edit("data: prints", "data: prints\nmetric: median_rank")
+        day.audit(gallery=200)
+        day.final(gallery=100)
+    done = project.run("report")
+    assert done.returncode == 0, done.stderr
+    tab = browser.new_page()
+    tab.goto(f"file://{project.path}/report.html")
+    text = tab.locator("body").inner_text()
+    assert tab.locator(".row").count() == day.n and text.count("Audit: fresh seeds") == 3
+    assert text.count("fails: crash") >= 3 and "nan" not in text.lower() and "undefined" not in text.lower()
+    tab.close()
+
+
+def fails(trainings: publish.Trainings, side: str) -> Run:
+    trainings.runs.append({"side": side, **asdict(made_up.CRASH)})
+    return made_up.CRASH
 
 
 def test_a_clone_without_the_record(drawn, tmp_path):

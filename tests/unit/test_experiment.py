@@ -428,8 +428,8 @@ EDIT = "echo '# is edited' >>train.py"
         # HEAD's train.py changed: nothing to compare with any more
         ("kept", "measure", f"{EDIT}; git commit -qm mine train.py", "discarded", "edited", "edited"),
         ("kept", "measure", "git reset -q --soft HEAD^", "discarded", "other", "other"),
-        # at the worst moment, when the record is written and the branch is not: the next run completes it
-        ("kept", "update-ref -m", MINE, "", "candidate", "candidate"),
+        # at the worst moment, when the record is written and the branch is not
+        ("kept", "update-ref -m", MINE, "kept", "candidate", "candidate"),
         # what the settings are by then is for the next run
         ("kept", "measure", "sed -i 's/budget: 120/budget: 119/' program.md", "kept", "candidate", "candidate"),
         ("kept", "measure", "sed -i 's/budget: 120/budget: soon/' program.md", "kept", "candidate", "candidate"),
@@ -455,9 +455,6 @@ def test_what_the_user_does_meanwhile(small: Small, verdict, at, script, ends, h
         assert "data/prints/val.key.npy has 1729 bytes instead of 1728" in done.stderr
         assert small.experiments() == [1] and small.read("train.py") == texts["candidate"]
         return
-    if not ends:
-        small.edit("data: prints", "data: nowhere", "program.md")
-        assert "completed experiment 2" in small.run().stderr
     for want, text in ((head, small.git("show", "HEAD:train.py") + "\n"), (file, small.read("train.py"))):
         if want == "edited":
             assert "is edited" in text
@@ -472,6 +469,127 @@ def test_what_the_user_does_meanwhile(small: Small, verdict, at, script, ends, h
     assert "LICENSE" in staged or "commit" in script
     assert "fatal" not in small.git("fsck")
     assert len({small.trailers(f"refs/experiments/{n}")["Comparable"] for n in (1, 2)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("verdict", "script", "told"),
+    [
+        ("discarded", EDIT, "may hold what lost: read it, and undo that change (runs/0002.diff)"),
+        ("discarded", "rm train.py", "may hold what lost"),
+        ("discarded", "ln -sf LICENSE train.py", "may hold what lost"),
+        ("discarded", "sed -i 's/$/\\r/' train.py", "may hold what lost"),
+        ("failed", EDIT, "may hold what lost"),
+        ("kept", EDIT, "is not what was kept: read it first"),
+        ("kept", "rm train.py", "is not what was kept"),
+        ("discarded", "true", ""),
+        ("kept", "git checkout -q train.py", ""),
+        ("discarded", "git checkout -q train.py", ""),
+        ("failed", "git stash -q", ""),
+    ],
+)
+def test_a_block_says_what_train_py_is_where_the_verdict_does_not(small: Small, verdict: str, script: str, told: str):
+    small.git("commit", "-qm", "mine")
+    small.write("train.py", CRASH if verdict == "failed" else train_py(VALUES[verdict]))
+    small.hypothesis("an idea")
+    shown = block(small.run(point=Point("measure", "meanwhile", script)).stdout)
+    assert shown["verdict"] == verdict and told in shown.get("train.py", ""), shown
+    assert ("train.py" in shown) == shown["next"].startswith("first see train.py above; then ") == bool(told)
+    if told:
+        assert "again" not in shown["commit"]
+    else:
+        assert small.read("train.py") == (KEPT if verdict == "kept" else INCUMBENT_TEXT)
+
+
+def test_what_an_interrupted_verdict_left_is_not_built_upon_without_a_word(small: Small):
+    """The agent's call was killed after its record was written, and it has made the next edit on top."""
+    small.write("train.py", DISCARDED)
+    small.hypothesis("worse")
+    assert small.run(point=Point("update-ref refs/experiments/2", "after")).returncode == -9
+    small.write("train.py", DISCARDED + "# and another idea\n")
+    small.hypothesis("another idea")
+    done = small.run()
+    assert (done.returncode, done.stdout) == (2, "") and "completed experiment 2" in done.stderr
+    assert done.stderr.endswith(
+        "may hold what lost: read it, and undo that change (runs/0002.diff); then run ./run.sh again\n"
+    )
+    assert small.experiments() == [1, 2]
+    assert small.experiment("on top, on purpose")[1]["experiment"] == "3"  # it is said once
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "sed -i 's/data: prints/data: nowhere/' program.md",
+        "rm program.md scratchpad.md",
+        "printf '\\377\\376' >program.md",
+        "printf '\\377\\376' >scratchpad.md; rm -rf runs/session",
+        "rm runs/0002.log runs/experiments.tsv runs/running.json",
+        "git config user.email ''; git config i18n.commitEncoding latin1",
+        "rm -r runs",
+    ],
+)
+@pytest.mark.parametrize(("verdict", "at"), [("kept", "measure"), ("failed", "update-ref refs/experiments/2")])
+def test_whatever_is_edited_meanwhile_what_was_recorded_is_shown(small: Small, verdict: str, at: str, script: str):
+    if (script, at) == ("rm -r runs", "measure"):
+        script = "rm -f runs/*.*"  # else what runs is gone as well
+    (small.path / "runs/session").mkdir(exist_ok=True)
+    small.write("train.py", CRASH if verdict == "failed" else train_py(VALUES[verdict]))
+    small.hypothesis("an idea")
+    done = small.run(point=Point(at, "meanwhile", script))
+    assert (done.returncode, block(done.stdout).get("verdict")) == (int(verdict == "failed"), verdict), done.stderr
+    assert small.trailers("refs/experiments/2")["Verdict"] == verdict and len(done.stdout.encode()) < 2048
+    assert block(done.stdout)["commit"].startswith(small.git("rev-parse", "refs/experiments/2")[:9])
+
+
+def test_where_git_is_busy_the_verdict_is_shown_and_the_next_run_carries_it_out(small: Small):
+    """An editor's git holds the index."""
+    small.write("train.py", KEPT)
+    small.hypothesis("an idea")
+    done = small.run(point=Point("measure", "meanwhile", "touch .git/index.lock"))
+    shown = block(done.stdout)
+    assert (done.returncode, shown.get("verdict")) == (0, "kept"), done.stdout + done.stderr
+    assert "is not carried out, which the next run does: git update-index failed" in shown["train.py"]
+    (small.path / ".git/index.lock").unlink()
+    assert "completed experiment 2" in small.run().stderr and small.git("status", "--short", "train.py") == ""
+    assert small.git("show", "HEAD:train.py") + "\n" == KEPT
+
+
+# A train.py that ignores SEED
+
+FIXED = """
+real = measure.run
+def fixed(job):
+    run = real(job)
+    for side in ("i2t", "t2i"):
+        run.metrics[side] = [1.0, 5.0, 10.0]
+    run.metrics.update(mean_rank=round(run.metrics["mean_rank"], -1), median_rank=40.0)
+    return run
+measure.run = fixed
+"""
+
+
+def test_a_train_py_that_ignores_seed_is_not_kept(small: Small):
+    """One that does not even name it runs twice, however much it wins."""
+    small.write("train.py", "VALUE = 50\n")
+    done, shown = small.experiment("no luck at all", given=FIXED)
+    assert (done.returncode, shown["verdict"]) == (1, "failed") and shown["reason"].startswith(experiment.IGNORES_SEED)
+    assert small.read("train.py") == INCUMBENT_TEXT and "Mean-Rank" not in small.trailers("refs/experiments/2")
+    small.write("train.py", "VALUE = 50\n")  # and not at the second try, nor a third that differs
+    assert small.experiment("once more", given=FIXED)[1]["verdict"] == "failed"
+    small.write("train.py", "VALUE = 40\n")
+    done, shown = small.experiment("takes its luck from the clock")
+    assert shown["verdict"] == "kept" and "mean of 2 runs" in shown["mean_rank"], done.stdout + done.stderr
+
+
+def test_runs_of_the_same_train_py_are_compared_over_the_whole_record(small: Small):
+    """One that names SEED without using it is found when it is measured again, and sigma does not shrink."""
+    small.write("train.py", KEPT)
+    assert small.experiment("better", given=FIXED)[1]["verdict"] == "kept"
+    before = small.run("status").stdout
+    done = small.run(given=FIXED)
+    assert (done.returncode, block(done.stdout)["verdict"]) == (1, "unmeasured"), done.stdout + done.stderr
+    assert block(done.stdout)["reason"].startswith(experiment.IGNORES_SEED)
+    assert small.run("status").stdout == before and small.git("log", "-1", "--format=%s").startswith("better")
 
 
 def test_a_git_that_outlives_a_killed_run_keeps_its_locks(small: Small, tmp_path):
@@ -706,6 +824,69 @@ def test_audits_and_finals_are_recorded_counted_and_change_nothing(small: Small)
     assert row["experiment"] == 2 and len(row["values"]) == 2 and row["percent"] > 50  # it was all that had been kept
     after = small.git("rev-parse", "HEAD"), small.run("status").stdout, small.read("runs/experiments.tsv")
     assert after == before and small.read("train.py") == CRASH and not list((small.path / "runs").glob("*pending*"))
+
+
+def test_an_audit_that_is_killed_goes_on_where_it_was(small: Small):
+    small.write("train.py", KEPT)
+    small.experiment("better")
+    for _ in range(2):
+        assert small.run("audit", "2", "--ablate", given=NOISY, point=Point("measure run-4", "before")).returncode == -9
+    assert sorted(file.parent.name for file in (small.path / "final/work").glob("*/finished.json")) == [
+        "run-1",
+        "run-2",
+        "run-3",
+    ]
+    seeds = [json.loads(small.read(f"final/work/run-{n}/finished.json"))["run"]["seed"] for n in (1, 2, 3)]
+    done = small.run("audit", "2", "--ablate", given=NOISY)
+    assert done.returncode == 0 and "in final/0003\n" in done.stdout, done.stdout + done.stderr
+    calls = json.loads(small.calls_file.read_text())
+    assert [call for call in calls if "measure" in call] == [f"measure run-{n}" for n in (4, 5, 6)]
+    runs = json.loads(small.git("show", "refs/experiments/3:experiment/result.json"))["runs"]
+    assert [run["seed"] for run in runs][:3] == seeds and len({run["seed"] for run in runs}) == 6
+    small.write("train.py", DISCARDED)
+    assert not (small.path / "final/work").exists()
+    assert small.run("audit", "2", given=NOISY).returncode == 0  # another one, with pairs and trainings of its own
+    calls = json.loads(small.calls_file.read_text())
+    assert [call for call in calls if "measure" in call] == [f"measure run-{n}" for n in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        "sed -i 's/budget: 120/budget: 119/' program.md",  # which is not comparable
+        "rm -r final/work/run-2",
+        "echo nonsense >final/work/run-2/finished.json",
+        "cp -r final/work/run-3 final/work/run-9; rm -r final/work/run-1",
+    ],
+)
+def test_what_another_audit_left_is_not_taken_for_this_ones(small: Small, left: str):
+    small.write("train.py", KEPT)
+    small.experiment("better")
+    assert small.run("audit", "2", given=NOISY, point=Point("measure run-4", "before")).returncode == -9
+    subprocess.run(["bash", "-ec", left], cwd=small.path, check=True)
+    if "budget" in left:
+        assert small.run("audit", "2").returncode == 2  # nothing is measured with that budget
+        assert (small.path / "final/work/run-3/finished.json").exists()
+        small.git("checkout", "program.md")
+    done = small.run("audit", "2", given=NOISY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(file.name for file in (small.path / "final/0003").glob("run-*")) == [f"run-{n}" for n in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("odd", [b"# caf\xe9\n", b"\xff\xfe\0\0\n", b"x = 1\r\n", "# \ud7ff \u202e\n".encode()])
+def test_a_train_py_of_any_bytes_is_kept_audited_and_shown(small: Small, odd: bytes):
+    text = KEPT.encode() + odd + b"# the end"
+    (small.path / "train.py").write_bytes(text)
+    assert small.experiment("odd bytes")[1]["verdict"] == "kept" and blob(small, "HEAD:train.py") == text
+    assert "+VALUE = 50" in small.read("runs/0002.diff") and "Binary" not in small.read("runs/0002.diff")
+    more = text.replace(b"VALUE = 50", b"VALUE = 25")
+    (small.path / "train.py").write_bytes(more)
+    assert small.experiment("more of them")[1]["verdict"] == "kept"
+    done = small.run("audit", "2", "--ablate", given=NOISY)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    logs = [(small.path / f"final/0004/run-{n}/train.log").read_text() for n in (3, 4)]
+    assert all(f"sha256 {hashlib.sha256(more).hexdigest()}" in log for log in logs)
+    assert "VALUE = 25" in small.python("print([report.diff(r) for r in record.load_all()])")
 
 
 # Data that were changed
