@@ -15,4 +15,5 @@ for name in HOME USER TERM CI XDG_RUNTIME_DIR DOCKER_HOST AR_ENGINE AR_PROOF CLA
   {http,https,no}_proxy {HTTP,HTTPS,NO}_PROXY SSL_CERT_FILE NODE_EXTRA_CA_CERTS HF_ENDPOINT; do
   [[ -z ${!name-} ]] || keep+=("$name=${!name}")
 done
+keep+=(AR_FROM="${OLDPWD-}") # where the caller stands
 exec env -i "${keep[@]}" PATH="$PATH" LANG=C.UTF-8 python3 -I "$root/container/harness" "$@"
