@@ -68,10 +68,14 @@ class Images:
 
         where: the line that uses it from now on, perhaps as one of several.
         """
-        path = (self.folder / name).resolve()
+        try:
+            path = (self.folder / name).resolve()
+            there = path.is_file()
+        except (OSError, ValueError, RuntimeError) as error:  # no file can have that name, or links go round
+            raise Unusable(f"cannot be found ({type(error).__name__}); rename it or remove the line") from None
         if not path.is_relative_to(self.folder):
             raise Unusable("leaves the folder images/; put it there")
-        if not path.is_file():
+        if not there:
             alike = self.by_spelling.get(spelling(name), [])
             if not alike:
                 raise Unusable("is not in images/; add it or remove the line")
@@ -138,9 +142,12 @@ def parse(text: bytes) -> Line:
 
 def without_twins(pairs: list[tuple[str, object]]) -> dict:
     """A JSON object; of two equal keys Python would silently take the last."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError(f"a key twice among {[key for key, _ in pairs]}")
-    return dict(pairs)
+    found = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"a second {key!r}")
+        found[key] = value
+    return found
 
 
 def boxes_of(region: dict) -> list:
