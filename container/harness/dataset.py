@@ -104,7 +104,7 @@ def prepare_alone(name: str, options: tuple[str, ...]) -> int:
     for what in GIVEN:
         if f"--{what}" in words[:-1]:
             at = words.index(f"--{what}") + 1
-            given = Path(os.environ.get("AR_FROM", ""), words[at]).expanduser()
+            given = Path(os.environ.get("AR_FROM", ""), Path(words[at]).expanduser())
             if not (given.is_dir() or (what == "images" and given.is_file())):
                 raise Refused(f"--{what} {given}: no such folder; container/README.md says what belongs in it")
             words[at] = f"/{what}"
