@@ -97,8 +97,8 @@ class Images:
 
 
 def spelling(name: str) -> str:
-    """What is the same for all ways to write a name: accents as one character or two, case, slashes, images/ or not."""
-    plain = unicodedata.normalize("NFC", name.replace("\\", "/")).casefold()
+    """What is the same for all ways to write a name: accents, blanks, case, slashes, images/ before it or not."""
+    plain = unicodedata.normalize("NFKC", name.replace("\\", "/")).casefold()
     return plain.removeprefix("./").removeprefix("images/")
 
 

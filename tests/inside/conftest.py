@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import prepare_data
 
@@ -125,7 +126,9 @@ class Folder:
         image.save(self.images / name, **extra, **how)
         self.change(split, number, filename=name)
 
-    def turned(self, split: str, number: int, orientation: int, kind: str = "jpg", upright: bool = True) -> None:
+    def turned(
+        self, split: str, number: int, orientation: int, kind: str = "jpg", upright: bool = True, odd: bool = False
+    ):
         """The picture as a camera stores it; upright: its line and boxes are of the picture as one sees it."""
         back = {2: 0, 3: 3, 6: 2, 8: 4}.get(orientation)  # Image.Transpose that undoes what EXIF asks for
         with Image.open(self.image(split, number)) as image:
@@ -136,8 +139,18 @@ class Folder:
         if upright and back is not None:
             image = image.transpose(back)
         (exif := Image.Exif())[0x0112] = orientation
+        if odd:  # and a resolution that lies far behind the end of the file
+            entries = b"\x12\1\3\0\1\0\0\0%c\0\0\0\x1a\1\5\0\1\0\0\0\xff\xff\xff\0" % orientation
+            exif = b"Exif\0\0II*\0\x08\0\0\0\2\0" + entries + bytes(4)
         image.save(self.images / f"turned.{kind}", exif=exif, quality=98, subsampling=0)
         self.change(split, number, filename=f"turned.{kind}")
+
+    def much_text(self, name: str, split: str, number: int) -> None:
+        """A picture whose file also holds two million characters."""
+        (text := PngInfo()).add_text("log", "x" * 2_000_000, zip=True)
+        with Image.open(self.image(split, number)) as image:
+            image.save(self.images / name, pnginfo=text)
+        self.change(split, number, filename=name)
 
     def damaged(self, kind: str, split: str, number: int) -> None:
         """A file of that kind whose second half is something else."""
