@@ -18,6 +18,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 
 import dataset
 import display
@@ -61,7 +62,6 @@ FOR_A_PERSON = {
     "data": dataset.prepare,
     "keep": experiment.keep,
     "report": report.report,
-    "refresh-report": report.refresh,
     "night": night.main,
     "audit": publish.audit,
     "final": publish.final,
@@ -103,6 +103,10 @@ def main(words: list[str]) -> int:
         say(f"run.sh: {error}")
     except OSError as error:
         say(f"run.sh: {error}; nothing ran, or what is recorded is completed by the next run")
+    except Exception as error:
+        *_, place = traceback.extract_tb(error.__traceback__)
+        where = f"{os.path.basename(place.filename)} line {place.lineno}"
+        say(f"run.sh: {type(error).__name__} in {where}: {error}; please report it; what is recorded is safe")
     return 2
 
 

@@ -103,6 +103,8 @@ def make_plan(incumbent_only: bool) -> tuple[History, list[Attempt]]:
     if changed and not incumbent_only:
         hypothesis = new_hypothesis(history, train)
         attempts.append(Attempt(train=train, scratchpad=scratchpad, hypothesis=hypothesis))
+    elif not attempts:  # another worktree was faster
+        raise Refused("the baseline is measured by now; ./run.sh status shows it")
     elif history.incumbent and os.environ.get("CLAUDECODE"):
         raise Refused(
             "train.py is unchanged, so there is nothing to measure; edit it as your hypothesis says, then run "
@@ -244,16 +246,16 @@ def record_and_carry_out(attempt: Attempt, history: History, incumbent: str) -> 
         overrule = f"./run.sh keep {attempt.experiment} overrules"
         say(f"run.sh: HEAD's train.py changed meanwhile, so experiment {attempt.experiment} is not kept; {overrule}")
     complete(attempt, history, incumbent)
-    requests = sorted((RUNS / "web").glob("*")) if attempt.kind == "candidate" and not attempt.by_hand else []
+    requests = sorted((RUNS / "web").glob("[0-9]*")) if attempt.kind == "candidate" and not attempt.by_hand else []
     web = b"".join(file.read_bytes() for file in requests)
     sizes = [int(line.split(b"\t")[2]) for line in web.splitlines()]
     attempt.web = f"{len(sizes)} requests, {sum(sizes)} characters" if sizes else ""
+    changes = git.read("diff", "--no-color", "--no-ext-diff", "--no-textconv", f"{head}:train.py", attempt.train)
+    diff = record.run_file(attempt.experiment, "diff")
+    diff.write_text("".join(c for c in changes if c in "\n\t" or c.isprintable()))
     commit = record.add(attempt, head, files_of(attempt, history.program.text, web))
     for file in requests:
         file.unlink()
-    changes = git.read("diff", "--no-color", "--no-ext-diff", "--no-textconv", f"{commit}^:train.py", attempt.train)
-    diff = record.run_file(attempt.experiment, "diff")
-    diff.write_text("".join(c for c in changes if c in "\n\t" or c.isprintable()))
     record.carry_out(attempt.experiment)
     display.write_history(History.load(history.program))
     return commit

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 from pathlib import Path
+from subprocess import PIPE
 
 from project import ROOT, RUNS, Refused
 
 # hooks, monitors, pagers, signature programs, fetches of missing objects
 QUIET = ("core.hooksPath=/dev/null", "core.fsmonitor=false", "commit.gpgSign=false", "log.showSignature=false",
-         "protocol.allow=never", "gc.auto=0")  # fmt: skip
+         "protocol.allow=never", "gc.auto=0", "core.filesRefLockTimeout=5000")  # fmt: skip
 GIT = ("git", *(word for setting in QUIET for word in ("-c", setting)), "--no-pager")
 FALLBACK_IDENTITY = ("-c", "user.name=autoresearch", "-c", "user.email=autoresearch@localhost")
 INDEX = RUNS / "work" / "index"  # beside the user's own; the folder is emptied before and after every run
@@ -22,28 +24,24 @@ def call(*args: str, given: bytes = b"", index: Path | None = None, writes: bool
     """One git command; returns the finished process, with bytes.
 
     given: its standard input. index: a file in place of the user's index. writes: in a session of its own, so that
-    neither Ctrl-C nor a kill of our process group stops it half-way.
+    neither Ctrl-C nor a kill of our process group stops it half-way; a signal to us alone waits for its end.
     """
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     if index:
         environment["GIT_INDEX_FILE"] = str(index)
-    return subprocess.run(
-        [*GIT, *args],
-        input=given,
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        start_new_session=writes,
-        pass_fds=held_locks if writes else (),
-    )
+    where = {"cwd": ROOT, "env": environment, "start_new_session": writes, "pass_fds": held_locks if writes else ()}
+    # not subprocess.run, which kills it when a signal handler raises
+    with subprocess.Popen([*GIT, *args], stdin=PIPE, stdout=PIPE, stderr=PIPE, **where) as process:
+        out, error = process.communicate(given)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, error)
 
 
 def read(*args: str, check: bool = True, **how) -> str:
     """Standard output of a git command as text. Raises Refused when it fails, unless check is off."""
     done = call(*args, **how)
     if done.returncode and check:
-        error = done.stderr.decode("utf-8", "replace").strip()[:200] or f"it ended with {done.returncode}"
-        raise Refused(f"git {args[0]} failed: {error}; fix that and run it again, which completes what is recorded")
+        error = " | ".join(done.stderr.decode("utf-8", "replace").strip().splitlines())[:200]
+        raise Refused(f"git {args[0]} failed: {error or f'it ended with {done.returncode}'}; fix that, then try again")
     return done.stdout.decode("utf-8", "replace")
 
 
@@ -123,3 +121,14 @@ def commit(parent: str, files: dict[str, str], message: str) -> str:
     tree = read("write-tree", index=INDEX).strip()
     identity = () if call("var", "GIT_COMMITTER_IDENT").returncode == 0 else FALLBACK_IDENTITY
     return read(*identity, "commit-tree", tree, "-p", parent, "-F", "-", given=message.encode()).strip()
+
+
+def commit_under_way() -> bool:
+    """Whether somebody's `git commit` runs in this worktree: while its editor is open it holds the index's lock."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+            program, *words = (process / "cmdline").read_bytes().split(b"\0")
+            cwd = (process / "cwd").resolve()
+            if program.rpartition(b"/")[2] == b"git" and b"commit" in words and ROOT in (cwd, *cwd.parents):
+                return True
+    return False

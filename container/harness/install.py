@@ -205,7 +205,7 @@ def check_lock() -> Finding:
     Permissions alone are harmless: the guard stands above them.
     """
     local = ROOT / ".claude" / "settings.local.json"
-    settings = read_json(local, ["what cannot be read"]) if local.exists() else []
+    settings = read_json(local, {"what cannot be read": 0}) if local.exists() else {}
     keys = ", ".join(sorted(set(settings) - {"permissions"}))
     if not keys:
         return Finding("lock", True, "guard in place")

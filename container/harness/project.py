@@ -41,17 +41,20 @@ def write_whole(file: Path, content: bytes | str) -> None:
     part = file.with_name(f"{file.name}.{os.getpid()}.new")
     try:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
+        with part.open("rb") as f:
+            os.fsync(f.fileno())  # so that it is there after a power cut too
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)
 
 
 def read_json(file: Path, default):
-    """What a JSON file holds; the default where it is missing or damaged."""
+    """What a JSON file holds; the default where it is missing, damaged, or of another kind than the default."""
     try:
-        return json.loads(file.read_text())
+        found = json.loads(file.read_text())
     except (OSError, ValueError):
         return default
+    return found if isinstance(found, type(default)) else default
 
 
 def write_json(file: Path, value) -> None:

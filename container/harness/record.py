@@ -209,12 +209,13 @@ def add(attempt: Attempt, head: str, files: dict[str, str], **more) -> str:
             raise Refused(f"cannot write {REFS}{n} (disk full or read-only?)")
         run_file(n, "pending").unlink()
         attempt.experiment += 1  # another worktree was faster
-        if run_file(n, "log").exists():
-            run_file(n, "log").rename(run_file(attempt.experiment, "log"))
+        for kind in ("log", "diff"):
+            if run_file(n, kind).exists():
+                run_file(n, kind).rename(run_file(attempt.experiment, kind))
 
 
 def remove_stale_locks(files: list[Path]) -> None:
-    """Locks that a killed git left. One that is younger may be a person's git at work, and is waited for."""
+    """Locks that a killed git left. One that is younger may be another worktree's git at work, and is waited for."""
     for file in files:
         with contextlib.suppress(FileNotFoundError):
             while 0 <= time.time() - file.stat().st_mtime < STALE_LOCK_S:
@@ -223,25 +224,42 @@ def remove_stale_locks(files: list[Path]) -> None:
             say(f"run.sh: removed {file}, left by a git that was killed")
 
 
-def finish_interrupted() -> None:
-    """Complete what a killed run had recorded but not carried out. Raises Refused while git is at work otherwise."""
-    own, common, branch = git.folder("--git-dir"), git.folder(), git.branch()
+def refuse_while_git_is_at_work() -> None:
+    """Raises Refused in the middle of a rebase or the like, and while a git holds a lock that no run of ours left."""
+    own, branch = git.folder("--git-dir"), git.branch()
     for state, name in IN_THE_MIDDLE.items():
         if (own / state).exists():
             raise Refused(f"git is in the middle of a {name}; finish or abort it first")
-    locks_of_git = (own / "index.lock", own / "HEAD.lock", common / f"refs/heads/{branch}.lock")
-    locked = [file for file in locks_of_git if file.exists()]
-    notes = {file: read_json(file, {}) for file in RUNS.glob("*pending*")}  # pending.json: an earlier version's
-    notes = {file: note for file, note in notes.items() if note.get("branch") == branch}  # the others wait for theirs
-    if notes:
+    locked = [own / "index.lock", own / "HEAD.lock", git.folder() / f"refs/heads/{branch}.lock"]
+    if any(file.exists() for file in locked) and git.commit_under_way():
+        raise Refused("a git commit is under way here, perhaps with its editor open; finish that first")
+    if pending_notes():
+        remove_stale_locks(locked)
+    for file in locked:
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - file.stat().st_mtime > STALE_LOCK_S:
+                raise Refused(f"{file} exists: a git is at work, or was killed; wait for it, or delete that file")
+
+
+def pending_notes() -> dict[Path, dict]:
+    """Of verdicts on this branch that are not carried out; those on others wait for theirs."""
+    files = RUNS.glob("*pending*")  # pending.json: an earlier version's
+    notes = {file: read_json(file, {}) for file in files}
+    return {file: note for file, note in notes.items() if note.get("branch") == git.branch()}
+
+
+def finish_interrupted() -> None:
+    """Complete what a killed run had measured but not recorded or carried out. Raises Refused."""
+    refuse_while_git_is_at_work()
+    for file, note in pending_notes().items():
+        n, commit, ref = note["number"], note["commit"], f"{REFS}{note['number']}"
         with locks.record():
-            remove_stale_locks([*locked, *(common / REFS).glob("*.lock")])
-    elif any(time.time() - file.stat().st_mtime > STALE_LOCK_S for file in locked if file.exists()):
-        raise Refused(f"{locked[0]} exists: a git is at work, or was killed; wait for it, or delete that file")
-    for file, note in notes.items():
-        if git.object_id(f"{REFS}{note['number']}") == note["commit"]:
-            carry_out(note["number"])
-            say(f"run.sh: completed experiment {note['number']}, which had been interrupted")
+            remove_stale_locks(list((git.folder() / REFS).glob("*.lock")))
+            if not git.object_id(ref):  # killed in between
+                git.call("update-ref", ref, commit, git.ABSENT, writes=True)
+        if git.object_id(ref) == commit:
+            carry_out(n)
+            say(f"run.sh: completed experiment {n}, which had been interrupted")
         file.unlink(missing_ok=True)
 
 

@@ -171,6 +171,7 @@ def test_real_experiments_and_a_client_that_is_killed(fast, night):
     def script():
         for name in ("words turned", "words turned", "words"):
             yield from attempt(name)
+        went.wait_for((fast.path / "report.html").exists)  # drawn in the background of the agent's trainings
         os.kill(went.client(), signal.SIGKILL)
         yield say("never heard")
         yield from attempt("wait")

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import time
 from dataclasses import replace
@@ -321,3 +322,47 @@ def test_read_only_git_is_one_line(small: Small):
     runs.touch()
     done = small.run()
     assert (done.returncode, done.stderr) == (2, f"run.sh: cannot write {runs}; is {small.path.name} read-only?\n")
+
+
+def test_a_commit_with_its_editor_open_is_not_broken(small: Small):
+    """Also where a note of ours would allow to remove locks that a killed git left."""
+    small.write(
+        "runs/0002.pending", json.dumps({"number": 2, "commit": small.git("rev-parse", "HEAD"), "branch": "main"})
+    )
+    editor = {**os.environ, "GIT_EDITOR": "sh -c 'touch runs/open; sleep 60'"}
+    with subprocess.Popen(["git", "commit", "-qa"], cwd=small.path, env=editor, start_new_session=True) as commit:
+        while not (small.path / "runs/open").exists():
+            time.sleep(0.05)
+        os.utime(lock := small.path / ".git/index.lock", (time.time() - 60,) * 2)
+        done = small.run()
+        os.killpg(commit.pid, signal.SIGKILL)
+    assert done.returncode == 2 and "a git commit is under way here" in done.stderr and lock.exists()
+
+
+def test_a_git_that_writes_ends_before_we_do(small: Small, tmp_path: Path):
+    """A signal to run.sh alone while the record is written: nothing is cut short, and what was measured is recorded."""
+    slow = tmp_path / "git"
+    slow.write_text(
+        f'#!/bin/sh\ncase " $* " in *" update-ref refs/experiments/2 "*) touch {tmp_path}/now; sleep 1; esac\n'
+        f'exec git "$@"\n'
+    )
+    slow.chmod(0o755)
+    small.write("train.py", train_py(VALUES["discarded"]))
+    small.hypothesis("worse")
+    running = small.start(given=f"git.GIT = ({str(slow)!r}, *git.GIT[1:])\n")
+    while not (tmp_path / "now").exists():
+        time.sleep(0.02)
+    os.kill(running.pid, signal.SIGTERM)
+    assert "SystemExit: 143" in running.finish().stderr and small.experiments() == [1, 2]
+    assert "completed experiment 2" in small.run().stderr and small.read("train.py") == train_py(VALUES["incumbent"])
+
+
+def test_what_was_measured_but_not_claimed_is_recorded_by_the_next_run(small: Small):
+    """Killed between the note and the ref."""
+    small.write("train.py", train_py(VALUES["discarded"]))
+    small.experiment("worse")
+    commit = small.git("rev-parse", "refs/experiments/2")
+    small.git("update-ref", "-d", "refs/experiments/2")
+    small.write("runs/0002.pending", json.dumps({"number": 2, "commit": commit, "branch": "main"}))
+    assert "completed experiment 2" in small.run().stderr
+    assert small.git("rev-parse", "refs/experiments/2") == commit and not list((small.path / "runs").glob("*.pending"))
