@@ -6,7 +6,8 @@
     python prepare_data.py NAME --add trainval --out DIR   to a data set: one table of training and validation pairs
     python prepare_data.py prints --add audit=K --out DIR  to the prints: as many pairs as for validation, never used
 
-Every line of those files describes one image, with boxes in pixels. Images are stretched to a square.
+Every line of those files describes one image, with boxes in pixels of the upright image, which is stretched to a square
+(container/data_sets/odvg.py tells what else is taken).
 
     {"filename": "a.png", "width": 400, "height": 100,
      "grounding": {"caption": "...", "regions": [{"phrase": "...", "bbox": [x0, y0, x1, y1]}]}}
