@@ -461,7 +461,7 @@ def test_what_machines_leave_in_annotations_is_left_out_and_counted(world: World
 
 
 def test_a_line_is_in_the_units_of_the_upright_image(tmp_path: Path) -> None:
-    """Several boxes of a phrase are scaled like one, and a print that lies on its side in the file is the same print."""
+    """Several boxes of a phrase are scaled like one, and a print that lies on its side in the file is the same."""
     (exif := Image.Exif())[0x0112] = 6
     Image.new("RGB", (200, 100)).save(tmp_path / "a.jpg", exif=exif)
     regions = [{"phrase": "a", "bbox": [[0, 0, 10, 20], [20, 10, 50, 100]]}, {"phrase": "b", "bbox": [9, 9, 9, 20]}]
