@@ -162,20 +162,25 @@ def name_of(call: dict, key: str) -> str:
 
 
 def run(call: dict, given: dict) -> dict:
-    """Lets ./run.sh through while the loop goes on, with the one-time proof that it asks for. Raises Denied."""
+    """Lets ./run.sh through while the loop goes on, and leaves the one-time proof that it asks for. Raises Denied.
+
+    The proof bears the conversation's id, which the client tells every command that it runs. So it also holds where
+    another hook rewrites the command.
+    """
     if given.get("command") != "./run.sh":
         raise Denied(RUN_ONLY)
-    proof, conversation, why = name_of(call, "tool_use_id"), name_of(call, "session_id"), ""
+    conversation, why = name_of(call, "session_id"), ""
     with contextlib.suppress(Exception):  # a mistake in program.md, most often: run.sh says which
         from history import History
         from session import Session
 
-        why = Session.load(conversation).reason_to_end(History.load())
+        now = Session.load(conversation)
+        why = now.reason_to_end(History.load() if now.on else None)
     if why:
         raise Denied(f"The loop has ended: {why}. Do not run another experiment: {SUM_UP}")
     os.makedirs(os.path.join(ROOT, "runs", "session"), exist_ok=True)
-    open(os.path.join(ROOT, "runs", "session", f"proof.{proof}"), "w").close()
-    return {"updatedInput": {**given, "command": f"AR_PROOF={proof} ./run.sh"}}
+    open(os.path.join(ROOT, "runs", "session", f"proof.{conversation}"), "w").close()
+    return {}
 
 
 def main() -> None:

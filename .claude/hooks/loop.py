@@ -1,5 +1,5 @@
-#!/usr/bin/env -S PATH=/usr/bin:/bin:${PATH} python3 -I
-"""Keeps the research loop going: SessionStart, UserPromptSubmit, Stop, and the status line. Standard library only.
+#!/usr/bin/env -S PATH=/usr/local/bin:/usr/bin:/bin:${PATH} python3 -I -X utf8
+"""Keeps the research loop going: the events in EVENTS, and the status line. Standard library only.
 
 usage: loop.py [statusline]     what the client says on standard input, the answer or the line on standard output
 
@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "container" / "harn
 import display
 import locks
 import session
+import settings
 from history import History
-from project import write_json
+from project import visible
 from session import Session
 
 IDLE_TURNS = 3
@@ -47,16 +48,20 @@ def session_start(call: dict, now: Session) -> dict:
         session.plan_has_changed()  # with CLAUDE.md comes the plan as it is now
     history = History.load()
     loop = f"on. {go_on(history, now)}" if now.on else "off until the person types: start"
-    return context(call, f"{display.brief(history)}\nThe loop is {loop}")
+    told = context(call, f"{display.brief(history)}\nThe loop is {loop}")
+    if problem := settings.in_the_way():
+        told["hookSpecificOutput"]["additionalContext"] += f"\nTell the person what is in the way: {problem}"
+        told["systemMessage"] = f"The loop cannot work like this. {problem}"
+    return told
 
 
 def prompt(call: dict, now: Session) -> dict:
     """start and stop, as whole messages; anything else leaves the loop as it is."""
+    now.fault = ""
     word = str(call.get("prompt", "")).strip().strip(".!\"'").lower()
     if word == "start":
         history = History.load()
         session.plan_has_changed()
-        now.transcript = call.get("transcript_path", "")
         now.start(session.current_night(), history.newest)
         text = f"The loop is on. {go_on(history, now)}"
     elif word in ("stop", "pause"):
@@ -73,7 +78,7 @@ def stop(call: dict, now: Session) -> dict:
         return {}
     history = History.load()
     now.idle = 0 if session.progressed(history, now.seen) else now.idle + 1
-    now.seen = history.newest
+    now.seen, now.fault = history.newest, ""
     why = now.reason_to_end(history)
     if now.idle >= IDLE_TURNS:
         why = why or f"{IDLE_TURNS} turns in a row brought no experiment"
@@ -84,23 +89,33 @@ def stop(call: dict, now: Session) -> dict:
     return {"decision": "block", "reason": go_on(history, now)}
 
 
+def stop_failure(call: dict, now: Session) -> dict:
+    """The turn has ended with an error of the provider's: the client asks no Stop hook then, and nothing goes on."""
+    now.fault = visible(str(call.get("last_assistant_message") or call.get("error")))[:100]
+    now.save()
+    return {}
+
+
 def status_line(call: dict, now: Session) -> str:
     cost = (call.get("cost") or {}).get("total_cost_usd")
-    if cost is not None and cost != now.usd():
-        write_json(session.SESSIONS / f"{now.id}.usd", cost)
+    if cost is not None:
+        now.note_cost(cost)
     history = History.load()
     best = f"{history.program.metric} {history.best_line()}"
-    parts = (f"#{history.newest}", best, f"phase {history.phase_line()}", locks.running_line())
+    halted = f"THE LOOP STANDS STILL ({now.fault}); type anything to go on" if now.on and now.fault else ""
+    parts = (halted, f"#{history.newest}", best, f"phase {history.phase_line()}", locks.running_line())
     return " | ".join(filter(None, parts))
 
 
-EVENTS = {"SessionStart": session_start, "UserPromptSubmit": prompt, "Stop": stop}
+EVENTS = {"SessionStart": session_start, "UserPromptSubmit": prompt, "Stop": stop, "StopFailure": stop_failure}
 
 
 def main() -> None:
-    call = {} if sys.stdin.isatty() else json.loads(sys.stdin.buffer.read() or b"{}")
-    now, event = Session.load(call.get("session_id", "")), call.get("hook_event_name", "")
+    said, call, event = b"" if sys.stdin.isatty() else sys.stdin.buffer.read(), {}, ""
     try:
+        call = dict(json.loads(said or b"{}"))
+        now, event = Session.load(call.get("session_id", "")), call.get("hook_event_name", "")
+        now.transcript = call.get("transcript_path") or now.transcript
         answer = status_line(call, now) if sys.argv[1:] else json.dumps(EVENTS[event](call, now))
     except Exception as e:  # program.md cannot be read, most often: the loop ends; person and agent both see why
         told = {} if event == "Stop" else context(call, f"{e}. Tell the person; nothing can run before it is fixed.")

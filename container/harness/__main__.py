@@ -8,11 +8,12 @@
 ./run.sh audit [K] [--ablate]     baseline against best on fresh pairs, K seeds each: the numbers to publish
 ./run.sh final          the best, trained longer on all but the test pairs, judged once on those
 ./run.sh doctor         what this machine can hold, and what it cannot
-exit status             0 recorded, 1 recorded as failed, 2 refused and nothing ran
+exit status             0 recorded, 1 recorded as failed or lost, 2 refused and nothing ran
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import re
@@ -27,7 +28,7 @@ import install
 import night
 import publish
 import report
-from project import ROOT, RUNS, Refused, say
+from project import INSIDE, ROOT, RUNS, Refused, say
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -39,12 +40,13 @@ def by_agent() -> bool:
 def one_experiment() -> int:
     """Claude Code must show that its guard let this very call through. Raises Refused."""
     if by_agent():
-        name = re.sub(r"[^A-Za-z0-9_-]", "", os.environ.get("AR_PROOF", ""))
+        name = re.sub(r"[^A-Za-z0-9_-]", "", os.environ.get("CLAUDE_CODE_SESSION_ID", ""))
         proof = RUNS / "session" / f"proof.{name}"
         if not name or not proof.is_file():
             raise Refused(
-                "called by Claude Code, but its guard did not approve this call: the hooks are off or this is a typed "
-                f"'!' command. Start claude in {ROOT} with its hooks on, or use a terminal."
+                "called by Claude Code, but its guard did not approve this call: the hooks are off, another hook "
+                "changed it (./run.sh doctor names both), or this is a typed '!' command. "
+                f"Start claude in {ROOT} with its hooks on, or use a terminal."
             )
         proof.unlink()
     return experiment.run()
@@ -91,9 +93,20 @@ def end(number: int, _) -> None:
     raise SystemExit(128 + number)  # 130, 143: as shells have it
 
 
+def readable_inside() -> None:
+    """What is mounted into containers, for their other user: the clone may have been made under any umask."""
+    for file in (INSIDE, *INSIDE.iterdir()):
+        mode = file.stat().st_mode
+        wanted = mode | (0o555 if file.is_dir() else 0o444)
+        if mode != wanted:
+            with contextlib.suppress(OSError):  # another person's
+                file.chmod(wanted)
+
+
 def main(words: list[str]) -> int:
     verb = words[0] if words else ""
     os.umask(0o022)  # containers read what is written here as another user
+    readable_inside()
     if verb != "night":
         for s in ENDING:
             signal.signal(s, end)

@@ -77,8 +77,12 @@ def sha256(file: Path) -> str:
 
 
 def comparable(program: Program, image: str) -> str:
-    """A short hash of what makes two results comparable: data, judge, image, budget. Raises Refused without data."""
-    h = hashlib.sha256(f"{verified_hash(program.data)} {image} {program.budget}".encode())
+    """A short hash of what makes two results comparable: data, judge, image, budget, device. Raises Refused.
+
+    What a launch command's node has is known when a training starts there, and compared then (measure.py).
+    """
+    device = "launched" if program.launch else engine.device_kind()
+    h = hashlib.sha256(f"{verified_hash(program.data)} {image} {program.budget} {device}".encode())
     for f in MADE_OF:
         h.update((ROOT / "container" / f).read_bytes())
     return h.hexdigest()[:12]

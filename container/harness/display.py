@@ -112,6 +112,8 @@ def training(attempt: Attempt, budget: int) -> str:
 def consequence(attempt: Attempt) -> str:
     """What became of the edit."""
     chain = attempt.chain
+    if attempt.verdict == "lost":
+        return " (in the record, and counted for nothing; train.py is as it was)"
     if attempt.verdict not in ("discarded", "failed"):
         return f" (the whole chain of {chain.link})" if chain else ""
     if chain and chain.continues:
@@ -124,6 +126,8 @@ def consequence(attempt: Attempt) -> str:
 def next_step(attempt: Attempt, history: History) -> str:
     if history.phase is None:
         return "all phases of program.md are done; say so and stop"
+    if attempt.verdict == "lost":
+        return "nothing is held against this idea: run ./run.sh again, as it is"
     step = "write the next hypothesis in scratchpad.md, edit train.py, run ./run.sh"
     step = ASK + step if history.planner_due() else step
     chain = attempt.chain

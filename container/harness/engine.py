@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -18,14 +20,41 @@ from project import ROOT, Refused
 
 IMAGE = ROOT / "container" / "image"  # what the image is built from
 ENGINES = ("podman", "docker")  # in the order in which they are tried
+IMAGE_NAME = "localhost/autoresearch"
 REGISTRY_BASE = "docker.io/library/python:3.12-slim"
 DEBIAN_BASE = "localhost/autoresearch-base:" + hashlib.sha256((IMAGE / "base_image.sh").read_bytes()).hexdigest()[:12]
 UID = "10001:10001"  # nobody on the host
-PIDS = 512  # data loader workers and threads fit, a fork bomb does not
+PIDS = 512  # data loader workers and threads fit, a fork bomb does not; with many CPUs more: see on_node.sh
+PIDS_PER_CPU = 4
 ULIMITS = (("nofile", 8192, resource.RLIMIT_NOFILE), ("nproc", 4096, resource.RLIMIT_NPROC))
 TMP_SIZE = "2g"  # /tmp inside, counts against the memory limit
 SHM_SIZE = "2g"  # shared memory of data loader workers, likewise
 KILL_TRIES = 5  # the engines wait some 10 s each time
+GPU = re.compile(r"GPU (\d+): (.+) \(UUID: (.+)\)")  # a line of `nvidia-smi -L`
+SLICE = re.compile(r"\s+MIG (\S+)\s+Device\s+(\d+): \(UUID: (.+)\)")  # likewise, beneath its GPU's
+NO_GPU = ("", "-1", "NoDevFiles")  # in CUDA_VISIBLE_DEVICES; what stands behind one of them is not seen either
+SMI_TIMEOUT_S = 60  # a GPU in trouble can keep nvidia-smi waiting for ever
+WSL = Path("/dev/dxg")  # all GPUs of Windows are this device, for which CDI has one name
+# cgroup controllers, and what each of them limits
+CONTROLLERS = {"memory": "memory", "pids": "process", "cpu": "CPU"}
+DOCKER_HOLDS = "{{if .MemoryLimit}}memory {{end}}{{if .PidsLimit}}pids {{end}}{{if .CpuCfsQuota}}cpu{{end}}"
+
+
+class EngineMissing(Refused):
+    """None is installed."""
+
+
+class ImageMissing(Refused):
+    """The engine answers, and does not have the image."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU, or one slice of it (MIG)."""
+
+    name: str  # as CDI and docker count them: 0, or 0:1 for a slice
+    uuid: str
+    model: str
 
 
 @dataclass
@@ -57,15 +86,24 @@ def run(argv: list[str], **options) -> subprocess.CompletedProcess:
     return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", **options)
 
 
+def words_of(failed: subprocess.CompletedProcess) -> str:
+    """What a command said before it failed, as one short line."""
+    return " ".join((failed.stderr or failed.stdout).split())[-300:] or f"it ended with {failed.returncode}"
+
+
 @functools.lru_cache(maxsize=None)
 def name() -> str:
-    """podman or docker, whichever answers first; AR_ENGINE asks for one. Raises Refused when neither does."""
-    wanted = os.environ.get("AR_ENGINE")
+    """podman or docker, whichever answers first; AR_ENGINE asks for one. Raises EngineMissing, Refused."""
+    wanted, silent = os.environ.get("AR_ENGINE"), []
     for engine in ENGINES:
-        if wanted in (None, engine) and shutil.which(engine) and run([engine, "version"]).returncode == 0:
-            return engine
-    silent = f"{wanted} does not answer" if wanted else "neither podman nor docker answers"
-    raise Refused(f"no container engine: {silent}; run ./run.sh setup")
+        if wanted in (None, engine) and shutil.which(engine):
+            asked = run([engine, "version"])
+            if asked.returncode == 0:
+                return engine
+            silent.append(f"{engine} does not answer: {words_of(asked)}")
+    if silent:
+        raise Refused(f"no container engine: {'; '.join(silent)}; mend that, then try again")
+    raise EngineMissing(f"no container engine: {wanted or 'neither podman nor docker'} is here; run ./run.sh setup")
 
 
 @functools.lru_cache(maxsize=None)
@@ -82,27 +120,107 @@ def rootless() -> bool:
     return "rootless" in run(["docker", "info", "--format", "{{.SecurityOptions}}"]).stdout
 
 
-def limits_hold() -> bool:
-    """Whether memory, process and CPU limits are enforced: not by rootless podman on cgroup v1."""
-    return not rootless() or Path("/sys/fs/cgroup/cgroup.controllers").exists()
+@functools.lru_cache(maxsize=None)
+def missing_controllers() -> list[str]:
+    """The limits that this engine cannot hold, as a kernel or systemd may withhold cgroup controllers from a user."""
+    if name() == "podman" and not rootless():
+        return []
+    asked = DOCKER_HOLDS if name() == "docker" else "{{.Host.CgroupControllers}}"
+    held = re.findall(r"\w+", run([*client(), "info", "--format", asked]).stdout)
+    return [controller for controller in CONTROLLERS if controller not in held]
+
+
+def missing_limits() -> str:
+    """'memory, process, CPU'; '' where all limits hold."""
+    return ", ".join(CONTROLLERS[controller] for controller in missing_controllers())
 
 
 @functools.lru_cache(maxsize=None)
-def gpus() -> int:
-    """How many GPUs this machine has."""
+def all_gpus() -> tuple[Gpu, ...]:
+    """Every GPU of this machine, or the slices it is cut into. Raises Refused where they do not answer."""
     if not shutil.which("nvidia-smi"):
-        return 0
-    listed = run(["nvidia-smi", "-L"])
-    return listed.stdout.count("GPU ") if listed.returncode == 0 else 0
+        return ()
+    listed = run(["timeout", "-k", "5", str(SMI_TIMEOUT_S), "nvidia-smi", "-L"])
+    found: dict[str, Gpu] = {}
+    for line in listed.stdout.splitlines():
+        if whole := GPU.match(line):
+            number, model, uuid = whole.groups()
+            found[number] = Gpu(number, uuid, model)
+        elif part := SLICE.match(line):
+            found.pop(number, None)  # a GPU that is cut can only be used in slices
+            found[f"{number}:{part[2]}"] = Gpu(f"{number}:{part[2]}", part[3], f"{model} MIG {part[1]}")
+    if listed.returncode or not found:
+        remedy = "restart this machine or mend its driver; with CUDA_VISIBLE_DEVICES=-1 trainings run on the CPU"
+        raise Refused(f"this machine's GPU does not answer (nvidia-smi: {words_of(listed)}); {remedy}")
+    return tuple(found.values())
 
 
-def gpu_options(device: int) -> list[str]:
+def gpus() -> list[Gpu]:
+    """Those that trainings use: what CUDA_VISIBLE_DEVICES names, or all; and of these, the first one's model.
+
+    Raises Refused.
+    """
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        visible = list(all_gpus())
+    else:
+        words = itertools.takewhile(lambda word: word not in NO_GPU, map(str.strip, named.split(",")))
+        visible = list(dict.fromkeys(map(gpu_called, words)))
+    return [gpu for gpu in visible if gpu.model == visible[0].model]
+
+
+def gpu_fault() -> str:
+    """What has become of the GPUs since this process asked for the first time; '' while they are as they were."""
+    if not gpus():
+        return ""
+    try:
+        same = (
+            all_gpus.__wrapped__() == all_gpus()
+        )  # past the cache, which stays: results belong to the device it knows
+    except Refused as e:
+        return str(e)
+    return "" if same else "a GPU has gone since this began; see ./run.sh doctor"
+
+
+def gpu_called(word: str) -> Gpu:
+    """The one that a word of CUDA_VISIBLE_DEVICES means: a number or a (shortened) UUID. Raises Refused."""
+    for gpu in all_gpus():
+        if word in (gpu.name, gpu.name.partition(":")[0]) or gpu.uuid.startswith(word) and not word.isdigit():
+            return gpu
+    there = ", ".join(f"{gpu.name} ({gpu.uuid})" for gpu in all_gpus()) or "none"
+    raise Refused(f"CUDA_VISIBLE_DEVICES names a GPU '{word}' that is not here; nvidia-smi knows: {there}")
+
+
+def device_kind() -> str:
+    """What trainings run on here: cpu, or the GPU's model. Raises Refused."""
+    return gpus()[0].model if gpus() else "cpu"
+
+
+def slots(program) -> list[int]:
+    """Numbers of the locks of which a training takes one: a GPU's place among all, or with more trainings than GPUs
+    that place once more, and so on. A launch command looks after its nodes' GPUs. Raises Refused.
+    """
+    usable = [] if program.launch else [all_gpus().index(gpu) for gpu in gpus()]
+    if not usable:
+        return list(range(program.devices or 1))
+    count = program.devices or len(usable)
+    return [usable[n % len(usable)] + n // len(usable) * len(all_gpus()) for n in range(count)]
+
+
+def gpu_options(slot: int) -> list[str]:
     """Options that pass one GPU through. podman 4 ignores --gpus without a word, so it gets CDI."""
     if not gpus():
         return []
+    gpu = all_gpus()[slot % len(all_gpus())].name
     if name() == "podman":
-        return ["--device", f"nvidia.com/gpu={device % gpus()}"]
-    return ["--gpus", f"device={device % gpus()}"]
+        return ["--device", f"nvidia.com/gpu={'all' if WSL.exists() else gpu}"]
+    return ["--gpus", f"device={gpu}"]
+
+
+def mount(outside: Path, inside: str, more: str = "") -> list[str]:
+    """What a container sees of this machine. A row of CSV, in which any character of a path can be quoted."""
+    source = str(outside.resolve()).replace('"', '""')
+    return ["--mount", f'type=bind,"source={source}",target={inside}{more}']
 
 
 def ulimits() -> list[str]:
@@ -131,29 +249,36 @@ def arguments(c: Container) -> list[str]:
         "--rm", "-i", "--name", c.name, "--label", label(c.shared_as), "--pull", "never",
         "--network", c.network, "--hostname", "sandbox", "--user", user,
         "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges",
-        "--security-opt", f"seccomp={IMAGE / 'seccomp.json'}", "--ipc", "private", "--log-driver", "none",
+        "--security-opt", f"seccomp={IMAGE / 'seccomp.json'}", "--security-opt", "label=disable",
+        "--ipc", "private", "--log-driver", "none",
         "--stop-signal", "SIGKILL",  # PID 1 ignores any other, and podman rm -f would wait 10 s for it
-        "--pids-limit", str(PIDS), "--memory", c.memory, "--memory-swap", c.memory, "--shm-size", SHM_SIZE,
+        *held("memory", "--memory", c.memory, "--memory-swap", c.memory), "--shm-size", SHM_SIZE,
         "--ulimit", "core=0:0", *ulimits(), "--workdir", "/tmp",
         "--tmpfs", f"/tmp:rw,nosuid,nodev,size={TMP_SIZE},mode=1777,exec",  # exec: what torch.compile builds
         # threads that wait sleep: spinning, a busy machine trained 6 and 9 times slower (two pairs)
         "--env", "OMP_WAIT_POLICY=PASSIVE", *(f"--env={key}={value}" for key, value in c.environment.items()),
-        *(f"--volume={host.resolve()}:{inside}:ro" for inside, host in c.mounts.items()),
+        *(word for inside, outside in c.mounts.items() for word in mount(outside, inside, ",readonly")),
     ]  # fmt: skip
     if c.writable:
-        options.append(f"--volume={c.writable.resolve()}:/writable:rw")
+        options += mount(c.writable, "/writable")
     if c.out_size:
         options += ["--tmpfs", f"/out:rw,nosuid,nodev,noexec,size={c.out_size},mode=1777"]
     if c.background:
-        options += ["--cpu-shares", "2"]
+        options += held("cpu", "--cpu-shares", "2")
     if name() == "podman":
-        options += ["--read-only-tmpfs=false", "--http-proxy=false", "--security-opt", "label=disable"]
-        options += ["--timeout", str(int(c.limit_s) + 30)]
+        options += ["--read-only-tmpfs=false", "--http-proxy=false", "--timeout", str(int(c.limit_s) + 30)]
     if c.launch:
         return on_node(c, options)
-    cpus = "1" if c.background else str(os.cpu_count())
+    cpus = os.cpu_count()
+    limits = held("cpu", "--cpus", "1" if c.background else str(cpus))
+    limits += held("pids", "--pids-limit", str(max(PIDS, PIDS_PER_CPU * cpus)))
     gpu = gpu_options(c.device) if c.gpu else []
-    return [*client(), "run", "--cpus", cpus, *gpu, *options, c.image, *c.command]
+    return [*client(), "run", *limits, *gpu, *options, c.image, *c.command]
+
+
+def held(controller: str, *options: str) -> tuple[str, ...]:
+    """Limits, left out where the engine cannot hold them: some would start nothing then."""
+    return () if controller in missing_controllers() else options
 
 
 def on_node(c: Container, options: list[str]) -> list[str]:
@@ -184,17 +309,20 @@ def sweep(shared_as: str = "") -> None:
 def image_tag(base: str) -> str:
     """The tag is a hash of everything the image is made of, so an unchanged one is found at once."""
     content = base.encode() + b"".join((IMAGE / f).read_bytes() for f in ("Containerfile", "requirements.txt"))
-    return f"localhost/autoresearch:{hashlib.sha256(content).hexdigest()[:12]}"
+    return f"{IMAGE_NAME}:{hashlib.sha256(content).hexdigest()[:12]}"
 
 
 def image_id(tag: str) -> str:
-    """The image's own id, '' when there is none."""
-    return run([*client(), "image", "inspect", "--format", "{{.Id}}", tag]).stdout.strip()
+    """The image's own id, '' when there is none. Raises Refused when the engine fails."""
+    listed = run([*client(), "images", "-q", "--no-trunc", tag])
+    if listed.returncode:
+        raise Refused(f"{name()} fails: {words_of(listed)}; ./run.sh doctor says more")
+    return listed.stdout.partition("\n")[0].strip().rpartition(":")[2]
 
 
 def find_image() -> str:
-    """The id of the image that is built: a tag may name another one tomorrow. Raises Refused when there is none."""
+    """The id of the image that is built: a tag may name another one tomorrow. Raises ImageMissing, Refused."""
     for base in (REGISTRY_BASE, DEBIAN_BASE):
         if found := image_id(image_tag(base)):
             return found
-    raise Refused("the image is not built, or container/image has changed since; run ./run.sh setup")
+    raise ImageMissing("the image is not built, or container/image has changed since; run ./run.sh setup")

@@ -30,6 +30,7 @@ WORK = RUNS / "work"  # what a run works on; only while it holds the worktree's 
 PLACEHOLDER = "write one line here"  # of scratchpad.md as it ships
 MAX_HYPOTHESIS = 100  # characters
 MAX_FILE = 1 << 20  # bytes of train.py and scratchpad.md
+LOST_MOST, LOST_PAUSE_S = 3, 15 * 60  # so many losses in a row, then the agent has to wait
 LUCK_GALLERY = 50  # pairs: in a smaller gallery two seeds may well give the same ranks
 IGNORES_SEED = (
     "the result does not depend on SEED: take every random number from it, so that a second run means something"
@@ -52,14 +53,14 @@ def run(incumbent_only: bool = False) -> int:
             for attempt in attempts:
                 decided_by = measure_and_decide(attempt, history, device)
                 commit = record_and_carry_out(attempt, decided_by, history.incumbent_train)
-                if attempt.verdict == "unmeasured":
+                if attempt.verdict in ("unmeasured", "lost"):
                     break
                 if attempt is not last:
                     say(f"run.sh: experiment {attempt.experiment} measured the incumbent first; yours is the next")
         print(display.block(attempt, commit, history.program))
         if attempt.verdict == "unmeasured":
             say("run.sh: HEAD's own train.py does not run here; fix that first")
-        return int(attempt.verdict in ("failed", "unmeasured"))
+        return int(attempt.verdict in ("failed", "unmeasured", "lost"))
 
 
 @contextlib.contextmanager
@@ -92,6 +93,7 @@ def make_plan(incumbent_only: bool) -> tuple[History, list[Attempt]]:
     settings = program.read()
     display.write_history(History.load(settings))
     history = History.load(settings, engine.find_image())
+    refuse_this_machine(history, incumbent_only)
     train, scratchpad = snapshot("train.py"), snapshot("scratchpad.md")
     if not history.incumbent_train:
         raise Refused("train.py is not committed; commit it first, it is the baseline")
@@ -111,6 +113,24 @@ def make_plan(incumbent_only: bool) -> tuple[History, list[Attempt]]:
             "./run.sh again"
         )
     return history, attempts
+
+
+def refuse_this_machine(history: History, incumbent_only: bool) -> None:
+    """Raises Refused where its device is not the incumbent's, or where it has just lost one training after another."""
+    then = history.measured_on
+    new_baseline = then and not history.incumbent and not incumbent_only and not history.program.launch
+    if new_baseline and then != (now := engine.device_kind()):
+        raise Refused(
+            f"HEAD's train.py was measured on {then}, and this machine trains on {now}: nothing ran. If that is a "
+            "fault, ./run.sh doctor says more; if not, ./run.sh setup in a terminal measures a new baseline"
+        )
+    if os.environ.get("CLAUDECODE") and len(history.lost) >= LOST_MOST:
+        left = history.lost[0].when + LOST_PAUSE_S - time.time()
+        if 0 < left <= LOST_PAUSE_S:
+            raise Refused(
+                f"the last {len(history.lost)} experiments were lost ({history.lost[0].reason}): not again for "
+                f"{left / 60:.0f} minutes. Tell the person, who may see more with ./run.sh doctor, and end your turn"
+            )
 
 
 def snapshot(name: str) -> str:
@@ -170,9 +190,8 @@ def new_hypothesis(history: History, train: str) -> str:
 
 def device_for(history: History, train: str = ""):
     """One of the devices; waits while other worktrees use them all. Raises OSError."""
-    settings = history.program
-    count, waiting = settings.devices or engine.gpus() or 1, "waits for a device"
-    return locks.device(count, lambda: locks.announce(history.newest + 1, waiting, settings.budget, train))
+    number, budget, waiting = history.newest + 1, history.program.budget, "waits for a device"
+    return locks.device(engine.slots(history.program), lambda: locks.announce(number, waiting, budget, train))
 
 
 def measure_and_decide(attempt: Attempt, planned: History, device: locks.Device) -> History:
@@ -204,9 +223,11 @@ def job(history: History, work: Path, source: bytes, device: locks.Device) -> me
     work.mkdir(mode=0o755, parents=True)
     (work / "train.py").write_bytes(source)
     settings = history.program
+    measured_on = history.measured_on if history.incumbent else ""
+    where = {"device": device.number, "keep_open": (device.lock,), "measured_on": measured_on}
     place = {"work": work, "data": dataset.folder(settings.data), "log": work / "train.log", "image": history.image}
     limits = {"budget": settings.budget, "memory": settings.memory, "launch": settings.launch}
-    return measure.Job(**place, **limits, seed=measure.fresh_seed(), device=device.number, keep_open=(device.lock,))
+    return measure.Job(**place, **limits, **where, seed=measure.fresh_seed())
 
 
 def refresh_report() -> None:
@@ -223,6 +244,8 @@ def verdict(attempt: Attempt, history: History) -> str:
         for run in ok:  # neither confirms the other
             run.outcome, run.reason = "failed", IGNORES_SEED
         ok = []
+    if any(run.outcome == "lost" for run in attempt.runs):
+        return "lost"
     if len(ok) < len(attempt.runs):
         return "failed" if attempt.kind == "candidate" else "unmeasured"
     if attempt.kind == "baseline":
@@ -267,6 +290,8 @@ def complete(attempt: Attempt, history: History, incumbent: str) -> None:
     attempt.metric, attempt.comparable, attempt.branch = history.program.metric, history.comparable, history.branch
     attempt.before, attempt.sigma, attempt.when = history.incumbent, round(history.sigma, 4), int(time.time())
     attempt.reason = attempt.failure()
+    if attempt.runs:
+        attempt.device = attempt.runs[0].train.get("device", "") if history.program.launch else engine.device_kind()
     if attempt.kind != "candidate":
         return
     attempt.phase = history.phase.name if history.phase else ""
@@ -274,7 +299,7 @@ def complete(attempt: Attempt, history: History, incumbent: str) -> None:
         gain = keep_rule.gain(attempt.values(), history.incumbent)
         attempt.percent, attempt.sigmas = round(keep_rule.percent(gain), 1), round(gain / history.sigma, 1)
         attempt.change = f"{attempt.percent:+.1f} % ({attempt.gain})"
-    if not attempt.by_hand and history.incumbent_train == incumbent:
+    if not attempt.by_hand and attempt.verdict != "lost" and history.incumbent_train == incumbent:
         attempt.chain = history.chain_after(attempt.verdict)
 
 

@@ -89,7 +89,7 @@ def contents(names: list[str]) -> dict[str, bytes]:
 
 def folder(which: str = "--git-common-dir") -> Path:
     """The repository's own folder, or with --git-dir that of this worktree. Raises Refused."""
-    return Path(read("rev-parse", "--path-format=absolute", which).strip())
+    return Path(read("rev-parse", "--path-format=absolute", which)[:-1])  # its name may end in a blank
 
 
 def main_worktree() -> Path:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import zlib
 from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
 
 import git
 import keep_rule
 import program as plan
 import record
 from keep_rule import geometric_mean
-from project import number
+from project import INSIDE, ROOT, RUNS, number, read_json, write_json
 from record import JUDGED, Record
 
+COMPARED = RUNS / "compared.json"  # what runs here compared with, for whoever cannot ask the engine: see settings()
 PLANNER_EVERY = 5  # discards in a row after which the planner is due again; and at the start of a phase
 
 
@@ -25,7 +31,7 @@ class History:
 
     program: plan.Program
     image: str
-    comparable: str  # hash of data, judge, image and budget
+    comparable: str  # hash of data, judge, image, budget and device
     branch: str
     records: list[Record]
     incumbent_train: str  # blob of HEAD's train.py
@@ -33,7 +39,7 @@ class History:
 
     @classmethod
     def load(cls, program: plan.Program | None = None, image: str = "") -> History:
-        """image: what would run; without it (hooks, displays) what this branch's newest record was compared with.
+        """image: what would run; without it (hooks, displays) what the last run here with the same settings had.
 
         Raises ProgramError, and with an image Refused where the data are missing or damaged.
         """
@@ -43,10 +49,9 @@ class History:
             import dataset  # here, so that hooks stay fast
 
             comparable = dataset.comparable(program, image)
+            remember(program, dataset.folder(""), comparable)
         else:
-            compared = [r for r in records if r.comparable]
-            own = [r for r in compared if r.branch in ("", branch)]
-            comparable = (own or compared)[-1].comparable if compared else ""
+            comparable = last_comparable(program, branch, records)
         history = cls(program, image, comparable, branch, records, git.object_id("HEAD:train.py"))
         for r in history.compared:
             history.values_by_train.setdefault(r.train, []).extend(history.values(r))
@@ -80,6 +85,16 @@ class History:
     def incumbent(self) -> list[float]:
         """The metric of every run of HEAD's train.py; [] when nothing comparable was measured."""
         return self.values_by_train.get(self.incumbent_train, [])
+
+    @property
+    def measured_on(self) -> str:
+        """The device that HEAD's train.py was measured on the last time, '' where nothing tells."""
+        return next((r.device for r in reversed(self.records) if r.train == self.incumbent_train and r.device), "")
+
+    @property
+    def lost(self) -> list[Record]:
+        """The newest attempts of this branch, as far as all were lost to the machine; the newest first."""
+        return list(takewhile(lambda r: r.verdict == "lost", reversed(self.own(self.records))))
 
     @property
     def sigma(self) -> float:
@@ -167,3 +182,31 @@ def is_over(phase: plan.Phase, rows: list[Record]) -> bool:
 def discards_in_a_row(records: list[Record]) -> int:
     """Counted from the newest; a failure counts, a keep ends it."""
     return next((i for i, r in enumerate(reversed(records)) if r.verdict == "kept"), len(records))
+
+
+# What is comparable, for hooks and displays
+
+
+def settings(program: plan.Program, data: Path) -> str:
+    """What decides what is comparable and can be read at once: all but the image and the device."""
+    content = read_json(data / program.data / "info.json", {}).get("hash")
+    judge = zlib.crc32((INSIDE / "judge.py").read_bytes())
+    return f"{program.data} {content} {program.budget} {' '.join(program.launch)} {judge}"
+
+
+def remember(program: plan.Program, data: Path, comparable: str) -> None:
+    """data: the folder of the data sets."""
+    known = read_json(COMPARED, {"by": {}})
+    new = {"data": os.path.relpath(data, ROOT), "by": {**known["by"], settings(program, data): comparable}}
+    if new != known:
+        with contextlib.suppress(OSError):  # a full disk: then hooks go by what they know
+            write_json(COMPARED, new)
+
+
+def last_comparable(program: plan.Program, branch: str, records: list[Record]) -> str:
+    """What the last run here with these settings had; with new ones nothing is comparable, as a run will find."""
+    if known := read_json(COMPARED, {}):
+        return known["by"].get(settings(program, ROOT / known["data"]), "new")
+    compared = [r for r in records if r.comparable]  # nothing ran in this worktree yet
+    own = [r for r in compared if r.branch in ("", branch)]
+    return (own or compared)[-1].comparable if compared else ""

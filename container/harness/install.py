@@ -18,16 +18,22 @@ import engine
 import experiment
 import git
 import program
+import settings
 from history import History
 from project import ROOT, Refused, read_json, say
 
 ENGINE_PACKAGES = ("podman", "crun", "runc", "uidmap", "slirp4netns", "fuse-overlayfs", "ca-certificates")
+PODMAN_CDI, PODMAN_PASST = (4, 1), (5,)  # from these versions on it knows CDI, and wants passt
+CGROUP_REMEDY = (
+    "boot with cgroup v2 (systemd.unified_cgroup_hierarchy=1), let systemd hand its controllers on (Delegate=cpu "
+    "cpuset io memory pids in user@.service), or run as root"
+)
 PULL_TIMEOUT_S = 600
 PIP_OPTIONS = "index-url|extra-index-url|trusted-host|proxy|timeout"  # of the host's that a build gets
 CLIENT_VERSION = "2.1.328"  # the Claude Code that the tests drive
 DISK_GB = 15  # for the image and some data
 CUDA_DRIVER = 580  # NVIDIA driver branch that torch's default build (CUDA 13) wants
-CUDA_PROOF = ("python", "-c", "import torch; print(torch.cuda.is_available(), torch.cuda.device_count())")
+CUDA_PROOF = ("python", "-c", "import torch; print(torch.ones(8, device='cuda').sum().item() == 8)")
 MARKS = {True: "ok", None: "note", False: "BAD"}  # of doctor's findings
 CLIENT_PLACES = ("~/.local/bin", "~/.claude/local", "~/.npm-global/bin", "~/.volta/bin", "~/node_modules/.bin")
 
@@ -59,11 +65,11 @@ def need_image() -> str:
     """The image's id; the engine and the image are made where they are missing."""
     try:
         engine.name()
-    except Refused:
+    except engine.EngineMissing:
         install_packages("a container engine", *ENGINE_PACKAGES)
     try:
         return engine.find_image()
-    except Refused:
+    except engine.ImageMissing:
         return build_image()
 
 
@@ -141,13 +147,14 @@ def doctor() -> int:
 
 
 def findings() -> Iterator[Finding]:
-    try:
-        yield from check_engine()
-        yield from check_gpu()
-    except Refused as e:
-        yield Finding("engine", False, str(e))
+    for check, what in ((check_engine, "engine"), (check_gpu, "gpu")):
+        try:
+            yield from check()
+        except Refused as e:
+            yield Finding(what, False, str(e))
     yield check_client()
     yield check_lock()
+    yield from check_settings()
     free = shutil.disk_usage(ROOT).free / 1e9
     yield Finding("disk", free > DISK_GB, f"{free:.0f} GB free")
     if git.call("var", "GIT_COMMITTER_IDENT").returncode == 0:
@@ -161,13 +168,42 @@ def check_engine() -> Iterator[Finding]:
     version = engine.run([*engine.client(), "--version"]).stdout.strip()
     kind = "rootless" if engine.rootless() else "rootful"
     yield Finding("engine", True, f"{version}, {kind}: {' '.join(engine.client())}")
-    held, remedy = engine.limits_hold(), "boot with cgroup v2 (systemd.unified_cgroup_hierarchy=1) or run as root"
-    ignored = f"rootless podman on cgroup v1 IGNORES memory, process and CPU limits: {remedy}"
-    yield Finding("limits", held, "memory, process and CPU limits are enforced" if held else ignored)
+    ignored = engine.missing_limits()
+    text = f"{kind} {engine.name()} IGNORES {ignored} limits here: {CGROUP_REMEDY}"
+    serious = None if ignored == engine.CONTROLLERS["cpu"] else False  # the others keep a training from harm
+    yield Finding("limits", serious if ignored else True, text if ignored else "memory, process, CPU: enforced")
+    if engine.name() == "podman":
+        yield from check_podman(tuple(map(int, re.findall(r"\d+", version)[:2])), kind)
     try:
-        yield Finding("image", True, engine.find_image().replace("sha256:", "")[:12])
-    except Refused as e:
+        image = engine.find_image()
+    except engine.ImageMissing as e:
         yield Finding("image", False, str(e))
+    else:
+        yield Finding("image", True, image[:12])
+        yield from older_images(image)
+
+
+def check_podman(version: tuple[int, ...], kind: str) -> Iterator[Finding]:
+    """What some versions of podman need, or cannot do."""
+    if version < PODMAN_CDI and engine.gpus():
+        yield Finding(
+            "engine", False, "this podman knows no CDI, so no GPU: update it to 4.1 or later, or AR_ENGINE=docker"
+        )
+    if version >= PODMAN_PASST and kind == "rootless" and not shutil.which("pasta"):
+        yield Finding(
+            "engine", None, "this podman wants passt for a network, which building and fetching need: install passt"
+        )
+
+
+def older_images(current: str) -> Iterator[Finding]:
+    """Images of former versions, which nothing removes by itself."""
+    form = "{{.ID}}\t{{.Size}}"
+    listed = engine.run([*engine.client(), "images", "--format", form, engine.IMAGE_NAME]).stdout
+    sizes = dict(re.findall("^([0-9a-f]+)\t(.+)$", listed, re.M))
+    old = {ident: size for ident, size in sizes.items() if not current.startswith(ident)}
+    if old:
+        remedy = f"where no worktree or clone uses them: {engine.name()} rmi {' '.join(old)}"
+        yield Finding("image", None, f"{len(old)} of other versions ({', '.join(old.values())}); {remedy}")
 
 
 def check_gpu() -> Iterator[Finding]:
@@ -175,15 +211,20 @@ def check_gpu() -> Iterator[Finding]:
     if not engine.gpus():
         yield Finding("gpu", None, "none found: trainings run on the CPU")
         return
-    query = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
-    driver, _, model = engine.run(query).stdout.splitlines()[0].partition(", ")
-    if int(driver.partition(".")[0]) < CUDA_DRIVER:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver, kind = (engine.run(query).stdout.split() or ["unknown"])[0], engine.device_kind()
+    others = sorted({gpu.model for gpu in engine.all_gpus()} - {kind})
+    if others:
+        remedy = "results of different ones are not compared, and CUDA_VISIBLE_DEVICES chooses"
+        yield Finding("gpu", None, f"{kind} is used, not {', '.join(others)}: {remedy}")
+    if driver[:1].isdigit() and int(driver.partition(".")[0]) < CUDA_DRIVER:
         remedy = "set ARG TORCH_INDEX in container/image/Containerfile to an older CUDA's wheel index, or update it"
         yield Finding("driver", False, f"{driver} is older than {CUDA_DRIVER}, which torch's default wants: {remedy}")
     container = engine.Container("ar-doctor-gpu", engine.find_image(), list(CUDA_PROOF), "4g", limit_s=120, mounts={})
+    container.device = engine.slots(program.read())[0]
     proof = engine.run(engine.arguments(container))
-    seen = proof.stdout.startswith("True")
-    text = f"{model}, driver {driver}; inside the sandbox: {proof.stdout.strip() or proof.stderr.strip()[-200:]}"
+    seen, said = proof.stdout.startswith("True"), proof.stdout.strip() or engine.words_of(proof)
+    text = f"{len(engine.gpus())} × {kind}, driver {driver}; a sum on it inside the sandbox: {said}"
     if not seen:
         text += "; podman wants a CDI specification (nvidia-ctk cdi generate), docker the NVIDIA container toolkit"
     yield Finding("gpu", seen, text)
@@ -211,3 +252,9 @@ def check_lock() -> Finding:
         return Finding("lock", True, "guard in place")
     danger = "it can run code or switch the guard OFF, remove it"
     return Finding("lock", False, f".claude/settings.local.json holds {keys}: {danger}")
+
+
+def check_settings() -> Iterator[Finding]:
+    """What a person or a company has told the client for all projects."""
+    for trouble in settings.troubles():
+        yield Finding("settings", False if trouble.certain else None, str(trouble))

@@ -104,15 +104,15 @@ class Device:
 
 
 @contextlib.contextmanager
-def device(count: int, waiting: Callable[[], None]) -> Iterator[Device]:
-    """One of `count` devices until the end of the run; waiting() is called while other worktrees use them all."""
+def device(numbers: list[int], waiting: Callable[[], None]) -> Iterator[Device]:
+    """One of these devices until the end of the run; waiting() is called while other worktrees use them all."""
     folder = git.folder()
     with contextlib.ExitStack() as stack:
-        for number in itertools.cycle(range(count)):
+        for number in itertools.cycle(numbers):
             with contextlib.suppress(BlockingIOError):
                 found = Device(number, stack.enter_context(held(folder / f"autoresearch.device-{number}")))
                 break
-            if number == count - 1:
+            if number == numbers[-1]:
                 waiting()
                 time.sleep(1)
         yield found

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import engine
 from project import INSIDE, Refused, say
-from sandbox import MESSAGE_BYTES, QUEUE_LIMIT_S, Failed, Log, Lost, Sandbox
+from sandbox import MESSAGE_BYTES, NOT_YOURS, QUEUE_LIMIT_S, Failed, Log, Lost, Sandbox
 
 STAGE, JUDGE = INSIDE / "stage.py", INSIDE / "judge.py"
 RUN_STAGE = ("python", "-Iu", "/harness/stage.py")
@@ -38,6 +38,8 @@ JUDGE_MEMORY = "4g"
 OUT_SIZE = "2g"  # tmpfs for what training leaves, within the memory limit
 ARCHIVE_BYTES = 2 << 30  # of what training leaves
 ARRAY_BYTES = 512 << 20  # of one side's embeddings
+ROOM = ARCHIVE_BYTES + len(SIDES) * ARRAY_BYTES  # on the disk, before a run may begin
+MACHINE_OOM = f"this machine ran out of memory, not the sandbox: close other programs, or add swap; {NOT_YOURS}"
 
 
 @dataclass
@@ -53,15 +55,16 @@ class Job:
     table: str = "train"  # what it trains on
     scale: float = 1.0  # how much longer than usual train.py should train
     launch: Sequence[str] = ()  # of program.md
+    measured_on: str = ""  # the incumbent's device, where a launch command may find another one
     device: int = 0  # number of the device lock that is held
     keep_open: Sequence[int] = ()  # lock files that the engine's clients hold open too
 
 
 @dataclass
 class Run:
-    outcome: str  # ok or failed
+    outcome: str  # ok, failed, or lost to the machine
     seed: int
-    reason: str = ""  # of a failure, one line
+    reason: str = ""  # where it is not ok, one line
     metrics: dict = field(default_factory=dict)  # the judge's
     train: dict = field(default_factory=dict)  # what PID 1 reported of the training, "device", "claims"
     timing: dict = field(default_factory=dict)  # seconds of each stage
@@ -73,22 +76,35 @@ def fresh_seed() -> int:
 
 def run(job: Job) -> Run:
     """Train on a table, embed and judge a split; no sandbox is left. Raises Refused or OSError when nothing ran."""
-    if not engine.limits_hold():
-        say("run.sh: warning: this engine enforces no memory and process limits; see ./run.sh doctor")
+    require_room(job.work)
+    if ignored := engine.missing_limits():
+        say(f"run.sh: warning: this engine enforces no {ignored} limits; see ./run.sh doctor")
     measurement, result = Measurement(job), Run("ok", job.seed)
     try:
         measurement.train()
         measurement.embed()
         result.metrics = measurement.judge()
-    except (Failed, Lost) as e:
-        if job.launch and not measurement.ready:
-            raise Refused(f"{e}; nothing ran") from None
+    except Failed as e:
         result.outcome, result.reason = "failed", str(e)
+        if not job.launch and (fault := engine.gpu_fault()):
+            result.outcome, result.reason = "lost", f"{fault}: {NOT_YOURS}"
+    except Lost as e:
+        if not measurement.ready:
+            raise Refused(f"{e}; nothing ran") from None
+        result.outcome, result.reason = "lost", str(e)
     finally:
         measurement.end()
     result.train = {**measurement.report, "claims": claims(job.log)}
     result.timing = measurement.timing()
     return result
+
+
+def require_room(folder: Path) -> None:
+    """Raises Refused where the disk has less room than what a run may leave."""
+    free = shutil.disk_usage(folder).free
+    if free < ROOM:
+        least = f"a run may need {ROOM / 1e9:.1f} GB of disk, and there are {free / 1e9:.1f} GB at {folder}"
+        raise Refused(f"{least}; nothing ran: make room (./run.sh doctor names old images), then run it again")
 
 
 def stage_mounts(job: Job) -> dict[str, Path]:
@@ -136,7 +152,7 @@ class Measurement:
         environment = {**places, "BUDGET_S": job.budget, "SEED": job.seed, "SCALE": f"{job.scale:g}"}
         trainer = self.start("train", job.budget, train_mounts(job), self.log, environment=environment)
         trainer.send()
-        self.report["device"] = trainer.wait_until_ready(IMPORT_S).get("device", "cpu")
+        self.check_device(trainer.wait_until_ready(IMPORT_S))
         self.ready = time.monotonic()
         for side in SIDES:
             self.start(side, EMBED_S, side_mounts(job, side), wait_s=job.budget + 2 * EMBED_S)
@@ -144,10 +160,24 @@ class Measurement:
         self.report |= end
         if end.get("status") != "ok":
             trainer.wait()
-            raise Failed(why_training_failed(end, trainer.killed, job))
+            raise Lost(MACHINE_OOM) if end.get("machine_oom") else Failed(why_training_failed(end, trainer.killed, job))
         trainer.copy_to(job.work / "out.tar", ARCHIVE_BYTES, EMBED_S)
         trainer.wait()
         self.trained = time.monotonic()
+
+    def check_device(self, ready: dict) -> None:
+        """What the training would run on is what it should. Raises Refused: a CPU in a GPU's place would train on."""
+        if "fault" in ready:
+            raise Refused(f"the GPU does not work in the sandbox ({ready['fault']}): nothing ran; see ./run.sh doctor")
+        there = self.report["device"] = ready.get("device", "cpu")
+        if self.job.launch:
+            wanted, remedy = self.job.measured_on or there, "ask for it in `launch`, or change `budget` to begin anew"
+        else:
+            wanted, remedy = engine.device_kind(), "see ./run.sh doctor"
+            if "cpu" not in (wanted, there):  # torch may call a GPU otherwise than nvidia-smi does
+                wanted = there
+        if there != wanted:
+            raise Refused(f"results so far are of {wanted}, and the sandbox has {there}: nothing ran; {remedy}")
 
     def embed(self) -> None:
         """Both sides. One has ended before the other gets train.py's model, so they cannot talk."""
@@ -171,6 +201,8 @@ class Measurement:
         """Store this side's array."""
         end = self.hand_over(side, limit_s, self.job.work / "out.tar")
         if end.get("status") != "ok":
+            if end.get("machine_oom"):
+                raise Lost(MACHINE_OOM)
             reason = why_embedding_failed(end, self.sandboxes[side].killed, limit_s)
             raise Failed(f"embedding the validation {side} failed: {reason}")
         self.sandboxes[side].copy_to(self.job.work / f"{side}.npy", ARRAY_BYTES, EMBED_S)

@@ -19,14 +19,14 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from subprocess import DEVNULL, Popen, run
+from subprocess import DEVNULL, Popen, SubprocessError, run
 
 import display
 import locks
 from history import History
 from project import ROOT, RUNS, Refused, visible, write_json
 from record import JUDGED
-from session import NIGHT, NIGHT_LOCK, Night, Session, current_night, load, progressed
+from session import NIGHT, NIGHT_LOCK, Night, Session, current_night, load, progressed, seconds_up
 
 LOG, OUTPUT = RUNS / "night.log", RUNS / "night.out"  # OUTPUT: the client's, which says how the conversation ended
 FIRST_WAIT = 10  # s until the client is started again; doubled after each conversation without an experiment
@@ -38,6 +38,10 @@ FRUITLESS = 10  # conversations in a row that ended in order but brought no expe
 DYING = 60  # s that an experiment gets to clean up, and then the client
 POLL = 3  # s
 CLIENT = ("setpriv", "--pdeathsig", "TERM", "claude", "-p", "start", "--output-format", "json", "--session-id")
+ENV = {
+    **os.environ,
+    "DISABLE_AUTOUPDATER": "1",
+}  # else the next conversation may be with a client that nobody has tried
 HINT = "It needs no terminal: Ctrl-C ends this view, ./run.sh night stop the night, after its running experiment."
 
 
@@ -45,6 +49,13 @@ def log_line(text: str) -> None:
     """A line of the log: the keeper's standard output."""
     with contextlib.suppress(OSError):  # a full disk
         print(time.strftime("%m-%d %H:%M  ") + text, flush=True)
+
+
+def client_version() -> str:
+    with contextlib.suppress(OSError, SubprocessError):
+        said = run(["claude", "--version"], stdin=DEVNULL, capture_output=True, text=True, timeout=DYING).stdout
+        return visible(said)[:60] or "unknown"
+    return "unknown"
 
 
 def end_process(pid: int, runs: Callable) -> None:
@@ -145,14 +156,16 @@ class Keeper:
         """One conversation to its end; what went wrong in it, '' when nothing did."""
         self.night.conversations += 1
         self.save()
-        log_line(f"Claude Code starts, conversation {self.night.conversations}")
+        log_line(f"Claude Code starts, conversation {self.night.conversations}, version {client_version()}")
         ident, watchdog, fault = str(uuid.uuid4()), Watchdog(newest=self.logged), ""
         command, limit = [*CLIENT, ident], self.history.program.stop.usd
         if limit is not None:
             command += ["--max-budget-usd", f"{limit - self.night.usd:.6f}"]
         try:
             with OUTPUT.open("wb") as out:
-                client = Popen(command, cwd=ROOT, stdin=DEVNULL, stdout=out, stderr=out, start_new_session=True)
+                client = Popen(
+                    command, cwd=ROOT, env=ENV, stdin=DEVNULL, stdout=out, stderr=out, start_new_session=True
+                )
         except OSError as e:
             return f"the client cannot be started: {e}"
         while client.poll() is None and not fault:
@@ -206,14 +219,15 @@ def begin(clock: str) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Refused("another night has just begun here; ./run.sh night shows it") from None
-        keeper = Keeper(Night(since=time.time(), after=History.load().newest, clock=clock, log=log.tell()))
+        now = {"since": time.time(), "up": seconds_up()}
+        keeper = Keeper(Night(**now, after=History.load().newest, clock=clock, log=log.tell()))
         if why := keeper.check():
             raise Refused(f"there is nothing to do: {why}")
         if NIGHT.exists() and load(Night, NIGHT).status is None:
             print("The last night was cut off (the machine went down, or its keeper was killed).")
         keeper.save()
         print(f"A night begins. {HINT}", flush=True)
-        command = ["setsid", "--fork", sys.executable, "-I", ROOT / "container/harness", "night", "keep"]
+        command = ["setsid", "--fork", sys.executable, "-I", "-X", "utf8", ROOT / "container/harness", "night", "keep"]
         run(command, stdin=DEVNULL, stdout=log, stderr=log, pass_fds=[lock.fileno()])
     return follow(keeper.night.log)
 

@@ -26,12 +26,13 @@ if TYPE_CHECKING:  # the guard reads the record before every run, and need not i
 
 REFS = "refs/experiments/"
 OURS = ("train.py", "scratchpad.md")  # the files of a kept attempt's commit
-JUDGED = ("kept", "discarded", "failed")  # verdicts on a candidate: what phases and `stop` count
+JUDGED = ("kept", "discarded", "failed")  # verdicts on a candidate: what phases and `stop` count; not "lost"
 # fields of a Record, and how their trailers are called
 TRAILERS = {
     "number": "Experiment", "verdict": "Verdict", "hypothesis": "Hypothesis", "change": "Change", "seed": "Seed",
     "phase": "Phase", "reason": "Reason", "train": "Train", "branch": "Branch", "comparable": "Comparable",
-    "chain": "Chain", "web": "Web", "by_hand": "By-Hand", "split": "Split", "test_evaluation": "Test-Look",
+    "device": "Device", "chain": "Chain", "web": "Web", "by_hand": "By-Hand", "split": "Split",
+    "test_evaluation": "Test-Look",
 }  # fmt: skip
 METRICS = {"mean_rank": "Mean-Rank", "median_rank": "Median-Rank"}  # likewise; with "-Runs" it is every run's value
 TRAILER = re.compile(r"([A-Z][A-Za-z-]*): (.*)")
@@ -71,10 +72,11 @@ class Outcome:
 
     verdict: str = ""
     hypothesis: str = ""
-    reason: str = ""  # of a failure, one line
+    reason: str = ""  # of a failure or a loss, one line
     phase: str = ""
     train: str = ""  # blob of train.py
-    comparable: str = ""  # hash of data, judge, image and budget; '' for an audit or a final
+    comparable: str = ""  # hash of data, judge, image, budget and device; '' for an audit or a final
+    device: str = ""  # that it ran on: cpu, or the GPU's model
     branch: str = ""
     change: str = ""  # "-24.4 % (7.0 sigma better)"
     chain: Chain | None = None

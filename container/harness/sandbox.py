@@ -32,7 +32,6 @@ END_LIMIT_S = 120  # until a sandbox that has sent everything has ended
 TERMINATE_S = 5  # until one elsewhere, whose lifeline was cut, has ended
 BEAT, BEAT_S = b"%020d", 5  # content of the lifeline, always as long, and the seconds from one change to the next
 STILL_S = 45  # without a change, after which a sandbox that is gone may have ended itself
-ENGINE_FAILED = 125  # exit status of podman and docker when they could not start a container
 LIFELINE_LOST = 75  # exit status of a sandbox that saw no change for a minute (stage.py)
 MESSAGE_BYTES = 4096  # of one JSON line
 ERROR_BYTES = 64 << 10  # the end of standard error, in which Slurm's messages are looked for
@@ -52,7 +51,7 @@ class Failed(Exception):
 
 
 class Lost(Exception):
-    """The same, for a reason that is not train.py's: a sandbox did not start, or was ended."""
+    """The same, for a reason that is not train.py's: what the machine or a scheduler did. It counts for nothing."""
 
 
 @contextlib.contextmanager
@@ -112,7 +111,7 @@ class Sandbox:
     def wait_until_ready(self, import_s: float) -> dict:
         """Wait for two messages: it is up, for which a launch command may queue, and it has imported what it needs.
 
-        Returns the second. Raises Lost, and Refused when the engine starts nothing.
+        Returns the second. Raises Refused when the engine starts nothing, and Lost when a launch command does not.
         """
         if launch := " ".join(self.container.launch):
             with when_late(NOTICE_S, say, f"run.sh: waiting for '{launch}' to start {self.stage}"):
@@ -122,9 +121,10 @@ class Sandbox:
         if up and (ready := self.message(import_s)):
             return ready
         error = " | ".join(self.last_error[-300:].decode("utf-8", "replace").strip().splitlines())
-        if self.process.returncode == ENGINE_FAILED:  # also with the next edit, and all night
-            raise Refused(f"{engine.name()} could not start the sandbox of {self.stage}: {error}")
-        raise Lost(f"the sandbox of {self.stage} did not start: {error or 'no message in time'}")
+        error = f"the sandbox of {self.stage} did not start: {error or 'no message in time'}"
+        if launch:
+            raise Lost(error)
+        raise Refused(f"{engine.name()}: {error}; nothing is recorded, and ./run.sh doctor says more")
 
     def message(self, limit_s: float) -> dict:
         """The next JSON line; {} when it ended, sent nothing in time, or something else. Raises Lost."""

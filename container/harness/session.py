@@ -1,6 +1,6 @@
 """A conversation with the agent: whether the loop is on in it, what it has used, what ends it. And a night of them.
 
-For the hooks and night.py. runs/session/ID.json holds a Session, beside it ID.usd what the status line said it cost;
+For the hooks and night.py. runs/session/ID.json holds a Session, beside it ID.usd and ID.tokens what it has used;
 runs/night.json holds the Night, and the process that keeps it going holds runs/night.lock. Times are unix seconds.
 """
 
@@ -30,9 +30,37 @@ def load(kind: type, file: Path, **default):
     return kind(**{**default, **{f.name: known[f.name] for f in fields(kind) if f.name in known}})
 
 
+def seconds_up() -> float:
+    """A clock that nobody sets: seconds since the machine started, its sleep included."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def moved(since: float, up: float) -> float:
+    """A time at which seconds_up() was `up` (0: unknown), by the clock as it is now: it may have been set back."""
+    return min(since, time.time() - max(0, seconds_up() - up if up else 0))
+
+
+@dataclass
+class Counter:
+    """How far a number of the client's has risen in all. It starts anew after a resume or a compaction."""
+
+    last: float = 0
+    risen: float = 0
+
+    @classmethod
+    def update(cls, file: Path, now: float) -> float:
+        """Keep what the number is now; returns what it has risen in all."""
+        before = load(cls, file)
+        after = cls(now, before.risen + max(0, now - before.last))
+        if after != before:
+            write_json(file, asdict(after))
+        return after.risen
+
+
 @dataclass
 class Night:
     since: float = 0.0
+    up: float = 0.0  # seconds_up() at that time
     after: int = 0  # experiments with a higher number count
     clock: str = ""  # HH:MM at which the person wants it to end
     stop: str = ""  # why no further experiment may begin
@@ -51,7 +79,9 @@ def current_night() -> Night | None:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return load(Night, NIGHT)
+            night = load(Night, NIGHT)
+            night.since = moved(night.since, night.up)
+            return night
     return None
 
 
@@ -61,7 +91,9 @@ class Session:
     transcript: str = ""  # the client's file
     on: bool = False
     stopped: bool = False  # by a person, who has not typed anything since
+    fault: str = ""  # of the model's provider, which ended the turn: the loop stands still
     since: float = 0.0
+    up: float = 0.0  # seconds_up() at that time
     after: int = 0  # experiments with a higher number count
     clock: str = ""  # HH:MM at which the night ends that it is a part of
     seen: int = 0  # newest experiment at the end of the last turn
@@ -73,21 +105,28 @@ class Session:
     def load(cls, conversation) -> Session:
         """By the id that the client gives with every hook call."""
         ident = re.sub(r"[^A-Za-z0-9_-]", "", str(conversation))[:100]
-        return load(cls, SESSIONS / f"{ident}.json", id=ident)
+        session = load(cls, SESSIONS / f"{ident}.json", id=ident)
+        session.since = moved(session.since, session.up)
+        return session
 
     def save(self) -> None:
         write_json(SESSIONS / f"{self.id}.json", asdict(self))
 
     def start(self, night: Night | None, newest: int) -> None:
         """The loop is on, and everything counts from here; in a night, from where that began."""
-        night = night or Night(since=time.time(), after=newest)
+        night = night or Night(since=time.time(), up=seconds_up(), after=newest)
         self.on, self.stopped, self.idle, self.seen = True, False, 0, newest
-        self.since, self.after, self.clock = night.since, night.after, night.clock
+        self.since, self.up = moved(night.since, night.up), night.up
+        self.after, self.clock = night.after, night.clock
         self.tokens_before, self.usd_before = self.tokens() - night.tokens, self.usd() - night.usd
 
     def usd(self) -> float:
         """What the conversation cost so far; 0 without a terminal, whose status line is told."""
-        return read_json(SESSIONS / f"{self.id}.usd", 0.0)
+        return load(Counter, SESSIONS / f"{self.id}.usd").risen
+
+    def note_cost(self, usd: float) -> None:
+        """What the status line is told that the conversation cost."""
+        Counter.update(SESSIONS / f"{self.id}.usd", usd)
 
     def transcripts(self) -> list[Path]:
         """Of the conversation and its subagents, as the client writes them."""
@@ -97,7 +136,7 @@ class Session:
         return [file for file in (main, *main.with_suffix("").glob("subagents/*.jsonl")) if file.is_file()]
 
     def tokens(self) -> int:
-        """Of all messages; one is written once for each of its blocks."""
+        """Of all messages, those of a transcript that was replaced too; one is written once for each of its blocks."""
         used: dict[str, int] = {}
         lines = (line for file in self.transcripts() for line in file.read_bytes().splitlines() if b'"usage"' in line)
         for line in lines:
@@ -105,7 +144,8 @@ class Session:
                 message = json.loads(line)["message"]
                 n = sum(message["usage"].get(kind) or 0 for kind in TOKENS)
                 used[message["id"]] = max(n, used.get(message["id"], 0))
-        return sum(used.values())
+        counter = SESSIONS / f"{self.id}.tokens"
+        return Counter.update(counter, sum(used.values())) if used else load(Counter, counter).risen
 
     def used(self, history: History) -> dict:
         """{unit: (used since start, limit)} of everything that program.md's `stop` limits."""
@@ -123,12 +163,15 @@ class Session:
         near = [amount(unit, n, f" of {limit:{FORMATS[unit]}}") for unit, (n, limit) in self.used(history).items()]
         return f" Since start {', '.join(near)}." if near else ""
 
-    def reason_to_end(self, history: History) -> str:
-        """Why no further experiment may begin; '' while one may, and where the loop was never on."""
+    def reason_to_end(self, history: History | None) -> str:
+        """Why no further experiment may begin; '' while one may, and where the loop was never on.
+
+        history: needed only while the loop is on.
+        """
         if self.stopped or not self.on:
             return "the person said stop" if self.stopped else ""
         night, stop = current_night(), history.program.stop
-        if night and night.since == self.since and night.stop:
+        if night and night.up == self.up and night.stop:
             return night.stop
         for clock, source in ((self.clock, "the person said"), (stop.clock, "program.md's `stop` says")):
             if clock and time.time() >= next_time(clock, self.since):
@@ -151,8 +194,8 @@ def next_time(clock: str, since: float) -> float:
 
 
 def progressed(history: History, after: int) -> bool:
-    """Whether anything ran since that experiment. HEAD's own train.py, if it does not run, is for a person to fix."""
-    return any(r.number > after and r.verdict != "unmeasured" for r in history.own(history.records))
+    """Whether anything was judged since that experiment. A machine, or HEAD's own train.py, is for a person to fix."""
+    return any(r.number > after and r.verdict not in ("unmeasured", "lost") for r in history.own(history.records))
 
 
 def plan_has_changed() -> bool:

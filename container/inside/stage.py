@@ -64,6 +64,7 @@ gc.freeze()
 gc.enable()
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GPU_PROOF_S = 60  # a GPU that does nothing by then is not going to
 BATCH = 64  # images or captions encoded at once; larger ones fall out of the cache
 PROBE = 4  # training rows that `load` must encode where embedding failed: there a traceback may be shown
 PR_SET_DUMPABLE = 4
@@ -73,6 +74,7 @@ CODE = Path("/code/train.py")
 MAX_ROWS_OF_TRACE = 40
 MAX_LINE = 999  # of train.py that is named where embedding failed: how much it may say there is bounded
 MAX_ERROR = 200  # bytes, in which it says that
+CGROUP_V2, CGROUP_V1 = Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memory")
 TMPFS = ("/out", "/tmp", "/dev/shm")
 NO_SPACE = 1 << 20  # bytes left on one that is full
 
@@ -86,9 +88,10 @@ def report(stream, **fields) -> None:
 def in_child(work, limit_s: float, result) -> dict:
     """Fork and run work(result) in the child, for at most limit_s. Nothing that it started lives on.
 
-    Returns {"seconds": s, "status": "ok" | "crashed" | "killed" | "limit"}, of a killed one with "signal" and "oom".
+    Returns {"seconds": s, "status": "ok" | "crashed" | "killed" | "limit"}, of a killed one with "signal", "oom" and,
+    where that was the whole machine's want of memory, "machine_oom".
     """
-    kills, start = oom_kills(), time.monotonic()
+    (kills, refusals), start = memory_events(), time.monotonic()
     LIBC.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     pid = os.fork()
     if pid == 0:
@@ -109,7 +112,10 @@ def in_child(work, limit_s: float, result) -> dict:
     if not in_time:
         return {**end, "status": "limit"}
     if os.WIFSIGNALED(status):
-        return {**end, "status": "killed", "signal": os.WTERMSIG(status), "oom": oom_kills() > kills}
+        kills_now, refusals_now = memory_events()
+        oom = kills_now > kills
+        end |= {"oom": oom, "machine_oom": oom and refusals_now == refusals}
+        return {**end, "status": "killed", "signal": os.WTERMSIG(status)}
     return {**end, "status": "crashed" if os.WEXITSTATUS(status) else "ok"}
 
 
@@ -142,12 +148,41 @@ def exit_status(work, result) -> int:
             sys.stderr.flush()
 
 
-def oom_kills() -> int:
-    """How many processes of this sandbox the kernel has ended for want of memory (cgroup v1 and v2)."""
-    for f in ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control"):
-        if os.path.exists(f):
-            return next((int(line.split()[1]) for line in open(f) if line.startswith("oom_kill ")), 0)
-    return 0
+def memory_events() -> tuple[int, int]:
+    """How many processes here the kernel has ended for want of memory, and how often the sandbox was at its own limit.
+
+    cgroup v2, or v1.
+    """
+    if CGROUP_V2.exists():
+        counts = dict(line.split() for line in CGROUP_V2.read_text().splitlines())
+        return int(counts.get("oom_kill", 0)), int(counts.get("max", 0))
+    if (CGROUP_V1 / "memory.oom_control").exists():
+        counts = dict(line.split() for line in (CGROUP_V1 / "memory.oom_control").read_text().splitlines())
+        return int(counts.get("oom_kill", 0)), int((CGROUP_V1 / "memory.failcnt").read_text())
+    return 0, 0
+
+
+def try_gpu(result) -> None:
+    """In a child, since a process that has used a GPU cannot fork others that do: one sum on it, and its model."""
+    try:
+        torch.ones(8, device=DEVICE).sum().item()
+        said = {"device": torch.cuda.get_device_name()}
+    except Exception as e:  # an old driver, a GPU that this torch was not built for, one in trouble
+        said = {"fault": f"{type(e).__name__}: {e}".partition("\n")[0][:MAX_ERROR]}
+    result.write(json.dumps(said).encode())
+    result.flush()
+
+
+def device(result) -> dict:
+    """What the training would run on; "fault": why that GPU cannot be used."""
+    if DEVICE == "cpu":
+        return {"device": DEVICE}
+    end = in_child(try_gpu, GPU_PROOF_S, result)
+    result.seek(0)
+    said = json.loads(result.read() or b"{}") or {"fault": f"a first sum on it: {end['status']}"}
+    result.seek(0)
+    result.truncate()
+    return said
 
 
 def run_training(_) -> None:
@@ -234,7 +269,7 @@ def main(stage: str, limit_s: float) -> None:
     """Report that we are ready and how the stage ended; then, if well, send what it leaves."""
     work = {"train": run_training, "images": encode_side, "captions": encode_side, "probe": encode_probe}[stage]
     with os.fdopen(os.dup(1), "wb") as out, os.fdopen(os.memfd_create("result"), "w+b") as result:
-        report(out, ready=True, device=DEVICE)
+        report(out, ready=True, **(device(result) if stage == "train" else {}))
         if stage != "train":  # the archive comes when training has ended; only then does the clock start
             select.select([sys.stdin], [], [])
         end = in_child(work, limit_s, result)

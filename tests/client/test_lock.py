@@ -32,7 +32,7 @@ CLIENTS_OWN_FILES = re.compile(  # what the client keeps in HOME for itself, wha
 )
 NOTHING = re.compile("(?!)")
 STUB = """#!/bin/bash
-printf '%s|%s|%s\\n' "$AR_PROOF" "$PWD" "$*" | tee -a {log}
+printf '%s|%s|%s\\n' "$(cd runs/session && rm -v "proof.$CLAUDE_CODE_SESSION_ID")" "$PWD" "$*" | tee -a {log}
 """
 MCP_SERVER = """
 import json, sys
@@ -174,15 +174,16 @@ def test_only_the_three_abilities(ground, name, figure, sample):
 
     # The abilities did their jobs ...
     runs = ground.log.read_text().splitlines()
-    ids = [r.id for c, r in pairs if c.ability and c.tool == "Bash"]
-    assert runs == [f"{i}|{ground.path}|" for i in ids], "each with its own proof, no arguments, in the right folder"
+    count_runs = sum(c.ability and c.tool == "Bash" for c in cases)
+    one = f"removed 'proof.{talk.id}'|{ground.path}|"
+    assert runs == [one] * count_runs, "each with its own proof, no arguments, in the right folder"
     if count == len(fine):
         train, pad = (ground.path / name for name in ("train.py", "scratchpad.md"))
         assert train.read_text() == "# lock: 0\n# train.py 3\n# train.py 2\n# train.py 1\n# twice\n# twice\n"
         assert pad.read_text() == "# lock: 0\n# scratchpad.md 5\n# scratchpad.md 4\n"
     assert all(r.content for c, r in pairs if c.ability)
     # ... and nothing else happened.
-    own = re.compile(rf"train\.py|scratchpad\.md|runs/session/(proof\.({'|'.join(ids)})|{talk.id}\.json)")
+    own = re.compile(rf"train\.py|scratchpad\.md|runs/session/{talk.id}\.json")
     assert not changes(before[0], tree(ground.path), own)
     assert not changes(before[1], tree(ground.out), NOTHING)
     assert at_home(ground) == ([".claude/settings.json"] if "user" in options else [])
@@ -335,7 +336,7 @@ def test_without_hooks_run_sh_refuses_claude_code(made_up, home, how):
     before = tree(made_up.path)
     tries = [
         f"{script}",
-        f"AR_PROOF=toolu_0001 {script}",
+        f"CLAUDE_CODE_SESSION_ID=another {script}",
         f"{script} setup",
         f"{script} status",
     ]
@@ -347,6 +348,88 @@ def test_without_hooks_run_sh_refuses_claude_code(made_up, home, how):
     assert all(PROOFLESS in r.content and "terminal" in r.content for r in results[:2]), results
     assert "is for a person, in a terminal" in results[2].content, results
     assert not changes(before, tree(made_up.path), re.compile(r"\.claude/settings\.local\.json"))
+
+
+# A person's own settings
+
+BENDING = {
+    "agent": "general-purpose",
+    "autoCompactEnabled": False,
+    "disableAllHooks": True,
+    "outputStyle": "Learning",
+    "permissions": {"defaultMode": "plan"},
+    "sandbox": {"enabled": True, "failIfUnavailable": True},
+    "statusLine": {"type": "command", "command": "date"},
+    "env": {
+        "BASH_DEFAULT_TIMEOUT_MS": "100",
+        "BASH_MAX_OUTPUT_LENGTH": "200",
+        "CLAUDE_BASH_MAINTAIN_PROJECT_WORKING_DIR": "0",
+        "CLAUDE_CODE_DISABLE_CLAUDE_MDS": "1",
+        "CLAUDE_CODE_SHELL_PREFIX": "/usr/bin/nice",
+        "CLAUDE_CODE_SKIP_PROMPT_HISTORY": "1",
+        "DISABLE_COMPACT": "1",
+        "LANG": "de_DE.ISO-8859-1",
+        "PYTHONHOME": "/nonexistent",
+        "TZ": "Asia/Tokyo",
+    },
+}
+
+
+def test_what_a_persons_settings_would_bend_is_pinned(quick, tmp_path):
+    """All of it at once: the request is the same as without, the result is whole, the transcript is there."""
+    talks = []
+    for name, user in (("plain", {}), ("bent", BENDING)):
+        script = [call("Bash", command="./run.sh"), say("noted")]
+        talks.append(Conversation(quick.path, tmp_path / name, script, trusted=True, user=user).run("hello"))
+        assert len(list((tmp_path / name).glob(".claude/projects/*/*.jsonl"))) == 1
+    plain, bent = (talk.model.requests[0] for talk in talks)
+    assert (bent.system, bent.tools) == (plain.system, plain.tools) and "How you work here" in json.dumps(bent.body)
+    assert abs(bent.messages - plain.messages) < 300, "the brief of one more experiment"
+    assert "Learning" not in json.dumps(bent.body)
+    (result,) = talks[1].model.results
+    assert result.content.startswith("---\n") and "next:" in result.content, result
+
+
+REWRITE = """python3 -c 'import json, sys, time
+given = json.load(sys.stdin)["tool_input"]
+time.sleep({seconds})
+given["command"] = given["command"].replace("./run.sh", "{command}")
+decision = {{"hookEventName": "PreToolUse", "permissionDecision": "allow", "updatedInput": given}}
+print(json.dumps({{"hookSpecificOutput": decision}}))'
+"""
+
+
+@pytest.mark.parametrize(("seconds", "command"), [(0, "nice ./run.sh"), (1, "nice ./run.sh"), (1, "bash -c ./run.sh")])
+def test_another_hook_that_rewrites_the_command(quick, home, seconds, command):
+    hook = {"type": "command", "command": REWRITE.format(seconds=seconds, command=command)}
+    user = {"hooks": {"PreToolUse": [{"matcher": "Bash", "hooks": [hook]}]}}
+    script = [call("Bash", command="./run.sh"), call("Bash", command="id"), call("Bash", command="./run.sh"), say("x")]
+    results = Conversation(quick.path, home, script, trusted=True, user=user).run("hello").model.results
+    assert [r.is_error for r in results] == [False, True, False], results
+    assert len(quick.experiments()) == 1 + 2
+
+
+RULES = [
+    {"ask": ["Bash"]},
+    {"deny": ["Bash(./run.sh:*)"]},
+    {"ask": ["Edit"]},
+    {"deny": ["Read(./train.py)"]},
+]
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_rules_that_deny_the_agents_calls_are_named(quick, home, rules):
+    """Nothing of the project can allow what they deny; but person and agent are told which, and where."""
+    script = [
+        call("Bash", command="./run.sh"),
+        call("Read", file_path="train.py"),
+        call("Edit", file_path="scratchpad.md", old_string="idea", new_string="thought"),
+    ]
+    talk = Conversation(quick.path, home, script, trusted=True, user={"permissions": rules}).run("hello")
+    ((kind, (rule,)),) = rules.items()
+    assert any(r.is_error for r in talk.model.results), "a rule that does no harm"
+    named = f"{home}/.claude/settings.json: permissions.{kind} {rule} denies calls that the agent needs"
+    assert named in talk.model.requests[0].shown.text and named in talk.told
 
 
 # Generated calls
@@ -362,7 +445,7 @@ def test_generated_calls(ground, figure, sample):
     passed = [(c, r) for c, r in zip(cases, results) if not r.is_error]
     wrong = [str(c) for c, _ in passed if not fuzz.allowed(c.tool, c.given, str(ground.path))]
     by_guard = sum(r.is_error and CLIENTS_OWN_REFUSAL not in r.content for r in results)
-    own = re.compile(r"train\.py|scratchpad\.md|runs/session/(proof\.toolu_\d+|[0-9a-f-]{36}\.json)")
+    own = re.compile(r"train\.py|scratchpad\.md|runs/session/[0-9a-f-]{36}\.json")
     changed = changes(before[0], tree(ground.path), own) + changes(before[1], tree(ground.out), NOTHING)
     seen = f"{len(cases)} calls, {len(passed)} passed, {by_guard} refused by the guard"
     figure("lock: generated calls through the client", len(cases), len(wrong), passed=len(passed), guard=by_guard)

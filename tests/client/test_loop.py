@@ -13,6 +13,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+import faults
 import instant
 from client import CLIENT, Conversation, Model, Shown, Turn, call, environment, prepare_home, say
 from repository import Project, block
@@ -240,6 +243,41 @@ def test_a_broken_plan_is_told_and_ends_the_loop(quick, home):
     assert len(quick.experiments()) == 2
     talk = Conversation(quick.path, home, [say("Please fix line 5.")]).run("start")
     assert len(talk.model.requests) == 1 and error in talk.model.requests[0].shown.text
+
+
+def test_hooks_begin_anew_with_a_plan_whose_phases_are_done(quick, home):
+    """Another budget is another baseline: the loop goes on, and the guard lets the run through."""
+    quick.edit("until: 40 experiments\n\n## Phase 2 — second\n", "until: 1 experiments\n", "program.md")
+
+    def script():
+        yield RUN
+        yield say("noted")
+        quick.edit("budget: 120", "budget: 60", "program.md")
+        yield from [RUN, RUN, say("noted"), say("never said")]
+
+    steps = script()
+    talk = Conversation(quick.path, home, lambda shown: next(steps)).run("start", "start")
+    assert len(notices(talk)) == 2 and all("all phases of program.md are done" in n for n in notices(talk))
+    results = [r.content for r in talk.model.results]
+    assert "verdict:      discarded" in results[0] and "verdict:      discarded" in results[1], results
+    assert "The loop has ended" in results[2] and "never said" not in talk.told
+
+
+@pytest.mark.parametrize("fault", ["OVERLOADED", "LIMITED"])
+def test_a_turn_that_the_provider_ends_is_told(quick, home, fault):
+    """The client asks no Stop hook then."""
+    turns = [RUN, *[getattr(faults, fault)] * 9]
+    talk = Conversation(quick.path, home, turns, env={"CLAUDE_CODE_MAX_RETRIES": "1"})
+    talk.type("start")
+    shown, deadline = "", time.monotonic() + 120
+    while "STANDS STILL" not in shown and time.monotonic() < deadline:
+        time.sleep(0.5)
+        given = json.dumps({"session_id": next((e["session_id"] for e in talk.events if "session_id" in e), "")})
+        line = [quick.path / ".claude/hooks/loop.py", "statusline"]
+        shown = subprocess.run(line, input=given, capture_output=True, text=True).stdout
+    talk.close()
+    assert re.match(r"THE LOOP STANDS STILL \(API Error.*\); type anything to go on \| #2", shown), shown
+    assert not texts(talk, "^Stop hook feedback") and talk.ends[-1]["is_error"]
 
 
 # In a terminal

@@ -55,18 +55,17 @@ def test_what_the_user_does_meanwhile(sweep: Sweep, tmp_path):
 
 
 def test_an_engine_that_starts_nothing_is_no_experiment(sweep: Sweep, tmp_path):
-    """A full storage, a driver that was updated: it would end phase after phase. One that starts and dies is lost."""
+    """A full storage, a driver that was updated, a CDI specification that is missing (126 or 127): it would end phase
+    after phase."""
     project = sweep.bases["kept"].copy(tmp_path / "repo")
     before, text = project.experiments(), project.read("train.py")
-    for stage in ("train", "images"):
-        sweep.shims.arm(stage, "refused", "125")
+    for stage, status in (("train", 125), ("train", 126), ("train", 127), ("train", 1), ("images", 126)):
+        sweep.shims.arm(stage, "refused", str(status))
         done = project.run()
-        assert done.returncode == 2 and f"could not start the sandbox of {stage}" in done.stderr, done.stdout
-    assert (project.experiments(), project.read("train.py"), project.containers()) == (before, text, "")
-    sweep.shims.arm("train", "refused", "1")
-    shown = block(project.run().stdout)
+        assert done.returncode == 2 and f"the sandbox of {stage} did not start" in done.stderr, done.stdout
+        assert "nothing is recorded, and ./run.sh doctor says more" in done.stderr
     sweep.shims.arm()
-    assert shown["verdict"] == "failed" and "did not start" in shown["reason"]
+    assert (project.experiments(), project.read("train.py"), project.containers()) == (before, text, "")
 
 
 def test_a_full_disk(sweep: Sweep, tmp_path, sample, figure):
@@ -82,7 +81,7 @@ def test_a_full_disk(sweep: Sweep, tmp_path, sample, figure):
             base = sweep.bases["kept"]
             shutil.copytree(base.path, tmp_path / "disk/repo", symlinks=True, ignore=shutil.ignore_patterns("data"))
             project = Project(tmp_path / "disk/repo")
-            project.given = base.given
+            project.given = f"{base.given}\nmeasure.ROOM = 0\n"  # as if another program filled it during the run
             (project.path / "data").symlink_to(base.path / "data")
             limit = {}
             if small:

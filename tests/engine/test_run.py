@@ -225,9 +225,10 @@ def test_when_run_sh_alone_is_ended_its_containers_go_too(fast: Project, tmp_pat
     assert "nothing" in fast.run("status").stdout and fast.experiments() == [1, 2]
 
 
-def test_odd_places(quick_base: Project, tmp_path):
-    """Spaces, quotes and unicode in the path, umask 077, a detached HEAD, no identity, a worktree that shares data."""
-    odd = tmp_path / 'it\'s a "répo" dir'
+@pytest.mark.parametrize("name", ['it\'s a "répo" dir', "a:b,c=d\ne", "-v ${x};漢 "])
+def test_odd_places(quick_base: Project, tmp_path, name: str):
+    """Whatever a path may hold, umask 077, a detached HEAD, no identity, a worktree that shares data."""
+    odd = tmp_path / name
     project = quick_base.copy(odd)
     project.git("config", "--unset", "user.name")
     project.git("config", "--unset", "user.email")

@@ -99,8 +99,8 @@ def lifts(outside: Outside) -> dict[str, list[tuple]]:
         "host_network": [("--network none", "--network host")],  # reads one file there
         "folder": [("--rm", f"--rm -v {folder}:{folder}:ro -v {folder}/socket:/run/docker.sock")],
         "device": [("--rm", "--rm --device /dev/null:/dev/extra")],
-        "input": [(":/input:ro", ":/input:rw")],
-        "code": [(":/probes.py:ro", ":/probes.py:rw")],
+        "input": [("target=/input,readonly", "target=/input")],
+        "code": [("target=/probes.py,readonly", "target=/probes.py")],
         "dumpable": [("--rm", "--rm --env PROBE_DUMPABLE=1")],
         "nofile": [("nofile=8192:8192", "nofile=16384:16384")],
         "core": [("core=0:0", "core=1000:1000")],
@@ -426,7 +426,7 @@ def test_probes_in_a_real_training(hostile, figure):
 
 def test_no_probe_gets_through_and_every_control_does(chosen, tmp_path, figure):
     outside = Outside(tmp_path / "outside")
-    table = [p for p in probes.PROBES if engine.limits_hold() or p.lift not in CGROUP_LIFTS]
+    table = [p for p in probes.PROBES if not engine.missing_controllers() or p.lift not in CGROUP_LIFTS]
     controls = [p for p in table if not cannot(p)]
     started, held, opened = time.monotonic(), {}, {}
     for names, lifted, memory in outside.batches(table, False):
@@ -456,12 +456,11 @@ def test_when_the_process_outside_is_killed_the_sandboxes_end_by_themselves(aban
 
 def test_an_engine_that_holds_no_limits_is_named_before_a_training_starts(monkeypatch, capsys, tmp_path):
     """Rootless podman on cgroup v1."""
-    exists = Path.exists
-    monkeypatch.setattr(Path, "exists", lambda p: exists(p) and str(p) != "/sys/fs/cgroup/cgroup.controllers")
+    monkeypatch.setattr(engine, "missing_controllers", lambda: list(engine.CONTROLLERS))
     monkeypatch.setattr(engine, "rootless", lambda: True)
     assert install.doctor() == 1
     shown = next(line for line in capsys.readouterr().out.splitlines() if " limits " in line)
-    assert shown.startswith("BAD ") and "IGNORES memory, process and CPU limits" in shown
+    assert shown.startswith("BAD ") and "IGNORES memory, process, CPU limits" in shown
     monkeypatch.setattr(measure, "Log", lambda path: pytest.fail(capsys.readouterr().err or "no warning"))
-    with pytest.raises(pytest.fail.Exception, match="warning: this engine enforces no memory and process limits"):
+    with pytest.raises(pytest.fail.Exception, match="warning: this engine enforces no memory, process, CPU limits"):
         measure.run(measure.Job(tmp_path, tmp_path, BUDGET, MEMORY, 1, tmp_path / "log", "none"))

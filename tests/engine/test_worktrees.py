@@ -116,7 +116,7 @@ def test_a_device_is_a_gpu_of_its_own(tmp_path: Path, device: int, gpu: int):
     fake = tmp_path / "nvidia-smi"
     fake.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA (UUID: GPU-a)'\necho 'GPU 1: NVIDIA (UUID: GPU-b)'\n")
     fake.chmod(0o755)
-    code = f"import engine; print(engine.name(), engine.gpus(), *engine.gpu_options({device}))"
+    code = f"import engine; print(engine.name(), len(engine.gpus()), *engine.gpu_options({device}))"
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT / "container/harness", env=env, capture_output=True, text=True

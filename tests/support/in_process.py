@@ -222,7 +222,7 @@ def harness(root: Path) -> dict:
     project.ROOT, project.RUNS = root, root / "runs"
     modules = {name: importlib.import_module(name) for name in MODULES}
     engine, experiment, measure = (modules[name] for name in ("engine", "experiment", "measure"))
-    engine.find_image, engine.gpus, engine.sweep = lambda: "sha256:made-up", lambda: 0, lambda background=False: None
+    engine.find_image, engine.gpus, engine.sweep = lambda: "sha256:made-up", lambda: [], lambda background=False: None
     experiment.refresh_report = lambda: None
     modules["record"].STALE_LOCK_S = STALE_LOCK_S
     measure.run = lambda job: measured(measure, job)

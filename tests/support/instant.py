@@ -15,7 +15,7 @@ from repository import Project, block, copy_of_the_repository
 SUPPORT = Path(__file__).resolve().parent
 RUN_SH = """#!/bin/bash
 cd "$(dirname "$0")" || exit
-exec {python} -I -B {given} "$PWD/container/harness" "$(cat .git/given.py)" "$@"
+exec {python} -I -X utf8 -B {given} "$PWD/container/harness" "$(cat .git/given.py)" "$@"
 """
 # `slow`: a file with the seconds that a training takes
 MADE_UP = f"""
@@ -29,7 +29,7 @@ def run(job):
     return in_process.measured(measure, job)
 
 measure.run = run
-engine.find_image, engine.gpus, engine.sweep = lambda: "sha256:made-up", lambda: 0, lambda background=False: None
+engine.find_image, engine.gpus, engine.sweep = lambda: "sha256:made-up", lambda: [], lambda background=False: None
 experiment.refresh_report = report.report = lambda: None
 """
 # ./run.sh alone: every time another train.py and hypothesis, as if the agent had written them; it loses

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 import git
+import history
 import program
 import record
 from history import History
@@ -37,6 +40,7 @@ class Recorded:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, text: str = PLAN):
         self.text, self.records = text, []
         self.branch, self.incumbent, self.comparable = "main", INCUMBENT, "x"
+        monkeypatch.setattr(history, "COMPARED", Path("/nonexistent"))
         monkeypatch.setattr(record, "load_all", lambda: list(self.records))
         monkeypatch.setattr(git, "branch", lambda: self.branch)
         monkeypatch.setattr(git, "object_id", lambda name: self.incumbent)

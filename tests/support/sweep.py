@@ -60,7 +60,8 @@ def consistent(project: Project, before: Before, recovered: bool) -> list[str]:
         wrong.append(f"git fsck: {fsck.stdout}{fsck.stderr}")
     record = project.trailers(f"refs/experiments/{n}") if n in project.experiments() else {}
     kept, head = record.get("Verdict") == "kept", project.git("rev-parse", "HEAD")
-    stays = "goes on" in record.get("Chain", "")  # the next idea builds on it
+    lost = record.get("Verdict") == "lost"
+    stays = lost or "goes on" in record.get("Chain", "")  # the next idea builds on it, or it is tried again
     new = head != before.head
     if new:
         changed = project.git("diff", "--name-only", before.head, head).split()
@@ -74,7 +75,11 @@ def consistent(project: Project, before: Before, recovered: bool) -> list[str]:
     if now != before.file and (now != carried_out or not record):
         wrong.append("train.py is neither untouched nor correctly reverted")
     if record:
-        if before.values and record["Verdict"] != "failed" and (found := numbers(project, n)) != before.values:
+        if (
+            before.values
+            and record["Verdict"] not in ("failed", "lost")
+            and (found := numbers(project, n)) != before.values
+        ):
             wrong.append(f"the record says {found}, not {before.values}")
         files = project.git("ls-tree", "--name-only", f"refs/experiments/{n}:experiment").split()
         if not {"result.json", "train.log"} <= set(files):
@@ -218,7 +223,7 @@ class Sweep:
         self.shims.arm()
         alone = side in ALONE
         ended = (run.returncode, block(output).get("verdict"))
-        if alone and ended not in ((0, verdict), (1, "failed")):
+        if alone and ended not in ((0, verdict), (1, "failed"), (1, "lost"), (2, None)):
             wrong.append(f"ended as {ended}: {output}")
         if side in ("before", "after", "inside") and run.returncode != -signal.SIGKILL:
             wrong.append(f"was not killed: {output}")

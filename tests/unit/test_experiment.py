@@ -120,9 +120,9 @@ def test_refusals_name_the_next_step(small: Small):
     small.edit("data: prints", "data: elsewhere", "program.md")
     refused(small, "data/elsewhere/info.json is missing: run ./run.sh data elsewhere in a terminal")
     small.git("checkout", "program.md")
-    refused(small, "train.py is unchanged", env={"CLAUDECODE": "1", "AR_PROOF": proof(small)})
+    refused(small, "train.py is unchanged", env={"CLAUDECODE": "1", "CLAUDE_CODE_SESSION_ID": proof(small)})
     assert not list((small.path / "runs/session").glob("proof.*"))  # good for one call
-    refused(small, "its guard did not approve this call", env={"CLAUDECODE": "1", "AR_PROOF": "x"})
+    refused(small, "its guard did not approve this call", env={"CLAUDECODE": "1", "CLAUDE_CODE_SESSION_ID": "s"})
     small.edit("until: 40 experiments\n\n## Phase 2 — second\n", "until: 0 experiments\n", "program.md")
     small.write("train.py", KEPT)
     refused(small, "all phases of program.md are done")
@@ -135,11 +135,67 @@ def test_refusals_name_the_next_step(small: Small):
         assert f"usage: ./run.sh {verb}" in small.run(verb, *words).stderr
 
 
+CHANGES = {  # of what results are compared by
+    "budget": lambda small: small.edit("budget: 120", "budget: 60", "program.md"),
+    "data": lambda small: small.edit("data: prints", "data: other", "program.md"),
+    "content": lambda small: small.write("data/prints/info.json", small.read("data/other/info.json")),
+}
+
+
+@pytest.mark.parametrize("what", ["budget", "data", "content"])
+def test_what_hooks_and_displays_compare_with_is_what_a_run_would(small: Small, what: str):
+    """With all phases done, a changed plan begins anew for them too, and the old plan finds its own results again."""
+    small.make_data("other")
+    small.edit("until: 40 experiments\n\n## Phase 2 — second\n", "until: 1 experiments\n", "program.md")
+    small.write("train.py", KEPT)
+    small.hypothesis("an idea")
+    small.run()
+    before, data = small.read("program.md"), small.read("data/prints/info.json")
+    reason = "from session import Session; print(Session(on=True).reason_to_end(history.History.load()))"
+    done, anew = "phase:    all phases of program.md are done", "phase:    1 of 1 (first), 0 of 1 experiments"
+    assert done in small.run("status").stdout and "all phases" in small.python(reason)
+
+    CHANGES[what](small)
+    status = small.run("status").stdout
+    assert anew in status and "not measured yet" in status and small.python(reason) == ""
+    if what == "content":
+        small.make_data("other")
+        shutil.copytree(small.path / "data/other", small.path / "data/prints", dirs_exist_ok=True)
+    small.hypothesis("another idea")
+    small.write("train.py", train_py(33))
+    small.run()
+    assert done in small.run("status").stdout and "all phases" in small.python(reason)
+
+    small.write("program.md", before)
+    small.write("data/prints/info.json", data)
+    status = small.run("status").stdout
+    assert done in status and "1 experiments: 1 kept" in status
+
+
+def test_data_that_are_not_there_are_compared_with_nothing(small: Small):
+    """A run says so; hooks let it, and displays go on."""
+    small.edit("data: prints", "data: elsewhere", "program.md")
+    for verb in ("status", "log"):
+        done = small.run(verb)
+        assert done.returncode == 0, done.stderr
+    assert "not measured yet" in small.run("status").stdout
+    small.git("checkout", "program.md")
+    assert "not measured yet" not in small.run("status").stdout
+
+
+def test_a_worktree_in_which_nothing_ran_goes_by_the_record(small: Small):
+    (small.path / "runs/compared.json").unlink()
+    assert "not measured yet" not in small.run("status").stdout
+    small.hypothesis("an idea")
+    small.write("train.py", KEPT)
+    assert small.run().returncode == 0 and (small.path / "runs/compared.json").exists()
+
+
 def proof(small: Small) -> str:
     """As the guard leaves one for every call that it lets through."""
     (small.path / "runs/session").mkdir(exist_ok=True)
-    small.write("runs/session/proof.toolu_1", "")
-    return "toolu_1"
+    small.write("runs/session/proof.s", "")
+    return "s"
 
 
 def test_train_py_must_be_one_ordinary_file(small: Small):

@@ -342,6 +342,133 @@ def test_the_status_line_reports_the_cost(loop):
     assert "2.00 USD since start, as program.md's `stop` says" in loop.end()
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "risen"),
+    [
+        ([5], [12], 7),
+        ([5], [12, 0.4, 14.9], 21.5),  # it starts anew after a compaction or a resume
+        ([5], [0.4, 5], 4.6),
+        ([], [3, 1, 2], 4),
+        ([2, 7], [7, 7, 6.5, 7.5], 1),
+        ([5], [], 0),
+        ([5], [None, 0, 0], 0),
+    ],
+)
+def test_a_cost_that_starts_anew(loop, before, after, risen):
+    """Never less than nothing, and never less than what it rose by."""
+    loop.stop_at("15 USD")
+    for usd in before:
+        loop.call("statusline", cost={"total_cost_usd": usd})
+    loop.type("start")
+    for usd in after:
+        loop.call("statusline", cost={"total_cost_usd": usd})
+    used, _ = loop.session.used(loop.plan.history)["usd"]
+    assert used == pytest.approx(risen)
+    assert ("USD since start, as program.md's `stop` says" in loop.end()) == (risen >= 15)
+
+
+def test_tokens_of_a_transcript_that_is_replaced(loop):
+    """Another file for the same conversation, a shorter one, none for a while: what was used stays used."""
+    loop.stop_at("10000 tokens")
+    first, second = loop.folder / "t.jsonl", loop.folder / "moved.jsonl"
+    add(first, message("m0", input_tokens=5000))
+    loop.type("start", transcript_path=str(first))
+
+    def used(file: Path) -> int:
+        loop.turn(transcript_path=str(file))
+        loop.plan.add("discarded")
+        return loop.session.used(loop.plan.history)["tokens"][0]
+
+    add(first, message("m1", input_tokens=700))
+    assert used(first) == 700
+    add(second, message("m2", input_tokens=40))
+    assert used(second) == 700, "less than before: it begins anew"
+    add(second, message("m3", input_tokens=60))
+    assert used(second) == 760
+    second.rename(loop.folder / "away")
+    assert used(second) == 760
+    (loop.folder / "away").rename(second)
+    assert used(second) == 760
+    second.write_text(message("m4", output_tokens=30))
+    add(second, message("m5", output_tokens=20))
+    used(second)
+    add(second, message("m6", output_tokens=5))
+    assert used(second) == 765
+
+
+def test_a_cost_file_of_an_older_version(loop):
+    (loop.folder / "runs/session").mkdir(parents=True)
+    (loop.folder / "runs/session/s.usd").write_text("5.0\n")
+    loop.stop_at("2 USD")
+    loop.type("start")
+    assert loop.turn()["decision"] == "block"
+
+
+@pytest.mark.parametrize("by_h", [1, 3, 48])
+@pytest.mark.parametrize("after_h", [0, 0.5, 2])
+def test_a_clock_that_is_set_back(loop, monkeypatch, by_h, after_h):
+    """Hours are hours, whatever the clock says; start is never in the future."""
+    loop.stop_at("12 hours, 500 experiments")
+    clock, up = time.time(), time.clock_gettime(time.CLOCK_BOOTTIME)
+
+    def at(hours: float, set_back_h: float) -> None:
+        monkeypatch.setattr(time, "time", lambda: clock + (hours - set_back_h) * 3600)
+        monkeypatch.setattr(time, "clock_gettime", lambda _: up + hours * 3600)
+
+    loop.type("start")
+    for hours, said in ((after_h, after_h), (11.9, 11.9), (12.01, None)):
+        at(hours, by_h)
+        loop.plan.add("discarded")
+        turn = loop.turn()
+        assert loop.session.since <= time.time()
+        if said is None:
+            assert "12.0 hours since start" in turn["systemMessage"]
+        else:
+            assert f"{said:.1f} of 12.0 hours" in turn["reason"]
+
+
+def test_a_clock_that_is_set_back_and_an_hour_of_the_day(loop, zone, monkeypatch):
+    """It was a day ahead: 07:30 is then not a day later."""
+    zone("UTC")
+    began = (20 * 24 + 22) * 3600.0
+    up = time.clock_gettime(time.CLOCK_BOOTTIME)
+    monkeypatch.setattr(time, "time", lambda: began)
+    loop.stop_at("07:30")
+    loop.type("start")
+    for hours, ended in ((1, False), (9, False), (9.6, True)):
+        monkeypatch.setattr(time, "time", lambda h=hours: began + (h - 24) * 3600)
+        monkeypatch.setattr(time, "clock_gettime", lambda _, h=hours: up + h * 3600)
+        assert bool(loop.why) == ended, hours
+
+
+def test_a_machine_that_restarted_counts_by_its_clock(loop, monkeypatch):
+    loop.stop_at("12 hours")
+    began = time.time()
+    loop.type("start")
+    monkeypatch.setattr(time, "clock_gettime", lambda _: 60.0)
+    monkeypatch.setattr(time, "time", lambda: began + 5 * 3600)
+    assert "5.0 of 12.0 hours" in loop.turn()["reason"]
+
+
+def test_a_turn_that_the_provider_ended(loop, monkeypatch):
+    """No Stop hook is asked then. The status line says so until something goes on."""
+    standing = "THE LOOP STANDS STILL (API Error: 529 Overloaded.); type anything to go on | #0"
+    loop.type("hello")
+    failed = {"error": "server_error", "last_assistant_message": "API Error: 529\n Overloaded."}
+    loop.hook("StopFailure", **failed)
+    assert "STANDS STILL" not in loop.call("statusline"), "it was not on"
+    loop.type("start")
+    assert "STANDS STILL" not in loop.call("statusline")
+    for going_on in (lambda: loop.type("go on"), lambda: loop.turn()):
+        assert loop.hook("StopFailure", **failed) == {}
+        assert loop.call("statusline").startswith(standing), loop.call("statusline")
+        assert loop.session.on
+        going_on()
+        assert "STANDS STILL" not in loop.call("statusline")
+    loop.hook("StopFailure", error="rate_limit")
+    assert "STANDS STILL (rate_limit)" in loop.call("statusline")
+
+
 # In a night
 
 
@@ -409,6 +536,25 @@ def test_when_the_client_must_be_ended(loop, monkeypatch):
     add(transcript, "a message\n")
     assert "no experiment" in fault(1)
     assert not fault(0, newest=4) and not fault(night.SILENT)
+
+
+@pytest.mark.parametrize("version", ["2.1.328 (Claude Code)", "9.0.0", ""])
+def test_the_log_names_the_client_which_does_not_update_itself(loop, monkeypatch, capsys, version):
+    program = loop.folder / "bin/claude"
+    program.parent.mkdir()
+    answer = '{"result": "updates $DISABLE_AUTOUPDATER", "total_cost_usd": 1}'
+    program.write_text(f"#!/bin/sh\n[ \"$1\" != --version ] || {{ echo '{version}'; exit; }}\ncat << E\n{answer}\nE\n")
+    program.chmod(0o755)
+    path = f"{program.parent}:{os.environ['PATH']}"
+    monkeypatch.setenv("PATH", path)
+    monkeypatch.setitem(night.ENV, "PATH", path)
+    monkeypatch.setattr(night, "OUTPUT", loop.folder / "runs/night.out")
+    monkeypatch.setattr(night, "NIGHT", loop.folder / "runs/night.json")
+    monkeypatch.setattr(night, "POLL", 0.05)
+    keeper = night.Keeper(Night())
+    keeper.run_client()
+    assert keeper.message == "updates 1"
+    assert f"Claude Code starts, conversation 1, version {version or 'unknown'}\n" in capsys.readouterr().out
 
 
 def test_only_its_keeper_begins_a_night_that_is_announced(loop, monkeypatch, tmp_path):

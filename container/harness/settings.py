@@ -1,0 +1,122 @@
+"""What else Claude Code is told on this machine, by the person or a company, as far as it bends the loop.
+
+The project's .claude/settings.json pins what it can. What it cannot is named here, by doctor and to a conversation
+that begins.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from project import ROOT, read_json, visible
+
+PROJECT, LOCAL = ROOT / ".claude" / "settings.json", ROOT / ".claude" / "settings.local.json"
+COMPANY = Path("/etc/claude-code")
+EDITED = ("train.py", "scratchpad.md")
+READ = (*EDITED, "program.md", "runs/experiments.tsv", "runs/0001.log")
+FILE_TOOLS = {"Read": READ, "Edit": EDITED, "Write": EDITED}
+CALLS = {"Bash": ("./run.sh",), "Agent": ("planner",), **FILE_TOOLS}  # what the agent needs
+RULE = re.compile(r"([A-Za-z*]+)(?:\((.*)\))?")
+MERGED = {"$schema", "permissions", "hooks", "env"}  # what the client adds up over all files
+EARLY = (  # read before any settings of the project's
+    "CLAUDE_CODE_SIMPLE",
+    "CLAUDE_CODE_SAFE_MODE",
+    "CLAUDE_CODE_COORDINATOR_MODE",
+    "CLAUDE_CODE_SUBPROCESS_ENV_SCRUB",
+)
+OFF = ("", "0", "false")  # what such a variable may well be set to
+
+
+@dataclass
+class Trouble:
+    file: Path
+    what: str
+    certain: bool  # whether it is known to keep the loop from working
+
+    def __str__(self) -> str:
+        remedy = "take it out while the agent works" if self.certain else "should its calls fail or change, look there"
+        return f"{self.file}: {visible(self.what)[:200]}; {remedy}"
+
+
+def troubles() -> Iterator[Trouble]:
+    """In all files that the client reads besides the project's own; a company's win over that."""
+    person = Path(os.environ.get("CLAUDE_CONFIG_DIR") or "~/.claude").expanduser()
+    company = [person / "remote-settings.json", COMPANY / "managed-settings.json"]
+    company += sorted(COMPANY.glob("managed-settings.d/*.json"))
+    for file in (person / "settings.json", LOCAL, *company):
+        settings = read_json(file, {})
+        if isinstance(settings, dict):  # else the client ignores it too
+            known = [*denials(settings), *takings(settings), *(overrides(settings) if file in company else ())]
+            yield from (Trouble(file, what, certain=True) for what in known)
+            possible = helpers(settings) if file != LOCAL else ()
+            yield from (Trouble(file, what, certain=False) for what in possible)
+    for file in (person / "CLAUDE.md", COMPANY / "CLAUDE.md"):
+        if file.exists():
+            yield Trouble(file, "the agent is told this too", certain=False)
+
+
+def part(settings: dict, key: str, kind: type):
+    """What stands there, if it is of this kind: people write these files by hand."""
+    return settings[key] if isinstance(settings.get(key), kind) else kind()
+
+
+def denials(settings: dict) -> Iterator[str]:
+    """Rules of any file count more than that the guard allows a call; where nobody is asked, `ask` denies."""
+    for kind in ("deny", "ask"):
+        for rule in part(part(settings, "permissions", dict), kind, list):
+            if hits(str(rule)):
+                yield f"permissions.{kind} {rule} denies calls that the agent needs"
+
+
+def hits(rule: str) -> bool:
+    """Whether a permission rule is about one of the calls that the agent needs."""
+    m = RULE.fullmatch(rule.strip())
+    tool, pattern = m.groups() if m else ("", None)
+    if not pattern:
+        return tool in CALLS or tool == "*"
+    if tool in FILE_TOOLS:  # //absolute, ~/at home, /relative or ./relative
+        pattern = os.path.expanduser(pattern[1:] if pattern.startswith("//") else re.sub(r"^\.?/", "", pattern))
+    spelled = [pattern.replace(":*", "*"), pattern.rstrip("/") + "/*"]
+    return any(fnmatchcase(n, p) for call in CALLS.get(tool, ()) for n in (call, f"{ROOT}/{call}") for p in spelled)
+
+
+def takings(settings: dict) -> Iterator[str]:
+    """What is added up over all files, or is read before the project's."""
+    for pattern in part(settings, "claudeMdExcludes", list):
+        if fnmatchcase(str(ROOT / "CLAUDE.md"), str(pattern)):
+            yield f"claudeMdExcludes {pattern} keeps CLAUDE.md from the agent"
+    for name, value in part(settings, "env", dict).items():
+        if name in EARLY and str(value).lower() not in OFF:
+            yield f"env {name} takes the guard, or what it needs, from the agent"
+
+
+def overrides(settings: dict) -> Iterator[str]:
+    ours = read_json(PROJECT, {})
+    for key in sorted((settings.keys() & ours.keys()) - MERGED):
+        if settings[key] != ours[key]:
+            yield f"{key} overrides the project's"
+    for name, value in part(settings, "env", dict).items():
+        if str(value) != part(ours, "env", dict).get(name, str(value)):
+            yield f"env {name} overrides the project's"
+    if settings.get("allowManagedHooksOnly"):
+        yield "allowManagedHooksOnly switches the guard and the loop off"
+
+
+def helpers(settings: dict) -> Iterator[str]:
+    """Hooks can deny or rewrite calls; most only look on."""
+    for event, hooks in part(settings, "hooks", dict).items():
+        commands = re.findall(r'"(?:command|url|prompt)": "((?:[^"\\]|\\.)*)"', json.dumps(hooks))
+        yield f"a hook at {event}: {', '.join(commands)}"
+    if plugins := [name for name, on in part(settings, "enabledPlugins", dict).items() if on]:
+        yield f"plugins, perhaps with hooks: {', '.join(plugins)}"
+
+
+def in_the_way() -> str:
+    """All that keeps the loop from working, '' when nothing is known to."""
+    return " ".join(f"{trouble}." for trouble in troubles() if trouble.certain)
