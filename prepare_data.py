@@ -6,7 +6,8 @@
     python prepare_data.py NAME --add trainval --out DIR   to a data set: one table of training and validation pairs
     python prepare_data.py prints --add audit=K --out DIR  to the prints: as many pairs as for validation, never used
 
-Every line of those files describes one image, with boxes in pixels. Images are stretched to a square.
+Every line of those files describes one image, with boxes in pixels of the upright image, which is stretched to a square
+(container/data_sets/odvg.py tells what else is taken).
 
     {"filename": "a.png", "width": 400, "height": 100,
      "grounding": {"caption": "...", "regions": [{"phrase": "...", "bbox": [x0, y0, x1, y1]}]}}
@@ -34,7 +35,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -49,9 +51,12 @@ import numpy as np
 from datasets.arrow_writer import ArrowWriter
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "container" / "data_sets"))
+sys.path.extend(str(Path(__file__).resolve().parent / "container" / part) for part in ("data_sets", "harness"))
+import odvg
 import prints
 import ukiyoe
+from odvg import Job, Row
+from project import DATA_NAME, DATA_NAME_HINT
 from ukiyoe import DataError
 
 FORMAT = 3  # of info.json; container/harness/dataset.py wants the same
@@ -67,14 +72,9 @@ HASH_SIDE = 16  # of a perceptual hash: 256 bits
 # 2 % and stored as JPEG, 999 differ by no more from their originals; of 500,000 pairs of different prints one does.
 HASH_BITS = 40
 PREVIEW_COLOURS = 128  # of preview.png, which an agent that looks at it carries along in every request
-BOX_SLACK = 1.0  # pixels a box may stick out by and is cut back: annotation tools round outwards
 LOCAL_COPIES = ("annotations", "images", "weights")  # that may be given for ukiyo-e
 
-# A row is one image (3, S, S) uint8, its caption, and its regions [{phrase, bbox}] with boxes in [0, 1].
-Row = tuple[np.ndarray, str, list[dict]]
 Rows = Iterable[tuple[str, Row | str]]  # with their names, for messages; a text says what is wrong with a row
-# A job is the name of a row, and a function of S that makes it, in another process, or says what is wrong with it.
-Job = tuple[str, Callable[[int], Row | str]]
 
 
 @dataclass(frozen=True)
@@ -111,85 +111,12 @@ def list_jobs(options: argparse.Namespace, problems: list[str], report: dict[str
         images = ukiyoe.fetch(folder, options.out.with_name("weights"), local, report)
     if not images.is_dir():
         raise DataError(f"{images} is not a folder; put the images there")
-    used: dict[Path, str] = {}
-    return {split: list(read_odvg(folder / f"{split}.jsonl", images.resolve(), used, problems)) for split in SPLITS}
+    found = odvg.Images(images)
+    return {split: list(odvg.read(folder / f"{split}.jsonl", found, problems)) for split in SPLITS}
 
 
 def list_prints(start: int, count: int) -> list[Job]:
     return [(f"print {index}", partial(prints.draw, PRINTS_SEED, index)) for index in range(start, start + count)]
-
-
-def read_odvg(file: Path, images: Path, used: dict[Path, str], problems: list[str]) -> Iterator[Job]:
-    """The jobs of the good lines; `used` says which line uses an image."""
-    lines = file.read_bytes().splitlines() if file.is_file() else []
-    if not any(line.strip() for line in lines):
-        problems.append(f"{file.name}: is missing or empty; every split needs at least one image")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{file.name} line {number}"
-        try:
-            entry = json.loads(line)
-            name, size, caption = entry["filename"], (entry["width"], entry["height"]), entry["grounding"]["caption"]
-            regions = [(region["phrase"], region["bbox"]) for region in entry["grounding"]["regions"]]
-        except (ValueError, KeyError, TypeError) as error:
-            wanted = "filename, width, height, grounding: {caption, regions: [{phrase, bbox}]}"
-            problems.append(f"{where}: {error!r:.80}; write a JSON object {wanted}, with an empty list for no regions")
-            continue
-        path = (images / str(name)).resolve()
-        faults = list(check_line(size, caption, regions))
-        if not path.is_relative_to(images):
-            faults.append(f"image {name!r:.80} leaves the folder images/; put it there")
-        elif path in used:
-            faults.append(f"image {name!r:.80} was used before, in {used[path]}; keep one of them")
-        elif not path.is_file():
-            faults.append(f"image {name!r:.80} is not in images/; add it or remove the line")
-        used.setdefault(path, where)
-        problems += [f"{where}: {fault}" for fault in faults]
-        if not faults:
-            in_units = [{"phrase": phrase, "bbox": to_units(box, size)} for phrase, box in regions]
-            yield where, partial(load_image, path, size, caption, in_units)
-
-
-def check_line(size: tuple, caption: object, regions: list[tuple]) -> Iterator[str]:
-    """What is wrong with a line, as far as can be told without the image."""
-    texts = {"the caption": caption} | {f"the phrase of region {i}": phrase for i, (phrase, _) in enumerate(regions, 1)}
-    for what, text in texts.items():
-        if not isinstance(text, str) or not text.strip():
-            yield f"{what} is {text!r:.80}; write a text or remove it"
-    if not all(type(side) is int and side > 0 for side in size):
-        yield f"width and height are {size!r:.80}; write the numbers of pixels"
-        return
-    for number, (_, box) in enumerate(regions, 1):
-        what = f"bbox {box!r:.80} of region {number}"
-        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(value, int | float) for value in box)):
-            yield f"{what} is not four numbers; write [x0, y0, x1, y1]"
-        elif not all(-BOX_SLACK <= value <= side + BOX_SLACK for value, side in zip(box, size * 2, strict=True)):
-            yield f"{what} leaves the image of {size[0]}x{size[1]} pixels; cut it to the image"
-        elif not np.all(np.less(to_units(box, size)[:2], to_units(box, size)[2:])):
-            yield f"{what} has no area; write [x0, y0, x1, y1] with x0 < x1 and y0 < y1"
-
-
-def to_units(box: list[float], size: tuple[int, int]) -> list[float]:
-    """A box in pixels as a box in [0, 1]."""
-    return [round(min(1.0, max(0.0, value / side)), 6) for value, side in zip(box, size * 2, strict=True)]
-
-
-def load_image(path: Path, stated: tuple[int, int], caption: str, regions: list[dict], size: int) -> Row | str:
-    """The image stretched to a square; what is transparent becomes white, as paper is."""
-    try:
-        with Image.open(path) as image:
-            if image.size != stated:
-                sizes = "%dx%d pixels, not %dx%d" % (*image.size, *stated)
-                return f"image {path.name!r} has {sizes}; correct width and height"
-            if image.mode.startswith(("I", "F")):  # Pillow would clip it to white
-                return f"image {path.name!r} has mode {image.mode}; save it with 8 bits a channel"
-            if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            square = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"image {path.name!r} cannot be decoded ({error!s:.80}); replace it"
-    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1)), caption, regions
 
 
 def write_data_set(options: argparse.Namespace, folder: Path) -> None:
@@ -367,8 +294,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--add takes trainval, and for the prints audit=NUMBER")
     if any(getattr(options, count) is not None and getattr(options, count) < 1 for count in ("processes", *SPLITS)):
         parser.error("counts must be 1 or more")
-    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name):
-        parser.error("a name is lower-case letters, digits, dots, dashes and underscores")
+    if not re.fullmatch(DATA_NAME, name):
+        parser.error(f"a name is {DATA_NAME_HINT}")
     if not options.odvg and not options.add and name not in SOURCES:
         parser.error(f"unknown data set {name}; take {' or '.join(SOURCES)}, or give your own with --odvg FOLDER")
     for option in (*SPLITS, *LOCAL_COPIES, "odvg"):
@@ -381,6 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     datasets.disable_progress_bars()
     os.umask(0o022)  # everybody may read what is written
+    warnings.simplefilter("ignore")  # of Pillow, about what it can read all the same
     try:
         add(options) if options.add else prepare(options)
         return 0

@@ -27,4 +27,5 @@ for name in HOME USER TERM CI XDG_RUNTIME_DIR DOCKER_HOST AR_ENGINE CLAUDECODE C
   HF_ENDPOINT; do
   [[ -z ${!name-} ]] || keep+=("$name=${!name}")
 done
+keep+=(AR_FROM="${OLDPWD-}") # where the caller stands
 exec env -i "${keep[@]}" PATH="$system" LANG=C.UTF-8 "${harness[@]}"

@@ -106,7 +106,7 @@ def load_data(path: str, device: str) -> Data:
     vocabulary = torch.cat([ids.new_zeros(1), known]).unique()
     caption_ids, phrase_ids = compact(ids, vocabulary).split([len(captions), len(phrases)])
     images = torch.from_numpy(pixels).view(-1, 3, size, size).to(device)
-    phrase_ids = phrase_ids[:, : int(phrase_ids.count_nonzero(1).max())].to(device)
+    phrase_ids = phrase_ids[:, : int(phrase_ids.argmax(1).max()) + 1].to(device)  # to the end token
     boxes = torch.tensor(boxes, dtype=torch.float32, device=device)
     return Data(images, caption_ids.to(device), phrase_ids, boxes, np.array(first), vocabulary, kind)
 

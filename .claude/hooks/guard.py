@@ -20,7 +20,7 @@ import time
 
 ROOT = os.path.realpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
 EDITABLE = r"train\.py|scratchpad\.md"
-PREVIEW = r"data/[A-Za-z0-9][A-Za-z0-9_.-]{0,40}/preview\.png"
+PREVIEW = r"data/[^/]+/preview\.png"  # of a data set: see bring_preview
 READABLE = rf"{EDITABLE}|program\.md|CLAUDE\.md|runs/experiments\.tsv|runs/[0-9]{{4,9}}\.(log|diff)|{PREVIEW}"
 KEYS = {  # of a call's input; whatever else there may be (timeout, run_in_background, ...) is refused
     "Bash": {"command", "description"},
@@ -87,9 +87,25 @@ def check_file(path, allowed: str, instead: str) -> None:
     name = str(path)[len(prefix) :]
     if not isinstance(path, str) or not re.fullmatch(allowed, name):
         raise Denied(instead)
+    if name.startswith("data/"):
+        bring_preview(name)
     full = os.path.join(ROOT, name)
     if os.path.realpath(full) != full or not os.path.isfile(full) or os.stat(full).st_nlink != 1:
         raise Denied(f"{name} is missing, or no ordinary file (a link, a folder); tell the person. {instead}")
+
+
+def bring_preview(name: str) -> None:
+    """Data sets lie in the main worktree; another one gets a copy of what may be seen of them. Raises Denied."""
+    from project import DATA_NAME, write_whole  # here, so that other calls stay fast
+
+    if not re.fullmatch(DATA_NAME, name.split("/")[1]):
+        raise Denied(READ_ONLY)
+    with contextlib.suppress(Exception):  # then it is missing here, which is said next
+        import git
+
+        there, here = git.main_worktree() / name, git.ROOT / name
+        if there != here == here.resolve() and there.is_file() and not there.is_symlink():
+            write_whole(here, there.read_bytes())
 
 
 def web(call: dict, given: dict) -> dict:

@@ -29,6 +29,8 @@ from PIL import Image
 from tqdm import tqdm
 from urllib3.util import Retry
 
+import odvg
+
 DRIVE_FOLDER = "1cLhue-10GYtjybQ5CMPRyFcI_LjgArcE"  # Ukiyo-eVG, to which the authors' selinakhan/vg_art points
 ANNOTATIONS = {
     "train": "refined/ukiyoe_vg_train_pgt_odvg.jsonl",
@@ -71,7 +73,7 @@ def fetch(folder: Path, weights: Path, given: dict[str, Path | None], report: di
     """
     folder.mkdir(exist_ok=True)
     files = fetch_annotations(folder / "annotations", given["annotations"])
-    lines = {split: file.read_text(errors="replace").split("\n") for split, file in files.items()}
+    lines = {split: file.read_text("utf-8-sig", "replace").split("\n") for split, file in files.items()}
     needed = {image_name(line) for split in lines for line in lines[split]} - {""}
     fetch_weights(weights, folder / "hub", given["weights"])
     root, places = fetch_images(needed, folder, given["images"])
@@ -123,21 +125,21 @@ def adapt_line(line: str, root: Path, places: dict[str, Path], report: dict[str,
     if not name:
         return line
     entry = json.loads(line) | {"filename": str(places[name])}
-    try:
+    with contextlib.suppress(Exception):  # whatever an annotation or an image holds
         stated, grounding = (entry["width"], entry["height"]), entry["grounding"]
         if not (grounding["caption"] or "").strip():
             report["captionless_prints"] += 1
             return ""
         with Image.open(root / places[name]) as image:
-            same_shape = abs(image.width / image.height * stated[1] / stated[0] - 1) <= SHAPE_SLACK
-            found = image.size if same_shape else stated
-        report["other_sizes"] += found != stated
-        entry["width"], entry["height"] = found
-        regions = [fit_region(region, stated, found) for region in grounding["regions"]]
+            width, height = odvg.upright_size(image)
+        same_shape = abs(width / height * stated[1] / stated[0] - 1) <= SHAPE_SLACK
+        found = (width, height) if same_shape else stated
+        boxes = [{**region, "bbox": box} for region in grounding["regions"] for box in odvg.boxes_of(region)]
+        regions = [fit_region(region, stated, found) for region in boxes]
         grounding["regions"] = [region for region in regions if region]
+        entry["width"], entry["height"] = found
+        report["other_sizes"] += found != stated
         report["regions_left_out"] += regions.count(None)
-    except (AttributeError, KeyError, OSError, TypeError, ValueError, ZeroDivisionError, Image.DecompressionBombError):
-        pass
     return json.dumps(entry)
 
 

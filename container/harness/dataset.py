@@ -12,8 +12,9 @@ from pathlib import Path
 
 import engine
 import git
+import locks
 from program import Program
-from project import ROOT, RUNS, Refused, read_json, write_json
+from project import DATA_NAME, DATA_NAME_HINT, ROOT, RUNS, Refused, read_json, write_json
 
 FORMAT = 3  # of info.json, as prepare_data.py writes it
 VERIFIED = RUNS / "data.json"  # the data files whose content was found to be right
@@ -21,6 +22,7 @@ MADE_OF = ("inside/judge.py", "inside/stage.py", "image/seccomp.json")  # what m
 MEMORY = "8g"  # for preparing a data set
 LIMIT_S = 24 * 3600  # a server may ask for long pauses
 PREPARE = ROOT / "prepare_data.py"
+ODVG_PARTS = ("train.jsonl", "val.jsonl", "test.jsonl", "images")
 GIVEN = ("odvg", "annotations", "images", "weights")  # folders for prepare_data.py; images may be an archive
 FETCHED = {"--annotations", "--images", "--weights"}  # what Ukiyo-eVG is made of, fetched unless all of it is given
 PASSED_ON = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "HF_ENDPOINT")
@@ -29,8 +31,8 @@ CA_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundl
 
 
 def folder(name: str) -> Path:
-    """data/<name> beside the main worktree's .git, so that all worktrees share it."""
-    return git.folder().parent / "data" / name
+    """data/<name> in the main worktree, so that all worktrees share it."""
+    return git.main_worktree() / "data" / name
 
 
 def verified_hash(name: str) -> str:
@@ -88,18 +90,32 @@ def comparable(program: Program, image: str) -> str:
 
 def prepare(name: str = "", *options: str) -> int:
     """Draw, fetch or import data/<name> in a container, or --add to it; returns an exit status. Raises Refused."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-        raise Refused(f"usage: ./run.sh data {USAGE}")
-    if folder(name).exists() and "--add" not in options:
+    if not re.fullmatch(DATA_NAME, name):
+        raise Refused(f"usage: ./run.sh data {USAGE}; NAME is {DATA_NAME_HINT}")
+    try:
+        with locks.held(git.folder() / f"autoresearch.data-{name}"):
+            return prepare_alone(name, options)
+    except BlockingIOError:
+        raise Refused(f"data/{name} is being prepared by another ./run.sh; wait for it") from None
+
+
+def prepare_alone(name: str, options: tuple[str, ...]) -> int:
+    """Under the lock of this data set."""
+    words = [part for word in options for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    if folder(name).exists() and "--add" not in words:
         raise Refused(f"data/{name} exists already; move it away first")
-    words, mounts = list(options), {"/repo/prepare_data.py": PREPARE, "/repo/container": PREPARE.parent / "container"}
+    mounts = {"/repo/prepare_data.py": PREPARE, "/repo/container": PREPARE.parent / "container"}
     for what in GIVEN:
         if f"--{what}" in words[:-1]:
             at = words.index(f"--{what}") + 1
-            given = Path(words[at])
+            given = Path(os.environ.get("AR_FROM", ""), Path(words[at]).expanduser())
             if not (given.is_dir() or (what == "images" and given.is_file())):
-                raise Refused(f"--{what} {given}: no such folder; README says what belongs in it")
-            words[at], mounts[f"/{what}"] = f"/{what}", given
+                raise Refused(f"--{what} {given}: no such folder; container/README.md says what belongs in it")
+            words[at] = f"/{what}"
+            if what == "odvg":  # part by part, since each may be a link to elsewhere
+                mounts |= {f"/odvg/{part}": given / part for part in ODVG_PARTS if (given / part).exists()}
+            else:
+                mounts[f"/{what}"] = given
     environment, network = {"PROGRESS": "1"} if sys.stderr.isatty() else {}, "none"
     if name == "ukiyo-e" and "--add" not in words and not set(words) >= FETCHED:
         network = "host"
@@ -109,8 +125,9 @@ def prepare(name: str = "", *options: str) -> int:
     command = ["python", "/repo/prepare_data.py", name, *words, "--out", f"/writable/{name}"]
     container = engine.Container(f"ar-{os.getpid()}-data", engine.find_image(), command, MEMORY, LIMIT_S, mounts)
     container.gpu, container.network, container.environment = False, network, environment
-    container.writable = folder(name).parent
+    container.writable, container.shared_as = folder(name).parent, f"data-{name}"
     container.writable.mkdir(exist_ok=True)
+    engine.sweep(container.shared_as)  # what a killed one left would go on writing
     try:
         return subprocess.run(engine.arguments(container), stdin=subprocess.DEVNULL).returncode
     finally:

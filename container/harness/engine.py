@@ -73,7 +73,8 @@ class Container:
     # a folder at /writable, for our own data preparation only, which then runs as the caller; so is a network
     writable: Path | None = None
     network: str = "none"
-    background: bool = False  # at most one core, and only what the others leave of it; a label that sweep leaves alone
+    background: bool = False  # at most one core, and only what the others leave of it
+    shared_as: str = ""  # whose leftovers it belongs to, where not to those of this worktree's experiments: see sweep
     environment: dict[str, str] = field(default_factory=dict)
     launch: Sequence[str] = ()  # program.md's command that finds a node and starts there what follows it
     folder: Path | None = None  # to start in, here or on that node
@@ -232,11 +233,11 @@ def ulimits() -> list[str]:
     return options
 
 
-def label(whole_repository: bool = False) -> str:
-    """The label of this worktree's containers, or of those that there is one of in all worktrees."""
-    folder = git.folder("--git-common-dir" if whole_repository else "--git-dir")
+def label(shared_as: str = "") -> str:
+    """The label of the containers of this worktree's experiments, or of a job that there is one of in all worktrees."""
+    folder = git.folder("--git-common-dir" if shared_as else "--git-dir")
     mark = "autoresearch=" + hashlib.sha256(str(folder).encode()).hexdigest()[:12]
-    return mark + "-background" if whole_repository else mark
+    return f"{mark}-{shared_as}" if shared_as else mark
 
 
 def arguments(c: Container) -> list[str]:
@@ -245,7 +246,7 @@ def arguments(c: Container) -> list[str]:
     if c.writable:  # the caller, whom root inside is in a rootless engine
         user = "0:0" if rootless() else f"{os.getuid()}:{os.getgid()}"
     options = [
-        "--rm", "-i", "--name", c.name, "--label", label(c.background), "--pull", "never",
+        "--rm", "-i", "--name", c.name, "--label", label(c.shared_as), "--pull", "never",
         "--network", c.network, "--hostname", "sandbox", "--user", user,
         "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges",
         "--security-opt", f"seccomp={IMAGE / 'seccomp.json'}", "--security-opt", "label=disable",
@@ -298,9 +299,9 @@ def kill(container: str) -> None:
             return
 
 
-def sweep(background: bool = False) -> None:
+def sweep(shared_as: str = "") -> None:
     """Remove containers that a killed run left. Only under the lock of who starts them: they have no owner then."""
-    left = run([*client(), "ps", "-aq", "--filter", f"label={label(background)}"]).stdout.split()
+    left = run([*client(), "ps", "-aq", "--filter", f"label={label(shared_as)}"]).stdout.split()
     if left:
         run([*client(), "rm", "-f", *left])
 

@@ -104,6 +104,22 @@ def folder(which: str = "--git-common-dir") -> Path:
     return Path(read("rev-parse", "--path-format=absolute", which)[:-1])  # its name may end in a blank
 
 
+def main_worktree() -> Path:
+    """The worktree that holds what all of them share. Raises Refused.
+
+    Where the repository's own folder does not lie in it (a submodule, a separate git directory, a bare repository), git
+    does not know it: then it is the first worktree in which this was asked, as a link in that folder says.
+    """
+    common = folder()
+    if (common.parent / "program.md").is_file():
+        return common.parent
+    link = common / "autoresearch.main"
+    if not link.is_dir():  # none yet, or that worktree is gone
+        link.unlink(missing_ok=True)
+        link.symlink_to(ROOT)
+    return link.resolve()
+
+
 def branch() -> str:
     return read("symbolic-ref", "--short", "-q", "HEAD", check=False).strip() or "detached"
 

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from project import ROOT, Refused
+from project import DATA_NAME, DATA_NAME_HINT, ROOT, Refused
 
 HEADING = re.compile(r"##\s+(.*\S)\s*$")
 PHASE = re.compile(r"Phase\s+(\d+)\s*[—–:-]\s*(\S.*)$", re.I)
@@ -110,7 +110,7 @@ class Program:
 
     phases: list[Phase]
     text: str = ""
-    data: str = setting("prints", r"([A-Za-z0-9][A-Za-z0-9_.-]{0,40})", str, "the name of a folder in data/")
+    data: str = setting("prints", f"({DATA_NAME})", str, f"the name of a folder in data/: {DATA_NAME_HINT}")
     metric: str = setting("mean_rank", "(mean_rank|median_rank)", str, "mean_rank or median_rank")
     budget: int = setting(120, POSITIVE_SECONDS, int, "a whole number from 1 to 99999, in seconds")
     memory: str = setting("8g", MEMORY, size, "a size of at least 500 MB, such as 8 GB")  # as engines write it

@@ -10,6 +10,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "runs"  # logs, diffs and state of this worktree; git ignores it, the agent may read some of it
 INSIDE = ROOT / "container" / "inside"  # what is mounted into containers
+# Names of data sets, which are folders in data/. There, weights holds published ones, and a preparation works in the
+# other two; prepare_data.py wants the same.
+DATA_NAME = r"(?!(?i:weights)$|.*\.(?i:partial|download)$)[A-Za-z0-9][A-Za-z0-9_.-]{0,40}"
+DATA_NAME_HINT = "up to 41 letters, digits, dots, dashes and underscores, but not weights, *.partial or *.download"
 
 
 class Refused(Exception):

@@ -23,6 +23,7 @@ from keep_rule import geometric_mean
 from project import INSIDE, ROOT, RUNS, Refused, visible, write_whole
 from record import FETCH, REFS, Record, results
 
+SHARED_AS = "background"  # the label of its containers
 ERROR = RUNS / "report.err"  # why drawing in the background failed the last time
 LIMIT_S = 180
 MEMORY = "2g"
@@ -115,7 +116,7 @@ def draw(found: dict) -> dict[str, str]:
     mounts = {inside: host for inside, host in mounts.items() if host.exists()}
     name, command = f"ar-{os.getpid()}-report", ["nice", "-n19", "python", "-I", "/harness/draw_report.py"]
     container = engine.Container(
-        name, engine.find_image(), command, MEMORY, LIMIT_S, mounts, gpu=False, background=True
+        name, engine.find_image(), command, MEMORY, LIMIT_S, mounts, gpu=False, background=True, shared_as=SHARED_AS
     )
     argv, given = engine.arguments(container), json.dumps(found).encode()
     try:
@@ -136,7 +137,7 @@ def make(wait: bool) -> None:
     Raises Refused, ProgramError, and BlockingIOError when another is under way and is not to be waited for.
     """
     with locks.held(git.folder() / "autoresearch.report", wait):
-        engine.sweep(background=True)  # what a killed one left
+        engine.sweep(SHARED_AS)  # what a killed one left
         for name, content in draw(gather()).items():
             write_whole(ROOT / name, base64.b64decode(content))
         ERROR.unlink(missing_ok=True)

@@ -7,14 +7,16 @@ import json
 import os
 import shutil
 import struct
+import subprocess
 import threading
+import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import engine
 import stand_ins
-from repository import ROOT, Project, copy_of_the_repository
+from repository import ROOT, TINY, Project, copy_of_the_repository
 
 FIXTURE = ROOT / "tests" / "fixtures" / "odvg"
 NAMES = {
@@ -97,6 +99,36 @@ def test_ukiyo_e_from_local_copies(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert json.loads((data / "ukiyo-e" / "info.json").read_text())["hash"] == info["hash"]
     assert (data / "weights" / "ViT-B-32.safetensors").read_bytes() == tensors(7)
+
+
+def test_a_preparation_is_its_own(tmp_path: Path):
+    """An experiment that begins or ends meanwhile does not hit it, a second one is refused, a killed one is ended."""
+    project, mark = copy_of_the_repository(tmp_path / "repo"), "-data-prints"
+    first = project.start("data", "prints", "--train", "40000", stdout=None, stderr=subprocess.DEVNULL)
+    while first.poll() is None and not project.containers(mark):
+        time.sleep(0.1)
+    project.run(given="engine.sweep(); raise SystemExit")
+    assert project.containers(mark) and first.poll() is None
+    done = project.run("data", "prints", *TINY)
+    assert done.returncode == 2 and "data/prints is being prepared by another ./run.sh; wait for it" in done.stderr
+    first.kill()
+    first.wait()
+    assert project.containers(mark)  # and would go on for as long as it takes
+    done = project.run("data", "prints", *TINY)
+    assert done.returncode == 0 and not project.containers(mark), done.stderr
+
+
+def test_own_data_by_a_relative_path_through_links(tmp_path: Path):
+    project = copy_of_the_repository(tmp_path / "a repo")
+    (own := tmp_path / "my own: data, here").mkdir()
+    for name in ("train.jsonl", "val.jsonl", "test.jsonl", "images"):
+        (own / name).symlink_to(FIXTURE / name)
+    done = subprocess.run(
+        [str(project.path / "run.sh"), "data", "Mine", "--odvg=.", "--size=32"],
+        cwd=own, env=project.environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads((project.path / "data/Mine/info.json").read_text())["train"] == 12
 
 
 # Weights in the layout of the published ones, with random numbers; of CLIP only what the text tower takes

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import prepare_data
 
@@ -66,9 +67,11 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path, self.images = shutil.copytree(FIXTURE, path), path / "images"
+        self.upright: Path | None = None  # a copy of the picture that a row should show, where its file is not that
 
     def lines(self, split: str) -> list[dict]:
-        return [json.loads(line) for line in (self.path / f"{split}.jsonl").read_text().splitlines()]
+        text = (self.path / f"{split}.jsonl").read_text("utf-8-sig")
+        return [json.loads(line) for line in text.splitlines()]
 
     def change(self, split: str, number: int, **changes: object) -> None:
         """Changes keys of a line (counted from 1), or of the grounding in it."""
@@ -92,6 +95,75 @@ class Folder:
         image.save(self.images / name)
         (self.images / name).write_bytes((self.images / name).read_bytes()[:keep])
         self.change(split, number, filename=name)
+
+    def renamed(self, split: str, number: int, file: str, name: str) -> None:
+        """The file has one name, and the line says another."""
+        (self.images / file).parent.mkdir(exist_ok=True)
+        old = self.image(split, number).rename(self.images / file)
+        self.upright = self.upright or shutil.copy(old, self.path.parent / "upright.png")
+        self.change(split, number, filename=name)
+
+    def twins(self, split: str, number: int) -> None:
+        for name in ("twin.png", "TWIN.png"):
+            shutil.copy(self.image(split, number), self.images / name)
+        self.change(split, number, filename="Twin.png")
+
+    def recode(self, split: str, encoding: str) -> None:
+        file = self.path / f"{split}.jsonl"
+        file.write_bytes(file.read_text().encode(encoding))
+
+    def link_to_images(self) -> None:
+        self.images.rename(self.path.parent / "elsewhere")
+        self.images.symlink_to("../elsewhere")
+
+    def repack(self, split: str, number: int, name: str, mode: str | None = None, **how: object) -> None:
+        """The same picture in another format."""
+        with Image.open(self.image(split, number)) as image:
+            image = image.convert(mode or "RGB")
+        self.upright = self.path.parent / "upright.png"
+        image.convert("RGB").save(self.upright)
+        extra = {} if name.endswith("gif") else {"quality": 98, "subsampling": 0}
+        image.save(self.images / name, **extra, **how)
+        self.change(split, number, filename=name)
+
+    def turned(
+        self, split: str, number: int, orientation: int, kind: str = "jpg", upright: bool = True, odd: bool = False
+    ):
+        """The picture as a camera stores it; upright: its line and boxes are of the picture as one sees it."""
+        back = {2: 0, 3: 3, 6: 2, 8: 4}.get(orientation)  # Image.Transpose that undoes what EXIF asks for
+        with Image.open(self.image(split, number)) as image:
+            image = image.convert("RGB")
+        if upright:
+            self.upright = self.path.parent / "upright.png"
+            image.save(self.upright)
+        if upright and back is not None:
+            image = image.transpose(back)
+        (exif := Image.Exif())[0x0112] = orientation
+        if odd:  # and a resolution that lies far behind the end of the file
+            entries = b"\x12\1\3\0\1\0\0\0%c\0\0\0\x1a\1\5\0\1\0\0\0\xff\xff\xff\0" % orientation
+            exif = b"Exif\0\0II*\0\x08\0\0\0\2\0" + entries + bytes(4)
+        image.save(self.images / f"turned.{kind}", exif=exif, quality=98, subsampling=0)
+        self.change(split, number, filename=f"turned.{kind}")
+
+    def much_text(self, name: str, split: str, number: int) -> None:
+        """A picture whose file also holds two million characters."""
+        (text := PngInfo()).add_text("log", "x" * 2_000_000, zip=True)
+        with Image.open(self.image(split, number)) as image:
+            image.save(self.images / name, pnginfo=text)
+        self.change(split, number, filename=name)
+
+    def damaged(self, kind: str, split: str, number: int) -> None:
+        """A file of that kind whose second half is something else."""
+        image = Image.effect_noise((400, 100), 80).convert("RGB")
+        compression = {"compression": "tiff_lzw"} if kind == "tiff" else {}
+        image.save(self.images / f"a.{kind}", **compression)
+        content = (self.images / f"a.{kind}").read_bytes()
+        if kind == "dds":  # its header names a pixel format that there is not
+            content = content[:80] + b"\4\0\0\0ODD!" + content[88:]
+        else:
+            content = content[: len(content) // 2] + bytes(range(256))[::-1] * 9
+        (self.images / f"a.{kind}").write_bytes(content)
+        self.change(split, number, filename=f"a.{kind}", width=400, height=100)
 
     def outside(self, link: bool) -> None:
         path = self.image("val", 1)

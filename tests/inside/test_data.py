@@ -217,7 +217,8 @@ def die(*_: object) -> None:
         (["mine", "--odvg", "x", "--train", "5"], "--train is not for the data set mine"),
         (["prints", "--val", "0"], "counts must be 1 or more"),
         (["prints", "--size", "8"], "--size must be 16 to 1024"),
-        (["../mine", "--odvg", "x"], "a name is lower-case letters"),
+        (["../mine", "--odvg", "x"], "a name is up to 41 letters"),
+        (["weights", "--odvg", "x"], "but not weights"),
     ],
 )
 def test_wrong_arguments(arguments: list[str], message: str, tmp_path: Path, capsys) -> None:
@@ -276,6 +277,18 @@ BROKEN = [
     (lambda f: f.image("val", 2).write_text("?"), "val.jsonl line 2: image .* cannot be decoded .*; replace it"),
     (lambda f: f.picture("a.png", "val", 3, NOISE, 20000), "val.jsonl line 3: image 'a.png' cannot be decoded"),
     (lambda f: f.picture("a.jpg", "val", 3, NOISE, 2000), "val.jsonl line 3: image 'a.jpg' cannot be decoded"),
+    (lambda f: f.damaged("avif", "val", 3), "val.jsonl line 3: image 'a.avif' cannot be decoded"),
+    (lambda f: f.damaged("jp2", "val", 3), "val.jsonl line 3: image 'a.jp2' cannot be decoded"),
+    (lambda f: f.damaged("dds", "val", 3), "val.jsonl line 3: image 'a.dds' cannot be decoded"),
+    (lambda f: f.damaged("webp", "val", 3), "val.jsonl line 3: image 'a.webp' cannot be decoded"),
+    (lambda f: f.damaged("tiff", "val", 3), "val.jsonl line 3: image 'a.tiff' cannot be decoded"),
+    (lambda f: f.much_text("a.png", "val", 3), "val.jsonl line 3: image 'a.png' cannot be decoded .*MAX_TEXT_CHUNK"),
+    (lambda f: f.image("val", 2).write_bytes(b""), "val.jsonl line 2: image .* cannot be decoded .*; replace it"),
+    (lambda f: f.picture("a.tiff", "val", 2, NOISE.convert("F")), "val.jsonl line 2: .* 8 bits a channel"),
+    (
+        lambda f: f.turned("val", 2, 6, upright=False),
+        "val.jsonl line 2: image .* has 100x400 pixels, not 400x100; correct width and height and the boxes",
+    ),
     (lambda f: f.picture("a.png", "val", 2, Image.new("I;16", (400, 100))), "val.jsonl line 2: .* 8 bits a channel"),
     (
         lambda f: f.change("test", 1, width=200, regions=[]),
@@ -288,7 +301,32 @@ BROKEN = [
         r"val.jsonl line 1: KeyError\('filename'\); write a JSON object filename",
     ),
     (lambda f: f.change("train", 12, caption=" "), "train.jsonl line 12: the caption is ' '; write a text"),
-    (lambda f: f.change("train", 2, caption=["a"]), r"train.jsonl line 2: the caption is \['a'\]; write a text"),
+    (lambda f: f.change("train", 2, caption=["a", 5]), "train.jsonl line 2: the caption is 5; write a text"),
+    (lambda f: f.change("train", 2, caption=[]), r"train.jsonl line 2: the caption is \[\]; write a text"),
+    (
+        lambda f: f.change("val", 2, caption=["a", "b"]),
+        r"val.jsonl line 2: .*only a training image may have several captions",
+    ),
+    (
+        lambda f: f.change("val", 2, caption="half \ud83d"),
+        r"val.jsonl line 2: .*\\ud83d', which holds half a character",
+    ),
+    (lambda f: f.box(0, 0, 9, 9, phrase="\udc80"), r"val.jsonl line 1: the phrase of region 1 .* half a character"),
+    (
+        lambda f: f.change("val", 2, filename="\ud83d.png"),
+        r"val.jsonl line 2: image .* cannot be found .UnicodeEncodeError.; rename it",
+    ),
+    (lambda f: f.change("val", 2, filename="a\0.png"), "val.jsonl line 2: image .* cannot be found"),
+    (lambda f: f.change("val", 2, filename="a" * 300), "val.jsonl line 2: image .* (cannot be found|is not in)"),
+    (lambda f: f.text("val", b"{", b'{"a": ' + b"[" * 99_999), "val.jsonl line 1: RecursionError"),
+    (lambda f: f.text("val", b"{", b'{"width": 9, '), "val.jsonl line 1: ValueError.*a second 'width'"),
+    (lambda f: f.recode("val", "utf-16"), "val.jsonl: is UTF-16; save it as UTF-8"),
+    (lambda f: f.change("val", 2, width=400.5), r"val.jsonl line 2: width and height are \(400.5, 100\)"),
+    (lambda f: f.change("val", 2, width=True), r"val.jsonl line 2: width and height are \(True, 100\)"),
+    (
+        lambda f: f.twins("val", 2),
+        r"val.jsonl line 2: image 'Twin.png' is not in images/, but \['.*', '.*'\] are; write the name",
+    ),
     (lambda f: f.change("train", 2, caption=None), "train.jsonl line 2: the caption is None; write a text"),
     (lambda f: f.text("train", b"}}\n", b"}\n"), "train.jsonl line 1: JSONDecodeError.*; write a JSON object"),
     (lambda f: f.text("train", b": ", b": \xff"), "train.jsonl line 1: UnicodeDecodeError.*; write a JSON object"),
@@ -303,10 +341,20 @@ BROKEN = [
     (lambda f: f.box(0, -9, 9, 9), "val.jsonl line 1: .* leaves the image"),
     (lambda f: f.box(float("nan"), 0, 9, 9), "val.jsonl line 1: .* leaves the image"),
     (lambda f: f.box(5, 5, 5, 9), "val.jsonl line 1: .* has no area; write"),
-    (lambda f: f.box(300, 80, 60, 20), "val.jsonl line 1: .* has no area"),
+    (lambda f: f.box(300, 80, 60, 20), "val.jsonl line 1: .* has no area.*; this one looks like x, y, width, height"),
+    (lambda f: f.box(9, 5, 0, 0), "val.jsonl line 1: .* has no area"),
+    (lambda f: f.box(0.1, 0.2, 0.5, 1), "val.jsonl line 1: .* looks like fractions of the image; write pixels"),
+    (lambda f: f.box(0, 0, 1, 1), "val.jsonl line 1: .* looks like fractions"),
+    (lambda f: f.box([0, 0, 9, 9], [0, 0, 0.9, 0.7]), "val.jsonl line 1: .* of region 2 looks like fractions"),
+    (lambda f: f.box([0, 0, 9, 9], 3), "val.jsonl line 1: .* is not four numbers"),
+    (lambda f: f.box(float("inf"), 0, 10**400, 9), "val.jsonl line 1: .* leaves the image"),
+    (lambda f: f.box(0, 0, True, 9), "val.jsonl line 1: .* is not four numbers"),
     (lambda f: f.box("0", 0, 9, 9), "val.jsonl line 1: .* is not four numbers"),
     (lambda f: f.box(0, 0, 9), "val.jsonl line 1: .* is not four numbers"),
-    (lambda f: f.change("train", 9, filename=f.image("train", 4).name), "train.jsonl line 9: .* in train.jsonl line 4"),
+    (
+        lambda f: f.change("val", 3, filename=f.image("val", 1).name),
+        "val.jsonl line 3: .* in val.jsonl line 1; keep one",
+    ),
     (
         lambda f: f.change("test", 2, filename="./" + f.image("train", 4).name),
         "test.jsonl line 2: image .* was used before, in train.jsonl line 4; keep one",
@@ -335,6 +383,73 @@ def test_a_problem_is_named_with_its_line_and_nothing_is_written(spoil, message:
     problem, summary = folder.failure(capsys)
     assert re.search(message, problem)
     assert summary == "error: 1 problem; nothing was written"
+
+
+# Clear enough to be taken: what is done to a folder, and what row 2 of its training table is then
+
+
+CLEAR = {
+    "a size of 400.0": lambda f: f.change("train", 2, width=400.0, height=1e2),
+    "a byte order mark": lambda f: f.recode("train", "utf-8-sig"),
+    "lines of Windows": lambda f: [f.text("train", b"}}\n", b"}}\r\n") for _ in range(12)],
+    "another normal form": lambda f: f.renamed("train", 2, "caf\u00e9.png", "cafe\u0301.png"),
+    "another normal form, the other way": lambda f: f.renamed("train", 2, "cafe\u0301.png", "caf\u00e9.png"),
+    "another case": lambda f: f.renamed("train", 2, "a.JPG.png", "A.jpg.PNG"),
+    "a blank that looks like another": lambda f: f.renamed("train", 2, "8.55\u202fPM.png", "8.55 PM.png"),
+    "slashes of Windows": lambda f: f.renamed("train", 2, "sub/a.png", "sub\\a.png"),
+    "images/ before the name": lambda f: f.renamed("train", 2, "a.png", "images/a.png"),
+    "a blank, a colon, a quote, a line break": lambda f: f.renamed("train", 2, "a b:c'd\n.png", "a b:c'd\n.png"),
+    "a folder that is a link": lambda f: f.link_to_images(),
+    "a list of one caption": lambda f: f.change("train", 2, caption=[f.lines("train")[1]["grounding"]["caption"]]),
+    "turned by 180 degrees": lambda f: f.turned("train", 2, 3),
+    "turned to the left": lambda f: f.turned("train", 2, 6),
+    "turned to the right": lambda f: f.turned("train", 2, 8),
+    "mirrored": lambda f: f.turned("train", 2, 2),
+    "turned, as PNG has it": lambda f: f.turned("train", 2, 6, "png"),
+    "turned, as TIFF has it": lambda f: f.turned("train", 2, 6, "tiff"),
+    "turned, as WebP has it": lambda f: f.turned("train", 2, 8, "webp"),
+    "an orientation that there is not": lambda f: f.turned("train", 2, 77),
+    "EXIF that cannot be read": lambda f: f.repack("train", 2, "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\xff\1"),
+    "EXIF that is empty": lambda f: f.repack("train", 2, "a.jpg", exif=b"Exif\0\0"),
+    "EXIF with two heads": lambda f: f.repack("train", 2, "a.jpg", exif=b"Exif\0\0Exif\0\0II*\0\x08\0\0\0\0\0"),
+    "a turn beside EXIF that cannot be read": lambda f: f.turned("train", 2, 6, odd=True),
+    "a palette": lambda f: f.repack("train", 2, "a.gif"),
+    "an animation": lambda f: f.repack("train", 2, "a.gif", save_all=True, append_images=[NOISE]),
+    "two pictures in one": lambda f: f.repack("train", 2, "a.mpo", save_all=True, append_images=[NOISE]),
+    "ink": lambda f: f.repack("train", 2, "a.jpg", "CMYK"),
+    "grey": lambda f: f.repack("train", 2, "a.png", "L"),
+    "black and white": lambda f: f.repack("train", 2, "a.png", "1"),
+    "a damaged colour profile": lambda f: f.repack("train", 2, "a.png", icc_profile=b"nothing"),
+    "another kind than its name says": lambda f: (
+        f.repack("train", 2, "a.bmp"),
+        f.renamed("train", 2, "a.jpg", "a.jpg"),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CLEAR)
+def test_what_is_clear_is_taken(what: str, folder: Folder) -> None:
+    before = datasets.load_from_disk(folder.make("before") / "train")[1]
+    CLEAR[what](folder)
+    after = datasets.load_from_disk(folder.make("after") / "train")[1]
+    assert after["caption"] == before["caption"] and same_regions(after["regions"], before["regions"])
+    row, upright = after["image"], stretched(folder.upright or folder.image("train", 2))
+    assert row == upright if not folder.upright else np.abs(np.subtract(row, upright)).max() <= 12  # as JPEG stores it
+
+
+def test_a_phrase_with_several_boxes_is_a_region_for_each(folder: Folder) -> None:
+    folder.change("train", 2, regions=[{"phrase": "a box", "bbox": [[0, 0, 200, 50], [200, 50, 400, 100]]}])
+    regions = datasets.load_from_disk(folder.make() / "train")[1]["regions"]
+    want = [{"phrase": "a box", "bbox": box} for box in ([0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1])]
+    assert regions == want
+
+
+def test_several_captions_of_a_training_image_are_a_row_for_each(folder: Folder) -> None:
+    folder.change("train", 1, caption=["one", "two", "three"])
+    folder.change("train", 9, filename=folder.image("train", 4).name, width=400, height=100)
+    rows = datasets.load_from_disk(folder.make() / "train")
+    assert rows["caption"][:3] == ["one", "two", "three"] and len(rows) == 14
+    assert rows[0]["image"] == rows[2]["image"] and rows[5]["image"] == rows[10]["image"]
 
 
 def test_all_problems_are_counted_and_twenty_are_shown(folder: Folder, capsys) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import datasets
 import numpy as np
 import open_clip
 import pytest
@@ -68,6 +69,28 @@ def test_weights_of_another_model_do_not_pass_for_published_ones(weights: Path, 
     save_file({"token_embedding.weight": torch.zeros(49408, 512)}, tmp_path / "ViT-B-32.safetensors")
     with pytest.raises(AssertionError, match="not in the published weights"):
         published("ViT-B/32", tmp_path)
+
+
+def table_of(path: Path, phrases: list[str]) -> str:
+    """A training table of one image with these phrases."""
+    regions = [{"phrase": phrase, "bbox": [0.0, 0.0, 1.0, 1.0]} for phrase in phrases]
+    row = {"image": [[0] * (3 * 32 * 32)], "caption": ["a boat"], "regions": [regions]}
+    box, text = datasets.List(datasets.Value("float32"), length=4), datasets.Value("string")
+    image = datasets.List(datasets.Value("uint8"), length=3 * 32 * 32)
+    features = datasets.Features(image=image, caption=text, regions=datasets.List({"phrase": text, "bbox": box}))
+    datasets.Dataset.from_dict(row, features=features).save_to_disk(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("end", ["", "!", "! !", '!"', "!\u2014", "!!\u2026!\u201d", "<start_of_text>!"])
+def test_every_phrase_keeps_its_end_token(end: str, tmp_path: Path):
+    """Id 0 is an exclamation mark, and padding."""
+    phrases = ["boat", f"the very longest phrase of all of them{end}"]
+    data = train.load_data(table_of(tmp_path / "table", phrases), "cpu")
+    whole = train.compact(open_clip.tokenize(phrases, train.CONTEXT), data.vocabulary)
+    assert torch.equal(data.phrases.argmax(1), whole.argmax(1)) and data.phrases.max() == whole.max()
+    assert (data.phrases.max(1).values == whole.max(1).values).all()
+    assert data.phrases.shape[1] == int(whole.argmax(1).max()) + 1
 
 
 class Numbered(torch.utils.data.Dataset):

@@ -460,16 +460,35 @@ def test_what_machines_leave_in_annotations_is_left_out_and_counted(world: World
     assert table[1]["regions"][0]["bbox"] == pytest.approx([4 / 48, 5 / 64, 30 / 48, 50 / 64], abs=1e-6)
 
 
+def test_a_line_is_in_the_units_of_the_upright_image(tmp_path: Path) -> None:
+    """Several boxes of a phrase are scaled like one, and a print that lies on its side in the file is the same."""
+    (exif := Image.Exif())[0x0112] = 6
+    Image.new("RGB", (200, 100)).save(tmp_path / "a.jpg", exif=exif)
+    regions = [{"phrase": "a", "bbox": [[0, 0, 10, 20], [20, 10, 50, 100]]}, {"phrase": "b", "bbox": [9, 9, 9, 20]}]
+    entry = {"filename": "x/a.jpg", "width": 50, "height": 100, "grounding": {"caption": "c", "regions": regions}}
+    counts = dict.fromkeys(("captionless_prints", "other_sizes", "regions_left_out"), 0)
+    adapted = json.loads(ukiyoe.adapt_line(json.dumps(entry), tmp_path, {"a.jpg": Path("a.jpg")}, counts))
+    assert (adapted["width"], adapted["height"], counts["other_sizes"]) == (100, 200, 1)
+    boxes = [region["bbox"] for region in adapted["grounding"]["regions"]]
+    assert boxes == [[0, 0, 20, 40], [40, 20, 100, 200]] and counts["regions_left_out"] == 1
+    entry["grounding"]["regions"] = [{"phrase": "a", "bbox": [[0, 0, "?", 20]]}]  # then nothing is changed
+    adapted = json.loads(ukiyoe.adapt_line(json.dumps(entry), tmp_path, {"a.jpg": Path("a.jpg")}, counts))
+    assert adapted == entry | {"filename": "a.jpg"}
+
+
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("split", "spoil", "message"),
     [
-        ({"width": 128, "height": 96}, "train.jsonl line 3: image .* has 96x128 pixels, not 128x96"),
-        ({"grounding": {"caption": "x"}}, "train.jsonl line 3: .*; write a JSON object filename"),
-        ({"filename": "train_1.jpg"}, "train.jsonl line 3: .* was used before, in train.jsonl line 2"),
+        ("train", {"width": 128, "height": 96}, "train.jsonl line 3: image .* has 96x128 pixels, not 128x96"),
+        ("train", {"grounding": {"caption": "x"}}, "train.jsonl line 3: .*; write a JSON object filename"),
+        ("val", {"filename": "val_1.jpg"}, "val.jsonl line 3: .* was used before, in val.jsonl line 2"),
+        ("val", {"filename": "train_1.jpg"}, "val.jsonl line 3: .* was used before, in train.jsonl line 2"),
     ],
 )
-def test_other_faults_are_named_with_their_line(world: World, out: Path, spoil: dict, message: str, capsys) -> None:
-    world.lines["train"][2] |= spoil
+def test_other_faults_are_named_with_their_line(
+    world, out: Path, split: str, spoil: dict, message: str, capsys
+) -> None:
+    world.lines[split][2] |= spoil
     world.write_annotations()
     assert re.match(message, failure(world, out, capsys, "annotations", "weights", "images"))
 

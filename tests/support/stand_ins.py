@@ -33,7 +33,7 @@ judge.main(*sys.argv[1:])
 """
 PREPARE_DATA = """
 import dataclasses, sys
-sys.path[:0] = ["/real", "/repo/container/data_sets"]
+sys.path[:0] = ["/real", "/repo/container/data_sets", "/repo/container/harness"]
 import prepare_data
 {changes}
 sys.exit(prepare_data.main(sys.argv[1:]))

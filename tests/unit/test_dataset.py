@@ -1,0 +1,231 @@
+"""The host's side of data sets: names, where they lie, what a preparation is given, and who may prepare. No engine."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import engine
+from in_process import Small
+from repository import ROOT
+
+# The container that would be started, as a line; it makes the data set as far as `data` must see it.
+SHOW = """
+import types
+def start(container):
+    given = {inside: str(outside.resolve()) for inside, outside in container.mounts.items() if "/repo" not in inside}
+    print([container.command[2:], given, str(container.writable), getattr(container, "shared_as", "")])
+engine.arguments, engine.kill = start, lambda name: None
+dataset.subprocess = types.SimpleNamespace(run=lambda *_, **__: types.SimpleNamespace(returncode=0), DEVNULL=None)
+"""
+GOOD_NAMES = ["mine", "Flickr30k", "coco_2017", "a.b-c", "weights2", "partial", "x" * 41]
+BAD_NAMES = ["weights", "Weights", "mine.partial", "mine.download", "../mine", ".mine", "a/b", "a b", "", "é", "x" * 42]
+
+
+def started(project: Small, *words: str, env: dict | None = None) -> list:
+    done = project.run("data", *words, given=SHOW, env=env)
+    assert done.returncode == 0, done.stderr
+    return ast.literal_eval(done.stdout)
+
+
+def refused(project: Small, message: str, *words: str, given: str = SHOW) -> None:
+    done = project.run("data", *words, given=given)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done
+
+
+def guard_of(project: Small):
+    """Its guard, as a function of a path to read that says whether it may be read."""
+    for file in (".claude/hooks/guard.py", *(str(f.relative_to(ROOT)) for f in (ROOT / "container/harness").glob("*"))):
+        if (ROOT / file).is_file():
+            (project.path / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, project.path / file)
+
+    def may_read(path: str) -> bool:
+        call = {"tool_name": "Read", "tool_input": {"file_path": path}, "cwd": str(project.path)}
+        command = ["python3", "-I", "-S", "-B", str(project.path / ".claude/hooks/guard.py")]
+        done = subprocess.run(command, input=json.dumps(call), capture_output=True, text=True, cwd=project.path)
+        return json.loads(done.stdout)["hookSpecificOutput"]["permissionDecision"] == "allow"
+
+    return may_read
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_a_name_that_is_refused_is_refused_everywhere(small: Small, name: str):
+    refused(small, "NAME is up to 41 letters, digits", name, "--odvg", str(small.path))
+    small.edit("data: prints", f"data: {name}", "program.md")
+    done = small.run()
+    assert done.returncode == 2 and "program.md line 4: data: " in done.stderr, done.stderr
+    (small.path / "data" / name).mkdir(parents=True, exist_ok=True)
+    (small.path / "data" / name / "preview.png").write_bytes(b"?")
+    assert not guard_of(small)(f"data/{name}/preview.png")
+
+
+@pytest.mark.parametrize("name", GOOD_NAMES)
+def test_a_name_that_is_taken_is_taken_everywhere(small: Small, name: str):
+    assert started(small, name, "--odvg", str(small.path))[0][0] == name
+    small.edit("data: prints", f"data: {name}", "program.md")
+    assert f"data/{name}/info.json is missing" in small.run().stderr
+    (small.path / "data" / name).mkdir()
+    (small.path / "data" / name / "preview.png").write_bytes(b"?")
+    assert guard_of(small)(f"data/{name}/preview.png")
+
+
+# What a preparation is given
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A folder of one's own, its images and a list elsewhere."""
+    folder = tmp_path / "my data: 1=2"
+    (tmp_path / "elsewhere").mkdir()
+    folder.mkdir()
+    for name in ("train.jsonl", "val.jsonl"):
+        (folder / name).write_text("{}\n")
+    (tmp_path / "elsewhere" / "list").write_text("{}\n")
+    (folder / "images").symlink_to("../elsewhere")
+    (folder / "test.jsonl").symlink_to("../elsewhere/list")
+    return folder
+
+
+@pytest.mark.parametrize("way", ["absolute", "equals", "relative", "relative, equals", "here", "home"])
+def test_a_folder_is_found_however_it_is_written(small: Small, own: Path, way: str):
+    words, env = ["--odvg", str(own)], {"AR_FROM": str(own.parent), "HOME": str(own.parent)}
+    if way == "here":
+        words, env["AR_FROM"] = ["--odvg", "."], str(own)
+    elif way == "home":
+        words = [f"--odvg=~/{own.name}"]
+    else:
+        path = own.name if "relative" in way else str(own)
+        words = [f"--odvg={path}"] if "equals" in way else ["--odvg", path]
+    command, given, _, _ = started(small, "mine", *words, "--size=32", env=env)
+    assert command == ["mine", "--odvg", "/odvg", "--size", "32", "--out", "/writable/mine"]
+    assert given == {
+        "/odvg/train.jsonl": f"{own}/train.jsonl",
+        "/odvg/val.jsonl": f"{own}/val.jsonl",
+        "/odvg/test.jsonl": f"{own.parent}/elsewhere/list",
+        "/odvg/images": f"{own.parent}/elsewhere",
+    }
+
+
+def test_run_sh_says_where_its_caller_stands(small: Small, tmp_path: Path):
+    (tmp_path / "repo with blanks").mkdir()
+    root = tmp_path / "repo with blanks"
+    shutil.copy(ROOT / "run.sh", root)
+    (root / "container/harness").mkdir(parents=True)
+    (root / "container/harness/__main__.py").write_text("import os; print(os.environ['AR_FROM'], os.getcwd())")
+    (tmp_path / "link").symlink_to(root)
+    for command in ("../link/run.sh", str(root / "run.sh")):
+        (tmp_path / "own data").mkdir(exist_ok=True)
+        done = subprocess.run([command], cwd=tmp_path / "own data", capture_output=True, text=True)
+        assert done.stdout == f"{tmp_path}/own data {root}\n", done.stderr
+
+
+def test_a_folder_that_is_not_there_is_named(small: Small):
+    refused(small, "--odvg /nowhere: no such folder; container/README.md", "mine", "--odvg=/nowhere")
+
+
+# Who may prepare
+
+
+def test_two_preparations_of_one_data_set_exclude_each_other(small: Small, tmp_path: Path):
+    meanwhile = """
+def start(container):
+    for name in ("mine", "yours"):
+        try:
+            dataset.prepare_alone = lambda name, words: print(name, "is free") or 0
+            dataset.prepare(name)
+        except dataset.Refused as error:
+            print(error)
+engine.arguments = start
+"""
+    done = small.run("data", "mine", "--odvg", str(tmp_path), given=SHOW + meanwhile)
+    refusal = "data/mine is being prepared by another ./run.sh; wait for it"
+    assert done.stdout.splitlines() == [refusal, "yours is free"], done.stderr
+    other = small.worktree(tmp_path / "two", "two")
+    lock = "lock = locks.held(git.folder() / 'autoresearch.data-mine'); lock.__enter__()"
+    refused(other, refusal, "mine", "--odvg", str(tmp_path), given=SHOW + lock)
+
+
+def test_a_preparation_has_a_label_of_its_own(small: Small):
+    assert started(small, "prints2", "--odvg", str(small.path))[3] == "data-prints2"
+    labels = [engine.label(name) for name in ("", "background", "data-prints", "data-mine")]
+    assert len(set(labels)) == 4
+
+
+# Where data sets lie
+
+
+def plain(small: Small, tmp_path: Path) -> Small:
+    return small
+
+
+def submodule(small: Small, tmp_path: Path) -> Small:
+    (tmp_path / "super").mkdir()
+    outer = Small(tmp_path / "super")
+    outer.git("init", "-q")
+    outer.git("-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(small.path), "eclip")
+    return Small(tmp_path / "super/eclip")
+
+
+def separate(small: Small, tmp_path: Path) -> Small:
+    (tmp_path / "gits").mkdir()
+    subprocess.run(["git", "clone", "-q", "--separate-git-dir", tmp_path / "gits/.git", small.path, tmp_path / "sep"])
+    return Small(tmp_path / "sep")
+
+
+def bare(small: Small, tmp_path: Path) -> Small:
+    subprocess.run(["git", "clone", "-q", "--bare", small.path, tmp_path / "server/eclip.git"], check=True)
+    Small(tmp_path / "server/eclip.git").git("worktree", "add", "-q", str(tmp_path / "work"))
+    return Small(tmp_path / "work")
+
+
+def linked(small: Small, tmp_path: Path) -> Small:
+    (small.path / ".git").rename(tmp_path / "elsewhere.git")
+    (small.path / ".git").symlink_to(tmp_path / "elsewhere.git")
+    return small
+
+
+@pytest.mark.parametrize("kind", [plain, submodule, separate, bare, linked])
+def test_data_lie_in_the_first_worktree_and_all_share_them(small: Small, tmp_path: Path, kind):
+    project = kind(small, tmp_path)
+    shutil.rmtree(project.path / "data", ignore_errors=True)
+    place = str(project.path / "data")
+    assert started(project, "prints")[2] == place
+    other = project.worktree(tmp_path / "other tree", "other")
+    assert started(other, "mine", "--odvg", str(tmp_path))[2] == place
+    assert not list(git_folder(project).glob("**/data"))
+
+
+def git_folder(project: Small) -> Path:
+    return Path(project.git("rev-parse", "--path-format=absolute", "--git-common-dir"))
+
+
+@pytest.mark.parametrize("kind", [plain, submodule, bare])
+def test_another_worktree_sees_the_preview(small: Small, tmp_path: Path, kind):
+    project = kind(small, tmp_path)
+    started(project, "mine", "--odvg", str(tmp_path))
+    project.make_data("prints")
+    picture, secret = project.path / "data/prints/preview.png", project.path / "data/prints/val.key.npy"
+    other = project.worktree(tmp_path / "other", "other")
+    may_read = guard_of(other)
+    assert not may_read("data/prints/preview.png")  # there is none yet
+    for content in (b"first", b"second"):
+        picture.write_bytes(content)
+        for path in ("data/prints/preview.png", f"{other.path}/data/prints/preview.png"):
+            assert may_read(path) and (other.path / "data/prints/preview.png").read_bytes() == content
+    assert (
+        not may_read("data/prints/val.key.npy")
+        and not may_read(str(picture))
+        and not may_read("data/nowhere/preview.png")
+    )
+    picture.unlink()
+    picture.symlink_to(secret)
+    (other.path / "data/prints/preview.png").unlink()
+    assert not may_read("data/prints/preview.png")
+    assert [f.name for f in (other.path / "data").rglob("*") if f.is_file()] == [] and os.listdir(other.path / "data")
