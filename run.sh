@@ -28,4 +28,5 @@ for name in HOME USER TERM CI XDG_RUNTIME_DIR DOCKER_HOST AR_ENGINE CLAUDECODE C
   [[ -z ${!name-} ]] || keep+=("$name=${!name}")
 done
 keep+=(AR_FROM="${OLDPWD-}") # where the caller stands
+PATH=$system
 exec env -i "${keep[@]}" PATH="$system" LANG=C.UTF-8 "${harness[@]}"

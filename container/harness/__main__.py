@@ -57,7 +57,14 @@ def usage() -> None:
 
 
 HELP = dict.fromkeys(("help", "--help", "-h"), usage)
-FOR_ANYBODY = {"": one_experiment, "status": display.status, "log": display.log, "doctor": install.doctor, **HELP}
+FOR_ANYBODY = {
+    "": one_experiment,
+    "refresh-report": report.refresh,  # started by the agent's ./run.sh too
+    "status": display.status,
+    "log": display.log,
+    "doctor": install.doctor,
+    **HELP,
+}
 FOR_A_PERSON = {
     "setup": install.setup,
     "test": install.test,

@@ -151,14 +151,14 @@ def exit_status(work, result) -> int:
 def memory_events() -> tuple[int, int]:
     """How many processes here the kernel has ended for want of memory, and how often the sandbox was at its own limit.
 
-    cgroup v2, or v1.
+    cgroup v1's counter of that stays 0 on some kernels, so there every kill counts as one at the limit.
     """
     if CGROUP_V2.exists():
         counts = dict(line.split() for line in CGROUP_V2.read_text().splitlines())
         return int(counts.get("oom_kill", 0)), int(counts.get("max", 0))
     if (CGROUP_V1 / "memory.oom_control").exists():
         counts = dict(line.split() for line in (CGROUP_V1 / "memory.oom_control").read_text().splitlines())
-        return int(counts.get("oom_kill", 0)), int((CGROUP_V1 / "memory.failcnt").read_text())
+        return (int(counts.get("oom_kill", 0)),) * 2
     return 0, 0
 
 

@@ -149,7 +149,7 @@ def wrong_with(cheat: Cheat, found: Found, honest: list[dict]) -> str:
         return f"{r['verdict']} {r['reason']}"
     if cheat.pays(found) or found.leaks(found.log):
         return "it pays"
-    if cheat.verdict == "discarded" and not cheat.worse and found.metrics != honest[:1]:
+    if cheat.verdict == "discarded" and not cheat.worse and found.metrics != honest[: len(found.metrics)]:
         return f"it changed the metrics: {found.metrics}"
     return f"it helps: {found.rank} after {found.honest}" if cheat.worse and found.rank < found.honest else ""
 

@@ -145,7 +145,7 @@ class Running:
         except AssertionError:
             raise AssertionError(f"{self.names()} left after {limit_s} s: {self.out.read_text()}") from None
 
-    def ended(self, limit_s: float = 60) -> tuple[int, dict]:
+    def ended(self, limit_s: float = 120) -> tuple[int, dict]:
         """Its exit status and result block."""
         return self.process.wait(limit_s), block(self.out.read_text())
 
@@ -230,7 +230,7 @@ def test_trainings_that_others_end(start, slow, slurm: Slurm, slurms, seconds):
     lost_because(alone, "the launch command was killed")
     lost_because(down, "Slurm: node failure")
     assert ended.process.wait(30) == 143
-    wait_for(lambda: slurm.call("squeue", "-h") == "", 30)  # nor does a job without a srun hold the node
+    wait_for(lambda: slurm.call("squeue", "-h") == "", LIFELINE_S + 30)  # nor does a job without a srun hold the node
     works(cancelled)
 
 
@@ -255,7 +255,7 @@ def test_what_takes_its_time(start, slow, slurm: Slurm, seconds):
         seconds(what, round(time.monotonic() - killed, 1))
     os.killpg(stopped.process.pid, signal.SIGCONT)
     lost_because(stopped, "run.sh stood still, or its files were out of reach, for a minute")
-    wait_for(lambda: slurm.call("squeue", "-h") == "", 30)
+    wait_for(lambda: slurm.call("squeue", "-h") == "", LIFELINE_S + 30)
     slow["crashed"].gone(30)
     seconds("node crash", round(time.monotonic() - slow["crashed"].since, 1))
     lost_because(slow["crashed"], "Slurm: node failure")
@@ -319,7 +319,7 @@ def test_a_job_that_never_starts(base: Project, slurm: Slurm, tmp_path: Path):
     run.terminate()
     run.communicate(timeout=60)
     assert run.returncode == 143
-    wait_for(lambda: slurm.call("squeue", "-h") == "", 30)
+    wait_for(lambda: slurm.call("squeue", "-h") == "", LIFELINE_S + 30)
     refused(start("no-such-command"), "no-such-command")
 
 

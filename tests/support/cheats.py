@@ -240,7 +240,7 @@ WRITABLE = Naive(  # as most containers are started: root inside, everything wri
 import shutil
 engine.UID = "0:0"
 engine.arguments = lambda c, real=engine.arguments: [
-    word[:-3] if word.endswith(":ro") else word for word in real(c) if word != "--read-only"
+    word.removesuffix(",readonly") for word in real(c) if word != "--read-only"
 ]
 inside = measure.Path(shutil.copytree(measure.INSIDE, folder / "inside"))
 measure.JUDGE = inside / "judge.py"
