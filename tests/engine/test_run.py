@@ -101,6 +101,7 @@ def test_a_change_that_helps_is_kept_one_that_hurts_is_reverted_and_a_person_ove
 
 def test_a_small_gain_is_run_twice(fast: Project):
     fast.edit("stop:", "confirm_below: 99\nstop:", "program.md")
+    fast.given += "import itertools\nmeasure.fresh_seed = itertools.cycle((1, 8)).__next__\n"  # not the same twice
     fast.write("train.py", CANDIDATES["kept"].replace("5 * torch.eye", "(5 + int(os.environ['SEED']) % 9) * torch.eye"))
     done, shown = fast.experiment("words fitted to rough pixels, under a rule that always wants to see it twice")
     assert (done.returncode, shown["verdict"]) == (0, "kept"), done.stdout + done.stderr
