@@ -30,6 +30,7 @@ from repository import CRASH, block
 SAMPLE, FULL = (3, 3, 2), (8, 25, 3)  # worktrees, runs of each, devices
 RECORDED, TIMES, SLOWER_S = 1000, 2, 0.3  # experiments; runs of which the fastest counts; what they may cost of a CPU
 KEPT, DISCARDED = train_py(VALUES["kept"]), train_py(VALUES["discarded"])
+UNFINISHED = Path("final/work")  # of an audit under way
 INCUMBENT_TEXT = train_py(VALUES["incumbent"])
 
 
@@ -836,7 +837,7 @@ def test_an_audit_that_is_killed_goes_on_where_it_was(small: Small):
         "run-2",
         "run-3",
     ]
-    seeds = [json.loads(small.read(f"final/work/run-{n}/finished.json"))["run"]["seed"] for n in (1, 2, 3)]
+    seeds = [json.loads(small.read(UNFINISHED / f"run-{n}/finished.json"))["run"]["seed"] for n in (1, 2, 3)]
     done = small.run("audit", "2", "--ablate", given=NOISY)
     assert done.returncode == 0 and "in final/0003\n" in done.stdout, done.stdout + done.stderr
     calls = json.loads(small.calls_file.read_text())
@@ -844,7 +845,7 @@ def test_an_audit_that_is_killed_goes_on_where_it_was(small: Small):
     runs = json.loads(small.git("show", "refs/experiments/3:experiment/result.json"))["runs"]
     assert [run["seed"] for run in runs][:3] == seeds and len({run["seed"] for run in runs}) == 6
     small.write("train.py", DISCARDED)
-    assert not (small.path / "final/work").exists()
+    assert not (small.path / UNFINISHED).exists()
     assert small.run("audit", "2", given=NOISY).returncode == 0  # another one, with pairs and trainings of its own
     calls = json.loads(small.calls_file.read_text())
     assert [call for call in calls if "measure" in call] == [f"measure run-{n}" for n in (1, 2, 3, 4)]
@@ -854,9 +855,9 @@ def test_an_audit_that_is_killed_goes_on_where_it_was(small: Small):
     "left",
     [
         "sed -i 's/budget: 120/budget: 119/' program.md",  # which is not comparable
-        "rm -r final/work/run-2",
-        "echo nonsense >final/work/run-2/finished.json",
-        "cp -r final/work/run-3 final/work/run-9; rm -r final/work/run-1",
+        f"rm -r {UNFINISHED / 'run-2'}",
+        f"echo nonsense >{UNFINISHED / 'run-2/finished.json'}",
+        f"cd {UNFINISHED}; cp -r run-3 run-9; rm -r run-1",
     ],
 )
 def test_what_another_audit_left_is_not_taken_for_this_ones(small: Small, left: str):
@@ -866,7 +867,7 @@ def test_what_another_audit_left_is_not_taken_for_this_ones(small: Small, left: 
     subprocess.run(["bash", "-ec", left], cwd=small.path, check=True)
     if "budget" in left:
         assert small.run("audit", "2").returncode == 2  # nothing is measured with that budget
-        assert (small.path / "final/work/run-3/finished.json").exists()
+        assert (small.path / UNFINISHED / "run-3/finished.json").exists()
         small.git("checkout", "program.md")
     done = small.run("audit", "2", given=NOISY)
     assert done.returncode == 0, done.stdout + done.stderr
