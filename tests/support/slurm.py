@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import random
 import shutil
 import signal
 import socket
@@ -18,6 +19,7 @@ KILL_WAIT_S = 3  # from SIGTERM to SIGKILL when it ends a job
 NODE_TIMEOUT_S = 10  # until a node that does not answer is down
 CONF = """
 ClusterName=tests
+FirstJobId={first_job}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmdPort={ports[1]}
@@ -61,6 +63,8 @@ class Slurm:
         (self.folder / "key").write_bytes(os.urandom(128))
         (self.folder / "key").chmod(0o400)
         fields = {"host": self.host, "user": whoami(), "folder": self.folder, "ports": free_ports(2), "cpus": CPUS}
+        # other numbers than another Slurm's here: whoever watches over job 9 looks for the processes of any job 9
+        fields["first_job"] = random.randrange(1000, 60_000_000)
         conf = CONF.format(**fields, kill_wait=KILL_WAIT_S, node_timeout=NODE_TIMEOUT_S)
         (self.folder / "slurm.conf").write_text(conf)
         own = [f"--{x}={self.folder}/munge.{x}" for x in ("socket", "pid-file", "log-file", "seed-file")]
@@ -92,6 +96,10 @@ class Slurm:
     def crash(self) -> None:
         """The node's daemon and what watches over its jobs die at once; the jobs' own processes do not."""
         self.daemons["slurmd"].kill()
+        self.end_watchers()
+
+    def end_watchers(self) -> None:
+        """What watches over the jobs: where a job's processes were ended by others it may stay for ever."""
         mark = f"SLURM_CONF={self.folder}".encode()
         for p in Path("/proc").glob("[0-9]*/comm"):
             with contextlib.suppress(OSError):
@@ -105,6 +113,7 @@ class Slurm:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.daemons[name].wait(10)
             self.daemons[name].kill()
+        self.end_watchers()
         shutil.rmtree(self.folder)
 
 
