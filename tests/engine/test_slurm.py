@@ -132,7 +132,7 @@ class Running:
                 continue
             if session == self.process.pid and command.startswith("srun ") and f"-{stage} " in command:
                 found.append(int(p.name))
-        assert found
+        assert found, self.out.read_text()
         return found
 
     def gone(self, limit_s: float) -> float:
