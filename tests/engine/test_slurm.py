@@ -21,6 +21,8 @@ from repository import CANDIDATES, QUICK, ROOT, Project, block
 from slurm import CPUS, Slurm, wait_for, whoami
 
 LIFELINE_S, STILL_S = 15, 10  # here, instead of 60 and 45
+MEASURED = [1, 2, 3]  # of `base`
+LOG = f"runs/{MEASURED[-1] + 1:04}.log"
 GIVEN = f"""
 experiment.refresh_report = lambda: None
 engine.sweep = lambda background=False: None
@@ -40,11 +42,22 @@ NOT_YOURS = "not the edit's fault; the same idea may be tried again"
 
 
 @pytest.fixture(scope="module")
-def base(quick_base: Project, tmp_path_factory) -> Project:
+def here(quick_base: Project, tmp_path_factory) -> Project:
     """A project whose training takes no time; sandboxes that lost their lifeline wait less."""
-    made = quick_base.copy((folder := tmp_path_factory.mktemp("slurm")) / "base")
+    made = quick_base.copy((folder := tmp_path_factory.mktemp("slurm")) / "here")
     lifeline = stand_ins.stage(folder, f"stage.LIFELINE_S = {LIFELINE_S}")
     made.given += lifeline + GIVEN
+    return made
+
+
+@pytest.fixture(scope="module")
+def base(here: Project, tmp_path_factory) -> Project:
+    """The same with its baseline measured through a launch command: what such a one measures is compared with that."""
+    made = here.copy(tmp_path_factory.mktemp("slurm") / "base")
+    made.edit("stop:", "launch: env\nstop:", "program.md")
+    done = made.run()
+    assert done.returncode == 0 and made.experiments() == MEASURED, done.stdout + done.stderr
+    made.git("checkout", "program.md")
     return made
 
 
@@ -68,12 +81,13 @@ def slurm(slurms) -> Slurm:
 
 
 @pytest.fixture(scope="module")
-def start(base: Project, slurms, tmp_path_factory):
+def start(here: Project, base: Project, tmp_path_factory):
     """start(launch, slurm): a training that sleeps, of a project of its own, by that command."""
     runs = []
 
     def make(launch: str = "", slurm: Slurm | None = None) -> Running:
-        runs.append(Running(base.copy(tmp_path_factory.mktemp("run") / "repo"), launch, slurm))
+        source = base if launch else here
+        runs.append(Running(source.copy(tmp_path_factory.mktemp("run") / "repo"), launch, slurm))
         return runs[-1]
 
     yield make
@@ -260,7 +274,7 @@ def test_what_takes_its_time(start, slow, slurm: Slurm, seconds):
     seconds("node crash", round(time.monotonic() - slow["crashed"].since, 1))
     lost_because(slow["crashed"], "Slurm: node failure")
     limited = slow["limited"]
-    wait_for(lambda: "CANCELLED AT" in limited.project.read("runs/0003.log"), 90)
+    wait_for(lambda: "CANCELLED AT" in limited.project.read(LOG), 90)
     seconds("srun --time=1", limited.gone(30))
     lost_because(limited, "Slurm: time limit")
 
@@ -287,7 +301,7 @@ def test_a_node_that_is_full(base: Project, slurms, tmp_path: Path):
     others[0].terminate()
     out, err = run.communicate(timeout=120)
     assert block(out)["verdict"] == "kept" and "srun -n1' to start train" in err, out + err
-    assert "queued and waiting for resources" in project.read("runs/0003.log")
+    assert "queued and waiting for resources" in project.read(LOG)
     assert float(re.match(r"(\d+) s of", block(out)["train"])[1]) < 10
     for job in others:
         job.terminate()
@@ -306,7 +320,7 @@ def test_a_job_that_never_starts(base: Project, slurm: Slurm, tmp_path: Path):
     def refused(run: subprocess.Popen, words: str) -> None:
         error = run.communicate(timeout=60)[1]
         assert run.returncode == 2 and words in error and "nothing ran" in error, error
-        assert project.experiments() == [1, 2] and project.read("train.py") == SLEEP
+        assert project.experiments() == MEASURED and project.read("train.py") == SLEEP
 
     refused(start("srun -n1 -p nowhere"), "invalid partition specified: nowhere")
     refused(start("srun -n1 -w elsewhere"), "Invalid node name specified")
