@@ -66,6 +66,13 @@ def train_py(value: float, note: str = "") -> str:
     return f'"""A train.py that is not run, and would take its random numbers from SEED."""\nVALUE = {value}\n{note}'
 
 
+def variant(text: str, n: int) -> str:
+    return f"{text}# {n}\n"
+
+
+KEPT, DISCARDED, INCUMBENT_TEXT = (train_py(VALUES[verdict]) for verdict in ("kept", "discarded", "incumbent"))
+
+
 for name in MODULES:
     importlib.import_module(name)  # and with it what it needs of the standard library, for all children
 
@@ -196,6 +203,14 @@ class Small(Project):
     def run(self, *words: str, **how) -> subprocess.CompletedProcess:
         return self.start(*words, **how).finish()
 
+    def refused(self, message: str, **how) -> None:
+        """One line, exit 2, and no experiment left behind."""
+        before = self.experiments()
+        done = self.run(**how)
+        assert (done.returncode, done.stdout) == (2, "") and message in done.stderr, done.stdout + done.stderr
+        assert done.stderr.startswith("run.sh: ") and done.stderr.count("\n") == 1, done.stderr
+        assert self.experiments() == before
+
     def python(self, code: str) -> str:
         """What Python prints that has the harness's modules at hand, here."""
 
@@ -206,6 +221,9 @@ class Small(Project):
         done = Child(self, body).finish()
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
+
+    def blob(self, name: str) -> bytes:
+        return subprocess.run(["git", "cat-file", "blob", name], cwd=self.path, capture_output=True, check=True).stdout
 
     def containers(self, mark: str = "") -> str:
         return ""

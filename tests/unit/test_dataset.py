@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import dataset
 import engine
-from in_process import Small
+import project
+from in_process import KEPT, Small
 from repository import ROOT
 
 # The container that would be started, as a line; it makes the data set as far as `data` must see it.
@@ -229,3 +231,87 @@ def test_another_worktree_sees_the_preview(small: Small, tmp_path: Path, kind):
     (other.path / "data/prints/preview.png").unlink()
     assert not may_read("data/prints/preview.png")
     assert [f.name for f in (other.path / "data").rglob("*") if f.is_file()] == [] and os.listdir(other.path / "data")
+
+
+# Data that were changed
+
+
+def test_other_data_are_not_compared(small: Small):
+    info = small.path / "data/prints/info.json"
+    text, kind = info.read_text(), "print(experiment.make_plan(False)[1][0].kind)"
+    small.write("train.py", KEPT)
+    small.hypothesis("an idea")
+    assert small.python(kind) == "candidate"
+    info.write_text(text.replace(json.loads(text)["hash"], "0" * 64, 1))
+    assert small.python(kind) == "baseline"
+    info.write_text(text)
+    assert small.python(kind) == "candidate"
+    for name in ("inside/judge.py", "inside/stage.py", "image/seccomp.json"):
+        (file := small.path / "container" / name).write_text(file.read_text() + "\n")
+        assert small.python(kind) == "baseline", name
+        file.write_text(file.read_text()[:-1])
+    assert small.python(f"engine.find_image = lambda: 'another'\n{kind}") == "baseline"
+    assert small.python(kind) == "candidate"
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def flip_in_the_dark(file: Path) -> None:
+    was = file.stat()
+    flip(file)
+    os.utime(file, ns=(was.st_atime_ns, was.st_mtime_ns))
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def in_info(key: str, value: object = None):
+    def change(file: Path) -> None:
+        info = {**json.loads(file.read_text()), key: value}
+        file.write_text(json.dumps({k: v for k, v in info.items() if v is not None}))
+
+    return change
+
+
+ARROW = "train/data-00000-of-00001.arrow"
+DAMAGE = [
+    ("info.json", cut, "is damaged: move it away and run ./run.sh data prints in a terminal"),
+    ("info.json", in_info("hash"), "is damaged: move it away"),
+    ("info.json", in_info("files"), "is damaged: move it away"),
+    ("info.json", in_info("files", {"train": 7}), "is damaged: move it away"),
+    ("info.json", in_info("format", 1), "data/prints was made by another version of prepare_data.py: move it away"),
+    ("info.json", Path.unlink, "data/prints/info.json is missing: run ./run.sh data prints in a terminal"),
+    (ARROW, flip, "is not what prepare_data.py wrote: move it away and run ./run.sh data prints in a terminal"),
+    (ARROW, flip_in_the_dark, "is not what prepare_data.py wrote"),
+    (ARROW, cut, "bytes instead of"),
+    ("val/captions", shutil.rmtree, "cannot be read (No such file or directory): move it away"),
+    ("val.key.npy", flip, "is not what prepare_data.py wrote"),
+    ("val.key.npy", lambda file: shutil.copy(file.with_name("test.key.npy"), file), "bytes instead of"),
+]
+
+
+def test_damaged_data_are_named(small: Small, monkeypatch):
+    data, kept = small.path / "data/prints", small.path / "data/kept"
+    monkeypatch.setattr(dataset, "folder", lambda name: small.path / "data" / name)
+    monkeypatch.setattr(dataset, "VERIFIED", small.path / "runs/data.json")
+    shutil.copytree(data, kept)
+    content = dataset.verified_hash("prints")
+    for name, damage, message in DAMAGE:
+        shutil.rmtree(data)
+        shutil.copytree(kept, data)
+        assert dataset.verified_hash("prints") == content  # a copy is as good, and is remembered
+        damage(data / name)
+        for _ in range(2):  # what is bad is not remembered as good
+            with pytest.raises(project.Refused) as error:
+                dataset.verified_hash("prints")
+            text = str(error.value)
+            assert message in text and f"data/prints/{name}" in text or "version" in text, (name, damage, text)
+            assert "\n" not in text
+    small.write("train.py", KEPT)
+    small.hypothesis("an idea")
+    small.refused("data/prints/val.key.npy has 928 bytes instead of 1728: move it away and run ./run.sh data prints")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -188,14 +189,18 @@ def test_no_python_but_an_old_one_is_named(old_python, tmp_path):
         assert f"run.sh: python3 is Python 3.6.8 in {old_python}/python3; install Python 3.9 or newer" in done.stderr
 
 
+def launcher(folder: Path, harness: str) -> Path:
+    """A run.sh whose harness is this Python."""
+    (folder / "container").mkdir()
+    (folder / "container/harness").write_text(harness)
+    shutil.copy(ROOT / "run.sh", folder)
+    return folder / "run.sh"
+
+
 @pytest.mark.parametrize("zone", ["Asia/Tokyo", "America/St_Johns", "", "XYZ-5:30"])
 def test_one_time_zone_everywhere(tmp_path, zone):
     """What run.sh passes on to the harness; hooks and nights have the environment as it is."""
-    copy = tmp_path / "run.sh"
-    (tmp_path / "container").mkdir()
-    (tmp_path / "container/harness").write_text("import time; print(time.strftime('%H:%M %Z', time.localtime(0)))\n")
-    copy.write_text((ROOT / "run.sh").read_text())
-    copy.chmod(0o755)
+    copy = launcher(tmp_path, "import time; print(time.strftime('%H:%M %Z', time.localtime(0)))\n")
     here = {"PATH": "/usr/bin:/bin", "TZ": zone}
     as_it_is = subprocess.run(["date", "-d@0", "+%H:%M %Z"], env=here, capture_output=True, text=True).stdout
     for verb in ("log", "night"):
@@ -214,11 +219,7 @@ def test_a_clone_under_another_umask(tmp_path):
 
 @pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, {"LANG": "de_DE.ISO-8859-1"}, {"LC_ALL": "en_US.ISO-8859-1"}, {}])
 def test_text_is_utf_8_whatever_the_locale(tmp_path, locale):
-    copy = tmp_path / "run.sh"
-    (tmp_path / "container").mkdir()
-    (tmp_path / "container/harness").write_text("import locale; print('—', locale.getpreferredencoding())\n")
-    copy.write_text((ROOT / "run.sh").read_text())
-    copy.chmod(0o755)
+    copy = launcher(tmp_path, "import locale; print('—', locale.getpreferredencoding())\n")
     for verb in ("log", "night"):
         done = subprocess.run([copy, verb], env={"PATH": "/usr/bin:/bin", **locale}, capture_output=True)
         assert done.stdout.decode().lower() in ("— utf-8\n", "— utf8\n"), done

@@ -1,0 +1,183 @@
+"""What people and programs do while an experiment runs is never lost and never overwritten, whatever it decides."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+
+import pytest
+
+import repository
+import sweep
+from in_process import DISCARDED, INCUMBENT_TEXT, KEPT, VALUES, Point, Small, train_py
+from repository import CRASH, block
+
+MINE = "git commit -q --only LICENSE -m mine"
+EDIT = "echo '# is edited' >>train.py"
+
+
+@pytest.mark.parametrize(
+    ("verdict", "at", "script", "ends", "head", "file"),
+    [
+        # a commit of another file, or HEAD amended; the experiment goes on top
+        ("kept", "measure", MINE, "kept", "candidate", "candidate"),
+        ("kept", "measure", "git commit -q --amend --only -m amended", "kept", "candidate", "candidate"),
+        ("kept", "measure", "git switch -qc other", "kept", "candidate", "candidate"),
+        # train.py edited, put back or staged: what was judged is in HEAD, what the user wrote stays in the file
+        ("kept", "measure", EDIT, "kept", "candidate", "edited"),
+        ("discarded", "measure", EDIT, "discarded", "incumbent", "edited"),
+        ("kept", "measure", "git checkout -q train.py", "kept", "candidate", "candidate"),
+        ("discarded", "measure", "git add train.py", "discarded", "incumbent", "incumbent"),
+        # HEAD's train.py changed: nothing to compare with any more
+        ("kept", "measure", f"{EDIT}; git commit -qm mine train.py", "discarded", "edited", "edited"),
+        ("kept", "measure", "git reset -q --soft HEAD^", "discarded", "other", "other"),
+        # at the worst moment, when the record is written and the branch is not
+        ("kept", "update-ref -m", MINE, "kept", "candidate", "candidate"),
+        # what the settings are by then is for the next run
+        ("kept", "measure", "sed -i 's/budget: 120/budget: 119/' program.md", "kept", "candidate", "candidate"),
+        ("kept", "measure", "sed -i 's/budget: 120/budget: soon/' program.md", "kept", "candidate", "candidate"),
+        ("kept", "measure", "printf x >>data/prints/val.key.npy", "", "incumbent", "candidate"),
+    ],
+)
+def test_what_the_user_does_meanwhile(small: Small, verdict, at, script, ends, head, file):
+    small.git("commit", "-q", "--amend", "--no-edit", "train.py")  # `other` has another train.py
+    if "reset" in script:
+        small.write("train.py", train_py(120))
+        small.git("commit", "-qm", "older", "train.py")
+        small.write("train.py", INCUMBENT_TEXT)
+        small.git("commit", "-qm", "newer", "train.py")
+    texts = {"candidate": train_py(VALUES[verdict]), "incumbent": INCUMBENT_TEXT, "edited": None}
+    small.write("train.py", texts["candidate"])
+    small.hypothesis("an idea")
+    was = small.git("rev-parse", "HEAD")
+    done = small.run(point=Point(at, "meanwhile", script))
+    assert block(done.stdout).get("verdict", "") == ends, done.stdout + done.stderr
+    assert done.returncode == (0 if ends else 2) and "Traceback" not in done.stderr
+    small.git("checkout", "-q", "program.md")
+    if "val.key" in script:
+        assert "data/prints/val.key.npy has 1729 bytes instead of 1728" in done.stderr
+        assert small.experiments() == [1] and small.read("train.py") == texts["candidate"]
+        return
+    for want, text in ((head, small.git("show", "HEAD:train.py") + "\n"), (file, small.read("train.py"))):
+        if want == "edited":
+            assert "is edited" in text
+        elif want in texts:
+            assert text == texts[want]
+    assert small.trailers("refs/experiments/2")["Verdict"] == (ends or "kept") and small.experiments() == [1, 2]
+    if "mine" in script:
+        assert "mine" in small.git("log", "-3", "--format=%s").splitlines()
+    assert was in small.git("reflog", "--format=%H").splitlines()
+    staged = small.git("diff", "--cached", "--name-only").split()
+    assert set(staged) <= {"LICENSE", "train.py"}
+    assert "LICENSE" in staged or "commit" in script
+    assert "fatal" not in small.git("fsck")
+    assert len({small.trailers(f"refs/experiments/{n}")["Comparable"] for n in (1, 2)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("verdict", "script", "told"),
+    [
+        ("discarded", EDIT, "may hold what lost: read it, and undo that change (runs/0002.diff)"),
+        ("discarded", "rm train.py", "may hold what lost"),
+        ("discarded", "ln -sf LICENSE train.py", "may hold what lost"),
+        ("discarded", "sed -i 's/$/\\r/' train.py", "may hold what lost"),
+        ("failed", EDIT, "may hold what lost"),
+        ("kept", EDIT, "is not what was kept: read it first"),
+        ("kept", "rm train.py", "is not what was kept"),
+        ("discarded", "true", ""),
+        ("kept", "git checkout -q train.py", ""),
+        ("discarded", "git checkout -q train.py", ""),
+        ("failed", "git stash -q", ""),
+    ],
+)
+def test_a_block_says_what_train_py_is_where_the_verdict_does_not(small: Small, verdict: str, script: str, told: str):
+    small.git("commit", "-qm", "mine")
+    small.write("train.py", CRASH if verdict == "failed" else train_py(VALUES[verdict]))
+    small.hypothesis("an idea")
+    shown = block(small.run(point=Point("measure", "meanwhile", script)).stdout)
+    assert shown["verdict"] == verdict and told in shown.get("train.py", ""), shown
+    assert ("train.py" in shown) == shown["next"].startswith("first see train.py above; then ") == bool(told)
+    if told:
+        assert "again" not in shown["commit"]
+    else:
+        assert small.read("train.py") == (KEPT if verdict == "kept" else INCUMBENT_TEXT)
+
+
+def test_what_an_interrupted_verdict_left_is_not_built_upon_without_a_word(small: Small):
+    """The agent's call was killed after its record was written, and it has made the next edit on top."""
+    small.write("train.py", DISCARDED)
+    small.hypothesis("worse")
+    assert small.run(point=Point("update-ref refs/experiments/2", "after")).returncode == -9
+    small.write("train.py", DISCARDED + "# and another idea\n")
+    small.hypothesis("another idea")
+    done = small.run()
+    assert (done.returncode, done.stdout) == (2, "") and "completed experiment 2" in done.stderr
+    assert done.stderr.endswith(
+        "may hold what lost: read it, and undo that change (runs/0002.diff); then run ./run.sh again\n"
+    )
+    assert small.experiments() == [1, 2]
+    assert small.experiment("on top, on purpose")[1]["experiment"] == "3"  # it is said once
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "sed -i 's/data: prints/data: nowhere/' program.md",
+        "rm program.md scratchpad.md",
+        "printf '\\377\\376' >program.md",
+        "printf '\\377\\376' >scratchpad.md; rm -rf runs/session",
+        "rm runs/0002.log runs/experiments.tsv runs/running.json",
+        "git config user.email ''; git config i18n.commitEncoding latin1",
+        "rm -r runs",
+    ],
+)
+@pytest.mark.parametrize(("verdict", "at"), [("kept", "measure"), ("failed", "update-ref refs/experiments/2")])
+def test_whatever_is_edited_meanwhile_what_was_recorded_is_shown(small: Small, verdict: str, at: str, script: str):
+    if (script, at) == ("rm -r runs", "measure"):
+        script = "rm -f runs/*.*"  # else what runs is gone as well
+    (small.path / "runs/session").mkdir(exist_ok=True)
+    small.write("train.py", CRASH if verdict == "failed" else train_py(VALUES[verdict]))
+    small.hypothesis("an idea")
+    done = small.run(point=Point(at, "meanwhile", script))
+    assert (done.returncode, block(done.stdout).get("verdict")) == (int(verdict == "failed"), verdict), done.stderr
+    assert small.trailers("refs/experiments/2")["Verdict"] == verdict and len(done.stdout.encode()) < 2048
+    assert block(done.stdout)["commit"].startswith(small.git("rev-parse", "refs/experiments/2")[:9])
+
+
+def test_where_git_is_busy_the_verdict_is_shown_and_the_next_run_carries_it_out(small: Small):
+    """An editor's git holds the index."""
+    small.write("train.py", KEPT)
+    small.hypothesis("an idea")
+    done = small.run(point=Point("measure", "meanwhile", "touch .git/index.lock"))
+    shown = block(done.stdout)
+    assert (done.returncode, shown.get("verdict")) == (0, "kept"), done.stdout + done.stderr
+    assert "is not carried out, which the next run does: git update-index failed" in shown["train.py"]
+    (small.path / ".git/index.lock").unlink()
+    assert "completed experiment 2" in small.run().stderr and small.git("status", "--short", "train.py") == ""
+    assert small.git("show", "HEAD:train.py") + "\n" == KEPT
+
+
+def test_a_git_that_outlives_a_killed_run_keeps_its_locks(small: Small, tmp_path):
+    """A run that begins meanwhile is refused, and the one after that completes what git has written by then."""
+    (tmp_path / "git").write_text(SLOW_GIT.format(folder=tmp_path, git=shutil.which("git")))
+    (tmp_path / "git").chmod(0o755)
+    small.write("train.py", KEPT)
+    small.hypothesis("an idea")
+    child = small.start(env={"PATH": f"{tmp_path}:{repository.PATH}"})
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "begun").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.finish().returncode == -signal.SIGKILL
+    small.refused("another experiment is running: it has just begun; wait for it")
+    assert "completed experiment 2" in sweep.again(small).stderr and small.experiments() == [1, 2, 3]
+    assert small.git("show", "HEAD:train.py") + "\n" == KEPT
+
+
+SLOW_GIT = """#!/bin/sh
+case "$*" in *"update-ref refs/experiments"*) touch {folder}/begun; sleep 2 ;; esac
+exec {git} "$@"
+"""
