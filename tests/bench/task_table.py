@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import load_from_disk
+from datasets import disable_progress_bars, load_from_disk
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "support"))
@@ -196,6 +196,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each change, at least 2")
     parser.add_argument("--budget", type=int, default=1800, help="seconds; generous, every run has to reach its end")
     args = parser.parse_args()
+    disable_progress_bars()  # which are not made for threads
     original = (HERE.parents[1] / "train.py").read_text()
     sources = {name: edited(original, edits) for name, edits in CHANGES.items()}  # all of them before the first run
     torch.set_num_threads(1)
