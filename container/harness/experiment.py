@@ -43,8 +43,7 @@ def run(incumbent_only: bool = False) -> int:
 
     incumbent_only: measure a baseline where there is none, whatever train.py is now.
     """
-    with locks.worktree(), workspace():
-        record.finish_interrupted()
+    with workspace():
         history, attempts = make_plan(incumbent_only)
         last = attempts[-1]
         locks.announce(history.newest + 1, "begins", history.program.budget, last.train)
@@ -65,12 +64,14 @@ def run(incumbent_only: bool = False) -> int:
 
 @contextlib.contextmanager
 def workspace() -> Iterator[None]:
-    """No containers and no temporary files of ours before and after; only under the worktree's lock."""
-    clean_up()
-    try:
-        yield
-    finally:
+    """This worktree, with what a killed run left completed or removed; we leave nothing. Raises Refused."""
+    with locks.worktree():
         clean_up()
+        try:
+            record.finish_interrupted()
+            yield
+        finally:
+            clean_up()
 
 
 def clean_up() -> None:
@@ -245,7 +246,8 @@ def refresh_report() -> None:
 def verdict(attempt: Attempt, history: History) -> str:
     """The verdict after the runs so far, 'again' when one more is wanted."""
     ok = [run for run in attempt.runs if run.outcome == "ok"]
-    before = [*earlier_metrics(attempt.train, history), *(run.metrics for run in ok[:-1])]
+    earlier = record.results([r for r in history.compared if r.train == attempt.train])
+    before = [run["metrics"] for result in earlier for run in result.get("runs", [])] + [run.metrics for run in ok[:-1]]
     if ok and ok[-1].metrics in before and ok[-1].metrics["gallery"] >= LUCK_GALLERY:
         for run in ok:  # neither confirms the other
             run.outcome, run.reason = "failed", IGNORES_SEED
@@ -262,12 +264,6 @@ def verdict(attempt: Attempt, history: History) -> str:
         return "discarded"
     settings = history.program
     return keep_rule.decide(attempt.values(settings.metric), history.incumbent, history.sigma, settings.confirm_below)
-
-
-def earlier_metrics(train: str, history: History) -> list[dict]:
-    """What the judge found in every run of this very train.py that the record has."""
-    results = record.results([r for r in history.compared if r.train == train])
-    return [run["metrics"] for result in results for run in result.get("runs", [])]
 
 
 # Recording
@@ -339,9 +335,9 @@ def files_of(attempt: Attempt, plan: str, web: bytes) -> dict[str, str]:
     if web:
         files["experiment/web.log"] = git.store(web)
     for n in range(1, len(attempt.runs) + 1):
-        for file in (WORK / f"run-{n}").glob("*s.npy"):
-            if file.stem in ("ranks", "examples"):
-                files[f"experiment/{file.stem}{f'-{n}' if n > 1 else ''}.npy"] = git.blob_of(file)
+        for name in ("ranks", "examples"):
+            if blob := git.blob_of(WORK / f"run-{n}" / f"{name}.npy"):
+                files[f"experiment/{name}{f'-{n}' if n > 1 else ''}.npy"] = blob
     files["experiment/train.log"] = git.blob_of(record.run_file(attempt.experiment, "log")) or git.store(b"")
     return files
 
@@ -350,8 +346,7 @@ def keep(word: str = "") -> None:
     """./run.sh keep N: overrule a verdict. Raises Refused."""
     if not word.isdecimal():
         raise Refused("usage: ./run.sh keep N")
-    with locks.worktree(), workspace():
-        record.finish_interrupted()
+    with workspace():
         train = git.object_id(f"{record.REFS}{int(word)}:train.py")
         if not train:
             raise Refused(f"there is no experiment {word}")
