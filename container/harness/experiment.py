@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import dataset
@@ -210,8 +209,8 @@ def measure_and_decide(attempt: Attempt, planned: History, device: locks.Device)
         if sys.stderr.isatty():
             limit = f"training for at most {budget} s; tail -f {log.relative_to(ROOT)}"
             say(f"experiment {attempt.experiment} ({activity}): {limit}")
-        training = job(history, WORK / f"run-{run}", texts[attempt.train], device)
-        attempt.runs.append(measure.run(replace(training, log=log)))
+        training = job(history, WORK / f"run-{run}", texts[attempt.train], device, log=log)
+        attempt.runs.append(measure.run(training))
         record.restore()
         history = History.load(planned.program, planned.image)  # other worktrees' results count too
         if history.comparable != planned.comparable:
@@ -224,8 +223,8 @@ def measure_and_decide(attempt: Attempt, planned: History, device: locks.Device)
     return history
 
 
-def job(history: History, work: Path, source: bytes, device: locks.Device) -> measure.Job:
-    """A training of this train.py as program.md says, with a fresh seed."""
+def job(history: History, work: Path, source: bytes, device: locks.Device, **how) -> measure.Job:
+    """A training of this train.py with a fresh seed, as program.md says; how: the fields that are otherwise."""
     work.mkdir(mode=0o755, parents=True)
     (work / "train.py").write_bytes(source)
     settings = history.program
@@ -233,7 +232,7 @@ def job(history: History, work: Path, source: bytes, device: locks.Device) -> me
     where = {"device": device.number, "keep_open": (device.lock,), "measured_on": measured_on}
     place = {"work": work, "data": dataset.folder(settings.data), "log": work / "train.log", "image": history.image}
     limits = {"budget": settings.budget, "memory": settings.memory, "launch": settings.launch}
-    return measure.Job(**place, **limits, **where, seed=measure.fresh_seed())
+    return measure.Job(**{**place, **limits, **where, **how}, seed=measure.fresh_seed())
 
 
 def refresh_report() -> None:

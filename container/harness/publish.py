@@ -70,8 +70,7 @@ class Trainings:
             run = measure.Run(**finished["run"])
         else:
             shutil.rmtree(folder if self.runs else self.work, ignore_errors=True)  # of another audit
-            job = experiment.job(self.history, folder, source, self.device)
-            run = measure.run(replace(job, **self.how))
+            run = measure.run(experiment.job(self.history, folder, source, self.device, **self.how))
         if run.outcome == "ok":
             write_json(folder / FINISHED, {"what": what, "run": asdict(run)})
         self.runs.append({"side": side, **asdict(run)})
