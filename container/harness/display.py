@@ -204,12 +204,11 @@ def brief(history: History) -> str:
     first = [f"Phase {history.phase_line()}.", f"{best}. {len(rows)} experiments so far, {kept} kept."]
     if rows:
         first.append("Last ten (runs/experiments.tsv has all):")
-    newest, dead_ends = [], []
+    newest = []
     for r in rows[-BRIEF_NEWEST:]:
         outcome = r.change.split(" (")[0] or r.reason.split(":")[0]
         newest.append(f"{r.number} {r.verdict} {outcome}: {cut(r.hypothesis, 60)}")
     discarded = [r for r in rows[:-BRIEF_NEWEST] if r.verdict == "discarded"]
     worst = sorted(discarded, key=lambda r: -r.percent)[:BRIEF_DEAD_ENDS]
-    if worst:
-        dead_ends = ["Dead ends before: " + "; ".join(f"{cut(r.hypothesis, 40)} ({r.percent:+.1f} %)" for r in worst)]
-    return fitted(first, newest, dead_ends, MAX_BRIEF)
+    dead_ends = "; ".join(f"{cut(r.hypothesis, 40)} ({r.percent:+.1f} %)" for r in worst)
+    return fitted(first, newest, [f"Dead ends before: {dead_ends}"] if worst else [], MAX_BRIEF)

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import dataset
@@ -43,8 +42,7 @@ def run(incumbent_only: bool = False) -> int:
 
     incumbent_only: measure a baseline where there is none, whatever train.py is now.
     """
-    with locks.worktree(), workspace():
-        record.finish_interrupted()
+    with workspace():
         history, attempts = make_plan(incumbent_only)
         last = attempts[-1]
         locks.announce(history.newest + 1, "begins", history.program.budget, last.train)
@@ -65,12 +63,14 @@ def run(incumbent_only: bool = False) -> int:
 
 @contextlib.contextmanager
 def workspace() -> Iterator[None]:
-    """No containers and no temporary files of ours before and after; only under the worktree's lock."""
-    clean_up()
-    try:
-        yield
-    finally:
+    """This worktree, with what a killed run left completed or removed; we leave nothing. Raises Refused."""
+    with locks.worktree():
         clean_up()
+        try:
+            record.finish_interrupted()
+            yield
+        finally:
+            clean_up()
 
 
 def clean_up() -> None:
@@ -209,8 +209,8 @@ def measure_and_decide(attempt: Attempt, planned: History, device: locks.Device)
         if sys.stderr.isatty():
             limit = f"training for at most {budget} s; tail -f {log.relative_to(ROOT)}"
             say(f"experiment {attempt.experiment} ({activity}): {limit}")
-        training = job(history, WORK / f"run-{run}", texts[attempt.train], device)
-        attempt.runs.append(measure.run(replace(training, log=log)))
+        training = job(history, WORK / f"run-{run}", texts[attempt.train], device, log=log)
+        attempt.runs.append(measure.run(training))
         record.restore()
         history = History.load(planned.program, planned.image)  # other worktrees' results count too
         if history.comparable != planned.comparable:
@@ -223,8 +223,8 @@ def measure_and_decide(attempt: Attempt, planned: History, device: locks.Device)
     return history
 
 
-def job(history: History, work: Path, source: bytes, device: locks.Device) -> measure.Job:
-    """A training of this train.py as program.md says, with a fresh seed."""
+def job(history: History, work: Path, source: bytes, device: locks.Device, **how) -> measure.Job:
+    """A training of this train.py with a fresh seed, as program.md says; how: the fields that are otherwise."""
     work.mkdir(mode=0o755, parents=True)
     (work / "train.py").write_bytes(source)
     settings = history.program
@@ -232,7 +232,7 @@ def job(history: History, work: Path, source: bytes, device: locks.Device) -> me
     where = {"device": device.number, "keep_open": (device.lock,), "measured_on": measured_on}
     place = {"work": work, "data": dataset.folder(settings.data), "log": work / "train.log", "image": history.image}
     limits = {"budget": settings.budget, "memory": settings.memory, "launch": settings.launch}
-    return measure.Job(**place, **limits, **where, seed=measure.fresh_seed())
+    return measure.Job(**{**place, **limits, **where, **how}, seed=measure.fresh_seed())
 
 
 def refresh_report() -> None:
@@ -245,7 +245,8 @@ def refresh_report() -> None:
 def verdict(attempt: Attempt, history: History) -> str:
     """The verdict after the runs so far, 'again' when one more is wanted."""
     ok = [run for run in attempt.runs if run.outcome == "ok"]
-    before = [*earlier_metrics(attempt.train, history), *(run.metrics for run in ok[:-1])]
+    earlier = record.results([r for r in history.compared if r.train == attempt.train])
+    before = [run["metrics"] for result in earlier for run in result.get("runs", [])] + [run.metrics for run in ok[:-1]]
     if ok and ok[-1].metrics in before and ok[-1].metrics["gallery"] >= LUCK_GALLERY:
         for run in ok:  # neither confirms the other
             run.outcome, run.reason = "failed", IGNORES_SEED
@@ -262,12 +263,6 @@ def verdict(attempt: Attempt, history: History) -> str:
         return "discarded"
     settings = history.program
     return keep_rule.decide(attempt.values(settings.metric), history.incumbent, history.sigma, settings.confirm_below)
-
-
-def earlier_metrics(train: str, history: History) -> list[dict]:
-    """What the judge found in every run of this very train.py that the record has."""
-    results = record.results([r for r in history.compared if r.train == train])
-    return [run["metrics"] for result in results for run in result.get("runs", [])]
 
 
 # Recording
@@ -339,9 +334,9 @@ def files_of(attempt: Attempt, plan: str, web: bytes) -> dict[str, str]:
     if web:
         files["experiment/web.log"] = git.store(web)
     for n in range(1, len(attempt.runs) + 1):
-        for file in (WORK / f"run-{n}").glob("*s.npy"):
-            if file.stem in ("ranks", "examples"):
-                files[f"experiment/{file.stem}{f'-{n}' if n > 1 else ''}.npy"] = git.blob_of(file)
+        for name in ("ranks", "examples"):
+            if blob := git.blob_of(WORK / f"run-{n}" / f"{name}.npy"):
+                files[f"experiment/{name}{f'-{n}' if n > 1 else ''}.npy"] = blob
     files["experiment/train.log"] = git.blob_of(record.run_file(attempt.experiment, "log")) or git.store(b"")
     return files
 
@@ -350,8 +345,7 @@ def keep(word: str = "") -> None:
     """./run.sh keep N: overrule a verdict. Raises Refused."""
     if not word.isdecimal():
         raise Refused("usage: ./run.sh keep N")
-    with locks.worktree(), workspace():
-        record.finish_interrupted()
+    with workspace():
         train = git.object_id(f"{record.REFS}{int(word)}:train.py")
         if not train:
             raise Refused(f"there is no experiment {word}")

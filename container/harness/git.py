@@ -48,11 +48,6 @@ def read(*args: str, check: bool = True, **how) -> str:
     return done.stdout.decode("utf-8", "replace")
 
 
-def write(*args: str) -> str:
-    """The same for a command that changes a ref or the user's index."""
-    return read(*args, writes=True)
-
-
 def object_id(name: str) -> str:
     """The object that a revision such as HEAD:train.py names, '' when there is none."""
     return read("rev-parse", "-q", "--verify", name, check=False).strip()

@@ -7,6 +7,7 @@ log(metric) of one run, so that 0.04 is about 4 %.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable
 from statistics import geometric_mean
 
@@ -26,10 +27,9 @@ def pooled_sigma(groups: Iterable[list[float]]) -> float:
     total, weight = PRIOR_RUNS * PRIOR_SIGMA**2, PRIOR_RUNS
     for values in groups:
         if len(values) > 1:
-            logs = [math.log(v) for v in values]
-            mean = sum(logs) / len(logs)
-            freedom = len(logs) - 1
-            total += min(sum((x - mean) ** 2 for x in logs), OUTLIER**2 * freedom * total / weight)
+            freedom = len(values) - 1
+            variance = statistics.variance(math.log(v) for v in values)
+            total += freedom * min(variance, OUTLIER**2 * total / weight)
             weight += freedom
     return math.sqrt(total / weight)
 

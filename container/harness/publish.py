@@ -70,8 +70,7 @@ class Trainings:
             run = measure.Run(**finished["run"])
         else:
             shutil.rmtree(folder if self.runs else self.work, ignore_errors=True)  # of another audit
-            job = experiment.job(self.history, folder, source, self.device)
-            run = measure.run(replace(job, **self.how))
+            run = measure.run(experiment.job(self.history, folder, source, self.device, **self.how))
         if run.outcome == "ok":
             write_json(folder / FINISHED, {"what": what, "run": asdict(run)})
         self.runs.append({"side": side, **asdict(run)})
@@ -97,29 +96,25 @@ def audit(*words: str) -> None:
         raise Refused(AUDIT_USAGE)
     seeds = int(numbers[0]) if numbers else DEFAULT_SEEDS
     with prepared() as trainings:
-        attempt, more = run_audit(trainings, seeds, "--ablate" in words)
-        save(trainings, attempt, more, show_audit(more["audit"]))
+        save(trainings, *run_audit(trainings, seeds, "--ablate" in words))
 
 
 def final() -> None:
     """Raises Refused."""
     with prepared() as trainings:
-        attempt, more = run_final(trainings)
-        save(trainings, attempt, more, show_final(more["final"], attempt.test_evaluation))
+        save(trainings, *run_final(trainings))
 
 
 @contextlib.contextmanager
 def prepared() -> Iterator[Trainings]:
     """With the locks, and with a folder to work in that the agent cannot read. Raises Refused."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(locks.worktree())
+        stack.enter_context(experiment.workspace())
         try:
             stack.enter_context(locks.held(git.folder() / "autoresearch.audit"))
         except BlockingIOError:
             both = "both draw pairs into the same folder, so wait for it"
             raise Refused(f"an audit or a final runs in another worktree; {both}") from None
-        stack.enter_context(experiment.workspace())
-        record.finish_interrupted()
         history = History.load(image=engine.find_image())
         if not history.incumbent:
             raise Refused("there is no measured train.py; run ./run.sh first")
@@ -208,15 +203,17 @@ def run_final(trainings: Trainings) -> tuple[Attempt, dict]:
     return publication("final", "final: best, trained on training and validation pairs", trainings, best, found)
 
 
-def save(trainings: Trainings, attempt: Attempt, more: dict, shown: list[str]) -> None:
-    """Record, then show, then keep what was trainings: whoever has seen the numbers finds the evaluation counted."""
+def save(trainings: Trainings, attempt: Attempt, more: dict) -> None:
+    """Record, then show, then keep what is left: whoever has seen the numbers finds the evaluation counted."""
     record.add(attempt, git.object_id("HEAD"), {}, **more)
     record.carry_out(attempt.experiment)
+    is_audit = attempt.verdict == "audit"
+    shown = show_audit(more["audit"]) if is_audit else show_final(more["final"], attempt.test_evaluation)
     print("\n".join(["---", *shown]))
     work, folder = trainings.work, FINAL / f"{attempt.experiment:04d}"
     (work / "result.json").write_bytes(attempt.json(**more))
-    checkpoint = " and the checkpoint (run-1/out.tar)" if attempt.verdict == "final" else ""
-    for file in (*work.glob("run-*/*s.npy"), *(() if checkpoint else work.glob("run-*/out.tar"))):
+    checkpoint = "" if is_audit else " and the checkpoint (run-1/out.tar)"
+    for file in (*work.glob("run-*/*s.npy"), *(work.glob("run-*/out.tar") if is_audit else ())):
         file.unlink()
     work.rename(folder)
     print(f"record:      experiment {attempt.experiment}; logs{checkpoint} in {folder.relative_to(ROOT)}")
@@ -260,11 +257,9 @@ def show_audit(a: dict) -> list[str]:
 
 def show_final(f: dict, evaluations: int) -> list[str]:
     m = f["metrics"]
+    size = f"gallery {m['gallery']}, random {m['random']:.1f}"
     rows = [
-        (
-            "final",
-            f"test split, gallery {m['gallery']}, random {m['random']:.1f}, one training of at most {f['budget']} s",
-        ),
+        ("final", f"test split, {size}, one training of at most {f['budget']} s"),
         ("mean_rank", f"{number(m['mean_rank'])}   (percentile {m['mean_rank'] / m['gallery'] * 100:.1f})"),
         ("median_rank", number(m["median_rank"])),
         ("recall", recall([m])),

@@ -12,7 +12,7 @@ import functools
 import json
 import re
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,16 +106,6 @@ class Record(Outcome):
     def values(self, metric: str) -> list[float]:
         return self.runs.get(metric, [])
 
-    def message(self, subject: str) -> str:
-        """The commit's message: a subject for people, trailers for later decisions."""
-        trailers = {key: getattr(self, name) for name, key in TRAILERS.items()}
-        trailers["By-Hand"] = "yes" if self.by_hand else ""
-        for metric, key in METRICS.items():
-            if values := self.values(metric):
-                trailers[key] = f"{geometric_mean(values):.2f}"
-                trailers[f"{key}-Runs"] = " ".join(f"{v:.4f}" for v in values)
-        return f"{subject}\n\n" + "".join(f"{key}: {value}\n" for key, value in trailers.items() if value)
-
 
 @functools.lru_cache(maxsize=None)  # a run reads the record several times
 def parse(n: str, when: str, text: str) -> Record:
@@ -163,16 +153,24 @@ class Attempt(Outcome):
     def json(self, **more) -> bytes:
         return json.dumps({**asdict(self), **more}, indent=1).encode() + b"\n"
 
-    def message(self) -> str:
-        """That of its commit, with what was gained in the subject."""
-        told = Record(**{f.name: getattr(self, f.name) for f in fields(Outcome)}, number=self.experiment)
-        told.runs = {metric: self.values(metric) for metric in METRICS}
-        told.seed = " ".join(str(run.seed) for run in self.runs)
+    @property
+    def subject(self) -> str:
         if self.verdict == "kept" and self.values() and self.before:
             before, after = geometric_mean(self.before), geometric_mean(self.values())
-            return told.message(f"{self.hypothesis} ({number(before)} → {number(after)})")
+            return f"{self.hypothesis} ({number(before)} → {number(after)})"
         named = self.by_hand or self.verdict in ("baseline", "audit", "final")
-        return told.message(self.hypothesis if named else f"{self.verdict}: {self.hypothesis}")
+        return self.hypothesis if named else f"{self.verdict}: {self.hypothesis}"
+
+    def message(self) -> str:
+        """That of its commit: a subject for people, trailers for later decisions."""
+        seeds = " ".join(str(run.seed) for run in self.runs)
+        told = {**vars(self), "number": self.experiment, "seed": seeds, "by_hand": "yes" if self.by_hand else ""}
+        trailers = {key: told[name] for name, key in TRAILERS.items()}
+        for metric, key in METRICS.items():
+            if values := self.values(metric):
+                trailers[key] = f"{geometric_mean(values):.2f}"
+                trailers[f"{key}-Runs"] = " ".join(f"{v:.4f}" for v in values)
+        return f"{self.subject}\n\n" + "".join(f"{key}: {value}\n" for key, value in trailers.items() if value)
 
 
 def load_all() -> list[Record]:
@@ -203,20 +201,14 @@ def run_file(number: int, kind: str) -> Path:
 def add(attempt: Attempt, head: str, files: dict[str, str], **more) -> str:
     """Record an attempt under the first free number from its own on; returns its commit, on top of `head`.
 
-    files: {path: blob}. more: what else its result.json holds. Raises Refused. The note is written before the ref, so
-    that a kill in between leaves nothing half-done.
+    files: {path: blob}. more: what else its result.json holds. Raises Refused.
     """
     while True:
         n = attempt.experiment
         result = {"experiment/result.json": git.store(attempt.json(**more))}
         commit = git.commit(head, {**files, **result}, attempt.message())
-        with locks.record():
-            remove_stale_locks(list((git.folder() / REFS).glob("*.lock")))
-            write_json(run_file(n, "pending"), {"number": n, "commit": commit, "branch": git.branch()})
-            done = git.call("update-ref", f"{REFS}{n}", commit, git.ABSENT, writes=True)
-            if done.returncode == 0:
-                restore_lost()
-                return commit
+        if claim(n, commit):
+            return commit
         if not git.object_id(f"{REFS}{n}"):
             raise Refused(f"cannot write {REFS}{n} (disk full or read-only?)")
         run_file(n, "pending").unlink()
@@ -224,6 +216,16 @@ def add(attempt: Attempt, head: str, files: dict[str, str], **more) -> str:
         for kind in ("log", "diff"):
             if run_file(n, kind).exists():
                 run_file(n, kind).rename(run_file(attempt.experiment, kind))
+
+
+def claim(n: int, commit: str) -> bool:
+    """Make this commit experiment n, after a note of it; False where another has that number, or git cannot."""
+    with locks.record():
+        remove_stale_locks(list((git.folder() / REFS).glob("*.lock")))
+        write_json(run_file(n, "pending"), {"number": n, "commit": commit, "branch": git.branch()})
+        git.call("update-ref", f"{REFS}{n}", commit, git.ABSENT, writes=True)
+    restore()
+    return git.object_id(f"{REFS}{n}") == commit
 
 
 def message(name: str) -> str:
@@ -236,27 +238,23 @@ def restore() -> None:
 
     Whoever deletes an experiment on purpose deletes its entry in KNOWN too.
     """
-    with locks.record():
-        restore_lost()
-
-
-def restore_lost() -> None:
-    """The same, for who holds the record's lock."""
     file = git.folder() / KNOWN
-    listed = (line.split() for line in git.read("for-each-ref", "--format=%(refname) %(objectname)", REFS).splitlines())
-    now, known = {ref: commit for ref, commit in listed if ref[len(REFS) :].isdecimal()}, read_json(file, {})
-    for ref, commit in known.items():
-        if commit in now.values():
-            continue
-        if ref in now:
-            if message(ref) == message(commit):
-                continue  # the same experiment, in a history that was rewritten
-            ref = f"{REFS}{max(int(other.rpartition('/')[2]) for other in now) + 1}"
-        if git.call("update-ref", ref, commit, git.ABSENT, writes=True).returncode == 0:  # else gc has taken it
-            now[ref] = commit
-            say(f"run.sh: {ref} is back, which a fetch had taken away; README says how to fetch the record")
-    if now != known:
-        write_json(file, now)
+    with locks.record():
+        listed = git.read("for-each-ref", "--format=%(refname) %(objectname)", REFS).splitlines()
+        now = {ref: commit for ref, commit in map(str.split, listed) if ref[len(REFS) :].isdecimal()}
+        known = read_json(file, {})
+        for ref, commit in known.items():
+            if commit in now.values():
+                continue
+            if ref in now:
+                if message(ref) == message(commit):
+                    continue  # the same experiment, in a history that was rewritten
+                ref = f"{REFS}{max(int(other.rpartition('/')[2]) for other in now) + 1}"
+            if git.call("update-ref", ref, commit, git.ABSENT, writes=True).returncode == 0:  # else gc has taken it
+                now[ref] = commit
+                say(f"run.sh: {ref} is back, which a fetch had taken away; README says how to fetch the record")
+        if now != known:
+            write_json(file, now)
 
 
 def remove_stale_locks(files: list[Path]) -> None:
@@ -299,13 +297,8 @@ def finish_interrupted() -> None:
     refuse_while_git_is_at_work()
     restore()
     for file, note in pending_notes().items():
-        n, commit, ref = note["number"], note["commit"], f"{REFS}{note['number']}"
-        with locks.record():
-            remove_stale_locks(list((git.folder() / REFS).glob("*.lock")))
-            if not git.object_id(ref):  # killed in between
-                git.call("update-ref", ref, commit, git.ABSENT, writes=True)
-        edited = ""
-        if git.object_id(ref) == commit:
+        edited, n = "", note["number"]
+        if claim(n, note["commit"]):  # as it may be already
             edited = carry_out(n)
             say(f"run.sh: completed experiment {n}, which had been interrupted")
         file.unlink(missing_ok=True)
@@ -327,13 +320,14 @@ def carry_out(n: int) -> str:
         files, head = {name: git.object_id(f"{ref}:{name}") for name in OURS}, git.object_id("HEAD")
         if git.object_id("HEAD:train.py") == before:
             kept = git.commit(head, files, text)
-            git.write("update-ref", "-m", f"experiment: {text.splitlines()[0]}", "HEAD", kept, head)
+            git.read("update-ref", "-m", f"experiment: {text.splitlines()[0]}", "HEAD", kept, head, writes=True)
         for name, blob in files.items():
             if git.object_id(f":{name}") == git.object_id(f"{ref}^:{name}"):  # the user staged nothing else
-                git.write("update-index", "--add", "--cacheinfo", f"100644,{blob},{name}")
-        restore_train(expected=before)  # as it was: kept by hand, or put back meanwhile
-    elif recorded.verdict in JUDGED and not continues:
-        restore_train(expected=recorded.train)
+                git.read("update-index", "--add", "--cacheinfo", f"100644,{blob},{name}", writes=True)
+    # a kept one is in place, unless by hand, or where the incumbent was put back meanwhile
+    replaced = before if recorded.verdict == "kept" else recorded.train
+    if recorded.verdict in JUDGED and not continues and git.blob_of("train.py") == replaced:
+        write_whole(ROOT / "train.py", git.content("HEAD:train.py"))
     run_file(n, "pending").unlink(missing_ok=True)
     expected = recorded.train if continues else git.object_id("HEAD:train.py")
     if recorded.verdict not in JUDGED or git.blob_of("train.py") == expected:
@@ -342,9 +336,3 @@ def carry_out(n: int) -> str:
         return "train.py was edited meanwhile and is not what was kept: read it first"
     diff = run_file(n, "diff").relative_to(ROOT)
     return f"train.py was edited meanwhile and may hold what lost: read it, and undo that change ({diff})"
-
-
-def restore_train(expected: str) -> None:
-    """Put HEAD's train.py back, only if the file still is what was judged, which is the blob `expected`."""
-    if git.blob_of("train.py") == expected:
-        write_whole(ROOT / "train.py", git.content("HEAD:train.py"))
