@@ -124,7 +124,7 @@ def prepare_alone(name: str, options: tuple[str, ...]) -> int:
         mounts["/ca.pem"] = Path(os.environ.get("SSL_CERT_FILE") or certificates())
     command = ["python", "/repo/prepare_data.py", name, *words, "--out", f"/writable/{name}"]
     container = engine.Container(f"ar-{os.getpid()}-data", engine.find_image(), command, MEMORY, LIMIT_S, mounts)
-    container.gpu, container.network, container.environment = False, network, environment
+    container.network, container.environment = network, environment
     container.writable, container.shared_as = folder(name).parent, f"data-{name}"
     container.writable.mkdir(exist_ok=True)
     engine.sweep(container.shared_as)  # what a killed one left would go on writing

@@ -168,9 +168,9 @@ def check_engine() -> Iterator[Finding]:
     version = engine.run([*engine.client(), "--version"]).stdout.strip()
     kind = "rootless" if engine.rootless() else "rootful"
     yield Finding("engine", True, f"{version}, {kind}: {' '.join(engine.client())}")
-    ignored = engine.missing_limits()
+    ignored = ", ".join(engine.missing_limits())
     text = f"{kind} {engine.name()} IGNORES {ignored} limits here: {CGROUP_REMEDY}"
-    serious = None if ignored == engine.CONTROLLERS["cpu"] else False  # the others keep a training from harm
+    serious = None if ignored == "CPU" else False  # the others keep a training from harm
     yield Finding("limits", serious if ignored else True, text if ignored else "memory, process, CPU: enforced")
     if engine.name() == "podman":
         yield from check_podman(tuple(map(int, re.findall(r"\d+", version)[:2])), kind)

@@ -97,22 +97,19 @@ def record() -> contextlib.AbstractContextManager:
     return held(git.folder() / "autoresearch.record", wait=True)
 
 
-@dataclass(frozen=True)
-class Device:
-    number: int
-    lock: int  # descriptor of its file: who keeps it open, keeps the device
-
-
 @contextlib.contextmanager
-def device(numbers: list[int], waiting: Callable[[], None]) -> Iterator[Device]:
-    """One of these devices until the end of the run; waiting() is called while other worktrees use them all."""
+def device(numbers: list[int], waiting: Callable[[], None]) -> Iterator[int]:
+    """One of these devices until the end of the run, and of the sandboxes that it started: they inherit the lock.
+
+    waiting() is called while other worktrees use them all.
+    """
     folder = git.folder()
     with contextlib.ExitStack() as stack:
         for number in itertools.cycle(numbers):
             with contextlib.suppress(BlockingIOError):
-                found = Device(number, stack.enter_context(held(folder / f"autoresearch.device-{number}")))
+                os.set_inheritable(stack.enter_context(held(folder / f"autoresearch.device-{number}")), True)
                 break
             if number == numbers[-1]:
                 waiting()
                 time.sleep(1)
-        yield found
+        yield number

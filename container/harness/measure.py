@@ -57,7 +57,6 @@ class Job:
     launch: Sequence[str] = ()  # of program.md
     measured_on: str = ""  # the incumbent's device, where a launch command may find another one
     device: int = 0  # number of the device lock that is held
-    keep_open: Sequence[int] = ()  # lock files that the engine's clients hold open too
 
 
 @dataclass
@@ -78,7 +77,7 @@ def run(job: Job) -> Run:
     """Train on a table, embed and judge a split; no sandbox is left. Raises Refused or OSError when nothing ran."""
     require_room(job.work)
     if ignored := engine.missing_limits():
-        say(f"run.sh: warning: this engine enforces no {ignored} limits; see ./run.sh doctor")
+        say(f"run.sh: warning: this engine enforces no {', '.join(ignored)} limits; see ./run.sh doctor")
     measurement, result = Measurement(job), Run("ok", job.seed)
     try:
         measurement.train()
@@ -141,8 +140,8 @@ class Measurement:
         job, limit_s = self.job, IMPORT_S + wait_s + seconds
         # on a node, sandboxes of other machines may have our process id
         name, command = f"ar-{os.getpid()}-{time.time_ns()}-{stage}", [*RUN_STAGE, stage, str(seconds)]
-        place = {"device": job.device, "launch": job.launch, "folder": job.work, "keep_open": job.keep_open}
-        container = engine.Container(name, job.image, command, job.memory, limit_s, mounts, OUT_SIZE, **place)
+        where = {"device": job.device, "launch": job.launch, "folder": job.work}
+        container = engine.Container(name, job.image, command, job.memory, limit_s, mounts, OUT_SIZE, **where)
         self.sandboxes[stage] = Sandbox(replace(container, **more), log)
         return self.sandboxes[stage]
 
@@ -217,7 +216,7 @@ class Measurement:
 
     def judge(self) -> dict:
         """Returns the metrics of the two arrays; stores ranks and examples."""
-        how = {"command": ["sh", "-c", RUN_JUDGE], "memory": JUDGE_MEMORY, "gpu": False, "out_size": None}
+        how = {"command": ["sh", "-c", RUN_JUDGE], "memory": JUDGE_MEMORY, "device": None, "out_size": None}
         sandbox = self.start("judge", JUDGE_S, judge_mounts(self.job), **how)
         found, judged = self.hand_over("judge", JUDGE_S), self.job.work / "judged"
         sandbox.copy_to(judged, ARRAY_BYTES, JUDGE_S)

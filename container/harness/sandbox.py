@@ -80,8 +80,9 @@ class Sandbox:
         self.beat.parent.mkdir(parents=True, exist_ok=True)
         self.beat.write_bytes(BEAT % 0)
         argv = engine.arguments(replace(container, mounts={**container.mounts, "/harness/alive": self.beat.parent}))
-        # in its folder: when memory runs out, podman leaves a file "oom" where it was started
-        where = {"cwd": container.folder, "pass_fds": container.keep_open}
+        # in its folder: when memory runs out, podman leaves a file "oom" where it was started; and it keeps the lock of
+        # the device, the one file here that is inheritable, as long as it lives
+        where = {"cwd": container.folder, "close_fds": False}
         self.process = subprocess.Popen(argv, stdin=PIPE, stdout=PIPE, stderr=PIPE, **where)
         self.killed, self.last_error = False, b""
         self.last_beat, self.longest_silence = time.monotonic(), 0.0

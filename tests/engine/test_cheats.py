@@ -59,7 +59,6 @@ def in_image(script: str, writable: Path, **mounts: Path) -> str:
         memory=MEMORY,
         limit_s=300,
         mounts={f"/{inside}": path for inside, path in mounts.items()},
-        gpu=False,
         writable=writable,
     )
     done = engine.run(engine.arguments(container))

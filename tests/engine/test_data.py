@@ -167,7 +167,6 @@ def make_weights(folder: Path) -> None:
         memory="4g",
         limit_s=120,
         mounts={},
-        gpu=False,
         writable=folder,
     )
     done = engine.run(engine.arguments(container), timeout=120)

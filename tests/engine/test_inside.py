@@ -25,7 +25,6 @@ def test_inside_the_image():
         memory="6g",
         limit_s=LIMIT_S,
         mounts=mounts,
-        gpu=False,
         environment={"SHARED": "/shared", "PYTHONPATH": ":".join(f"/repo/{place}" for place in MODULES)},
     )
     done = engine.run(engine.arguments(container), timeout=LIMIT_S + 60)

@@ -426,7 +426,7 @@ def test_probes_in_a_real_training(hostile, figure):
 
 def test_no_probe_gets_through_and_every_control_does(chosen, tmp_path, figure):
     outside = Outside(tmp_path / "outside")
-    table = [p for p in probes.PROBES if not engine.missing_controllers() or p.lift not in CGROUP_LIFTS]
+    table = [p for p in probes.PROBES if not engine.missing_limits() or p.lift not in CGROUP_LIFTS]
     controls = [p for p in table if not cannot(p)]
     started, held, opened = time.monotonic(), {}, {}
     for names, lifted, memory in outside.batches(table, False):
@@ -456,7 +456,7 @@ def test_when_the_process_outside_is_killed_the_sandboxes_end_by_themselves(aban
 
 def test_an_engine_that_holds_no_limits_is_named_before_a_training_starts(monkeypatch, capsys, tmp_path):
     """Rootless podman on cgroup v1."""
-    monkeypatch.setattr(engine, "missing_controllers", lambda: list(engine.CONTROLLERS))
+    monkeypatch.setattr(engine, "missing_limits", lambda: list(engine.LIMITS))
     monkeypatch.setattr(engine, "rootless", lambda: True)
     assert install.doctor() == 1
     shown = next(line for line in capsys.readouterr().out.splitlines() if " limits " in line)
