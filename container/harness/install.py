@@ -185,14 +185,12 @@ def check_engine() -> Iterator[Finding]:
 
 def check_podman(version: tuple[int, ...], kind: str) -> Iterator[Finding]:
     """What some versions of podman need, or cannot do."""
+    no_cdi = "this podman knows no CDI, so no GPU: update it to 4.1 or later, or AR_ENGINE=docker"
     if version < PODMAN_CDI and engine.gpus():
-        yield Finding(
-            "engine", False, "this podman knows no CDI, so no GPU: update it to 4.1 or later, or AR_ENGINE=docker"
-        )
+        yield Finding("engine", False, no_cdi)
+    no_passt = "this podman wants passt for a network, which building and fetching need: install passt"
     if version >= PODMAN_PASST and kind == "rootless" and not shutil.which("pasta"):
-        yield Finding(
-            "engine", None, "this podman wants passt for a network, which building and fetching need: install passt"
-        )
+        yield Finding("engine", None, no_passt)
 
 
 def older_images(current: str) -> Iterator[Finding]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import engine
 from project import INSIDE, Refused, say
-from sandbox import MESSAGE_BYTES, NOT_YOURS, QUEUE_LIMIT_S, Failed, Log, Lost, Sandbox
+from sandbox import IMPORT_S, MESSAGE_BYTES, NOT_YOURS, QUEUE_LIMIT_S, Failed, Log, Lost, Sandbox
 
 STAGE, JUDGE = INSIDE / "stage.py", INSIDE / "judge.py"
 RUN_STAGE = ("python", "-Iu", "/harness/stage.py")
@@ -29,7 +29,6 @@ SIDES = ("images", "captions")
 LOAD_FAILED = "load: training ended well, but load() or encoding training rows failed (traceback in the log)"
 EXCEPTION_LENGTH = 120  # characters of an exception in the reason of a failure
 GRACE_S = 5  # between the budget, at which PID 1 inside kills, and the kill from outside
-IMPORT_S = 120  # until a sandbox has imported torch
 EMBED_S = 120  # load and encode one side; no longer than training left of its budget: `load` could train on
 EMBED_LEAST_S = 30  # but so long at least
 PROBE_S = 60  # load and encode a few training rows, where embedding failed
@@ -151,7 +150,7 @@ class Measurement:
         environment = {**places, "BUDGET_S": job.budget, "SEED": job.seed, "SCALE": f"{job.scale:g}"}
         trainer = self.start("train", job.budget, train_mounts(job), self.log, environment=environment)
         trainer.send()
-        self.check_device(trainer.wait_until_ready(IMPORT_S))
+        self.check_device(trainer.wait_until_ready())
         self.ready = time.monotonic()
         for side in SIDES:
             self.start(side, EMBED_S, side_mounts(job, side), wait_s=job.budget + 2 * EMBED_S)
@@ -171,11 +170,11 @@ class Measurement:
         there = self.report["device"] = ready.get("device", "cpu")
         if self.job.launch:
             wanted, remedy = self.job.measured_on or there, "ask for it in `launch`, or change `budget` to begin anew"
+            same = there == wanted
         else:
             wanted, remedy = engine.device_kind(), "see ./run.sh doctor"
-            if "cpu" not in (wanted, there):  # torch may call a GPU otherwise than nvidia-smi does
-                wanted = there
-        if there != wanted:
+            same = (there == "cpu") == (wanted == "cpu")  # torch may call a GPU otherwise than nvidia-smi does
+        if not same:
             raise Refused(f"results so far are of {wanted}, and the sandbox has {there}: nothing ran; {remedy}")
 
     def embed(self) -> None:
@@ -230,7 +229,7 @@ class Measurement:
     def hand_over(self, stage: str, limit_s: float, given: Path | None = None) -> dict:
         """Give a sandbox a file to work on, or none; returns its report, {} without one."""
         sandbox = self.sandboxes[stage]
-        sandbox.wait_until_ready(IMPORT_S)
+        sandbox.wait_until_ready()
         sandbox.send(given)
         return sandbox.message(limit_s + GRACE_S)
 
