@@ -64,7 +64,6 @@ class Container:
     image: str
     command: list[str]
     memory: str  # as the engines write it, such as 3g
-    limit_s: float  # the third line of defence: PID 1 inside keeps the time, and the caller kills
     mounts: dict[str, Path]  # path inside: path on the host; all read-only
     out_size: str | None = None  # of a tmpfs at /out
     device: int | None = None  # number of the device lock that is held; None: it gets no GPU
@@ -256,7 +255,7 @@ def arguments(c: Container) -> list[str]:
     if c.background:
         options += held("CPU", "--cpu-shares", "2")
     if name() == "podman":
-        options += ["--read-only-tmpfs=false", "--http-proxy=false", "--timeout", str(int(c.limit_s) + 30)]
+        options += ["--read-only-tmpfs=false", "--http-proxy=false"]
     if c.launch:
         return on_node(c, options)
     cpus = os.cpu_count()

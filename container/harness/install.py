@@ -33,7 +33,7 @@ PIP_OPTIONS = "index-url|extra-index-url|trusted-host|proxy|timeout"  # of the h
 CLIENT_VERSION = "2.1.328"  # the Claude Code that the tests drive
 DISK_GB = 15  # for the image and some data
 CUDA_DRIVER = 580  # NVIDIA driver branch that torch's default build (CUDA 13) wants
-CUDA_PROOF = ("python", "-c", "import torch; print(torch.ones(8, device='cuda').sum().item() == 8)")
+CUDA_PROOF = ["timeout", "120", "python", "-c", "import torch; print(torch.ones(8, device='cuda').sum().item() == 8)"]
 MARKS = {True: "ok", None: "note", False: "BAD"}  # of doctor's findings
 CLIENT_PLACES = ("~/.local/bin", "~/.claude/local", "~/.npm-global/bin", "~/.volta/bin", "~/node_modules/.bin")
 
@@ -218,8 +218,8 @@ def check_gpu() -> Iterator[Finding]:
     if driver[:1].isdigit() and int(driver.partition(".")[0]) < CUDA_DRIVER:
         remedy = "set ARG TORCH_INDEX in container/image/Containerfile to an older CUDA's wheel index, or update it"
         yield Finding("driver", False, f"{driver} is older than {CUDA_DRIVER}, which torch's default wants: {remedy}")
-    container = engine.Container("ar-doctor-gpu", engine.find_image(), list(CUDA_PROOF), "4g", limit_s=120, mounts={})
-    container.device = engine.slots(program.read())[0]
+    slot = engine.slots(program.read())[0]
+    container = engine.Container("ar-doctor-gpu", engine.find_image(), CUDA_PROOF, "4g", {}, device=slot)
     proof = engine.run(engine.arguments(container))
     seen, said = proof.stdout.startswith("True"), proof.stdout.strip() or engine.words_of(proof)
     text = f"{len(engine.gpus())} × {kind}, driver {driver}; a sum on it inside the sandbox: {said}"

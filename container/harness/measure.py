@@ -18,7 +18,7 @@ from pathlib import Path
 
 import engine
 from project import INSIDE, Refused, say
-from sandbox import IMPORT_S, MESSAGE_BYTES, NOT_YOURS, QUEUE_LIMIT_S, Failed, Log, Lost, Sandbox
+from sandbox import MESSAGE_BYTES, NOT_YOURS, QUEUE_LIMIT_S, Failed, Log, Lost, Sandbox
 
 STAGE, JUDGE = INSIDE / "stage.py", INSIDE / "judge.py"
 RUN_STAGE = ("python", "-Iu", "/harness/stage.py")
@@ -134,13 +134,13 @@ class Measurement:
         self.report: dict = {}  # what PID 1 says of the training
         self.sandboxes: dict[str, Sandbox] = {}
 
-    def start(self, stage: str, seconds: int, mounts: dict, log: Log | None = None, wait_s: int = 0, **more) -> Sandbox:
-        """seconds: that its work gets; wait_s: until there is some; more: other fields of engine.Container."""
-        job, limit_s = self.job, IMPORT_S + wait_s + seconds
+    def start(self, stage: str, seconds: int, mounts: dict, log: Log | None = None, **more) -> Sandbox:
+        """seconds: that its work gets; more: other fields of engine.Container."""
+        job = self.job
         # on a node, sandboxes of other machines may have our process id
         name, command = f"ar-{os.getpid()}-{time.time_ns()}-{stage}", [*RUN_STAGE, stage, str(seconds)]
         where = {"device": job.device, "launch": job.launch, "folder": job.work}
-        container = engine.Container(name, job.image, command, job.memory, limit_s, mounts, OUT_SIZE, **where)
+        container = engine.Container(name, job.image, command, job.memory, mounts, OUT_SIZE, **where)
         self.sandboxes[stage] = Sandbox(replace(container, **more), log)
         return self.sandboxes[stage]
 
@@ -153,7 +153,7 @@ class Measurement:
         self.check_device(trainer.wait_until_ready())
         self.ready = time.monotonic()
         for side in SIDES:
-            self.start(side, EMBED_S, side_mounts(job, side), wait_s=job.budget + 2 * EMBED_S)
+            self.start(side, EMBED_S, side_mounts(job, side))
         end = trainer.message(job.budget + GRACE_S)
         self.report |= end
         if end.get("status") != "ok":

@@ -116,7 +116,7 @@ def draw(found: dict) -> dict[str, str]:
     mounts = {inside: host for inside, host in mounts.items() if host.exists()}
     name, command = f"ar-{os.getpid()}-report", ["nice", "-n19", "python", "-I", "/harness/draw_report.py"]
     how = {"background": True, "shared_as": SHARED_AS}
-    container = engine.Container(name, engine.find_image(), command, MEMORY, LIMIT_S, mounts, **how)
+    container = engine.Container(name, engine.find_image(), command, MEMORY, mounts, **how)
     argv, given = engine.arguments(container), json.dumps(found).encode()
     try:
         done = subprocess.run(argv, input=given, capture_output=True, timeout=LIMIT_S)

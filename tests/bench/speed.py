@@ -344,7 +344,6 @@ def in_sandbox(part: str, data: Path, rounds: int) -> list[dict]:
         image=engine.find_image(),
         command=command,
         memory=MEMORY,
-        limit_s=LIMIT_S,
         mounts={"/repo": ROOT, "/data": data / "train"},
         out_size="2g",
         device=0,

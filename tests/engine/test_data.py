@@ -165,7 +165,6 @@ def make_weights(folder: Path) -> None:
         image=engine.find_image(),
         command=["python", "-c", WEIGHTS],
         memory="4g",
-        limit_s=120,
         mounts={},
         writable=folder,
     )

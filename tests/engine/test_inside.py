@@ -23,7 +23,6 @@ def test_inside_the_image():
         image=engine.find_image(),
         command=PYTEST,
         memory="6g",
-        limit_s=LIMIT_S,
         mounts=mounts,
         environment={"SHARED": "/shared", "PYTHONPATH": ":".join(f"/repo/{place}" for place in MODULES)},
     )

@@ -140,7 +140,7 @@ class Outside:
         """engine.arguments' own, with what is lifted replaced."""
         mounts = {"/probes.py": self.code, "/input": Path(self.facts["folder"]) / "input"}
         environment = {"PROBE_HOST": json.dumps(self.facts, separators=(",", ":"))}
-        limits = {"memory": memory, "limit_s": PROBES_LIMIT_S, "out_size": "64m", "gpu": False}
+        limits = {"memory": memory, "out_size": "64m"}
         command, which = ["python3", "-I", "/probes.py", *command], image(engine.name())
         argv = engine.arguments(
             engine.Container(container, which, command, mounts=mounts, environment=environment, **limits)
