@@ -20,7 +20,6 @@ FORMAT = 3  # of info.json, as prepare_data.py writes it
 VERIFIED = RUNS / "data.json"  # the data files whose content was found to be right
 MADE_OF = ("inside/judge.py", "inside/stage.py", "image/seccomp.json")  # what measures, under container/
 MEMORY = "8g"  # for preparing a data set
-LIMIT_S = 24 * 3600  # a server may ask for long pauses
 PREPARE = ROOT / "prepare_data.py"
 ODVG_PARTS = ("train.jsonl", "val.jsonl", "test.jsonl", "images")
 GIVEN = ("odvg", "annotations", "images", "weights")  # folders for prepare_data.py; images may be an archive
@@ -123,8 +122,8 @@ def prepare_alone(name: str, options: tuple[str, ...]) -> int:
         environment.update({"REQUESTS_CA_BUNDLE": "/ca.pem", "SSL_CERT_FILE": "/ca.pem"})
         mounts["/ca.pem"] = Path(os.environ.get("SSL_CERT_FILE") or certificates())
     command = ["python", "/repo/prepare_data.py", name, *words, "--out", f"/writable/{name}"]
-    container = engine.Container(f"ar-{os.getpid()}-data", engine.find_image(), command, MEMORY, LIMIT_S, mounts)
-    container.gpu, container.network, container.environment = False, network, environment
+    container = engine.Container(f"ar-{os.getpid()}-data", engine.find_image(), command, MEMORY, mounts)
+    container.network, container.environment = network, environment
     container.writable, container.shared_as = folder(name).parent, f"data-{name}"
     container.writable.mkdir(exist_ok=True)
     engine.sweep(container.shared_as)  # what a killed one left would go on writing

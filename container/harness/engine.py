@@ -35,8 +35,7 @@ SLICE = re.compile(r"\s+MIG (\S+)\s+Device\s+(\d+): \(UUID: (.+)\)")  # likewise
 NO_GPU = ("", "-1", "NoDevFiles")  # in CUDA_VISIBLE_DEVICES; what stands behind one of them is not seen either
 SMI_TIMEOUT_S = 60  # a GPU in trouble can keep nvidia-smi waiting for ever
 WSL = Path("/dev/dxg")  # all GPUs of Windows are this device, for which CDI has one name
-# cgroup controllers, and what each of them limits
-CONTROLLERS = {"memory": "memory", "pids": "process", "cpu": "CPU"}
+LIMITS = {"memory": "memory", "process": "pids", "CPU": "cpu"}  # and the cgroup controllers that hold them
 DOCKER_HOLDS = "{{if .MemoryLimit}}memory {{end}}{{if .PidsLimit}}pids {{end}}{{if .CpuCfsQuota}}cpu{{end}}"
 
 
@@ -65,11 +64,9 @@ class Container:
     image: str
     command: list[str]
     memory: str  # as the engines write it, such as 3g
-    limit_s: float  # the third line of defence: PID 1 inside keeps the time, and the caller kills
     mounts: dict[str, Path]  # path inside: path on the host; all read-only
     out_size: str | None = None  # of a tmpfs at /out
-    gpu: bool = True
-    device: int = 0  # number of the device lock that is held
+    device: int | None = None  # number of the device lock that is held; None: it gets no GPU
     # a folder at /writable, for our own data preparation only, which then runs as the caller; so is a network
     writable: Path | None = None
     network: str = "none"
@@ -78,7 +75,6 @@ class Container:
     environment: dict[str, str] = field(default_factory=dict)
     launch: Sequence[str] = ()  # program.md's command that finds a node and starts there what follows it
     folder: Path | None = None  # to start in, here or on that node
-    keep_open: Sequence[int] = ()  # files that the client holds open too, so that a lock on them lasts as long
 
 
 def run(argv: list[str], **options) -> subprocess.CompletedProcess:
@@ -121,18 +117,13 @@ def rootless() -> bool:
 
 
 @functools.lru_cache(maxsize=None)
-def missing_controllers() -> list[str]:
+def missing_limits() -> list[str]:
     """The limits that this engine cannot hold, as a kernel or systemd may withhold cgroup controllers from a user."""
     if name() == "podman" and not rootless():
         return []
     asked = DOCKER_HOLDS if name() == "docker" else "{{.Host.CgroupControllers}}"
-    held = re.findall(r"\w+", run([*client(), "info", "--format", asked]).stdout)
-    return [controller for controller in CONTROLLERS if controller not in held]
-
-
-def missing_limits() -> str:
-    """'memory, process, CPU'; '' where all limits hold."""
-    return ", ".join(CONTROLLERS[controller] for controller in missing_controllers())
+    controllers = re.findall(r"\w+", run([*client(), "info", "--format", asked]).stdout)
+    return [limit for limit, controller in LIMITS.items() if controller not in controllers]
 
 
 @functools.lru_cache(maxsize=None)
@@ -174,12 +165,10 @@ def gpu_fault() -> str:
     if not gpus():
         return ""
     try:
-        same = (
-            all_gpus.__wrapped__() == all_gpus()
-        )  # past the cache, which stays: results belong to the device it knows
+        now = all_gpus.__wrapped__()  # past the cache, which stays: results belong to the device it knows
     except Refused as e:
         return str(e)
-    return "" if same else "a GPU has gone since this began; see ./run.sh doctor"
+    return "" if now == all_gpus() else "a GPU has gone since this began; see ./run.sh doctor"
 
 
 def gpu_called(word: str) -> Gpu:
@@ -264,26 +253,28 @@ def arguments(c: Container) -> list[str]:
     if c.out_size:
         options += ["--tmpfs", f"/out:rw,nosuid,nodev,noexec,size={c.out_size},mode=1777"]
     if c.background:
-        options += held("cpu", "--cpu-shares", "2")
+        options += held("CPU", "--cpu-shares", "2")
     if name() == "podman":
-        options += ["--read-only-tmpfs=false", "--http-proxy=false", "--timeout", str(int(c.limit_s) + 30)]
+        options += ["--read-only-tmpfs=false", "--http-proxy=false"]
     if c.launch:
         return on_node(c, options)
     cpus = os.cpu_count()
-    limits = held("cpu", "--cpus", "1" if c.background else str(cpus))
-    limits += held("pids", "--pids-limit", str(max(PIDS, PIDS_PER_CPU * cpus)))
-    gpu = gpu_options(c.device) if c.gpu else []
-    return [*client(), "run", *limits, *gpu, *options, c.image, *c.command]
+    options += held("CPU", "--cpus", "1" if c.background else str(cpus))
+    options += held("process", "--pids-limit", str(max(PIDS, PIDS_PER_CPU * cpus)))
+    if c.device is not None:
+        options += gpu_options(c.device)
+    return [*client(), "run", *options, c.image, *c.command]
 
 
-def held(controller: str, *options: str) -> tuple[str, ...]:
-    """Limits, left out where the engine cannot hold them: some would start nothing then."""
-    return () if controller in missing_controllers() else options
+def held(limit: str, *options: str) -> tuple[str, ...]:
+    """Options of a limit, left out where the engine cannot hold it: some would start nothing then."""
+    return () if limit in missing_limits() else options
 
 
 def on_node(c: Container, options: list[str]) -> list[str]:
     """argv of the launch command and of on_node.sh, which adds what only the node knows: its GPUs and CPUs."""
-    script, folder, gpu = Path(__file__).with_name("on_node.sh"), c.folder.resolve(), "gpu" if c.gpu else "none"
+    script, folder = Path(__file__).with_name("on_node.sh"), c.folder.resolve()
+    gpu = "none" if c.device is None else "gpu"
     job = "" if "SLURM_JOB_ID" in os.environ else "own"
     words = ["sh", str(script), str(folder), gpu, job, " ".join(client()), *options, c.image, *c.command]
     if any(Path(word).name == "ssh" for word in c.launch):  # it joins the words, and a shell there takes them apart

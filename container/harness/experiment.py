@@ -194,7 +194,7 @@ def device_for(history: History, train: str = ""):
     return locks.device(engine.slots(history.program), lambda: locks.announce(number, waiting, budget, train))
 
 
-def measure_and_decide(attempt: Attempt, planned: History, device: locks.Device) -> History:
+def measure_and_decide(attempt: Attempt, planned: History, device: int) -> History:
     """Run it as often as the rule wants; returns the history by which its verdict was reached. Raises Refused."""
     history = History.load(planned.program, planned.image)
     attempt.experiment, texts = history.newest + 1, git.contents([attempt.train, attempt.scratchpad])
@@ -223,13 +223,12 @@ def measure_and_decide(attempt: Attempt, planned: History, device: locks.Device)
     return history
 
 
-def job(history: History, work: Path, source: bytes, device: locks.Device, **how) -> measure.Job:
+def job(history: History, work: Path, source: bytes, device: int, **how) -> measure.Job:
     """A training of this train.py with a fresh seed, as program.md says; how: the fields that are otherwise."""
     work.mkdir(mode=0o755, parents=True)
     (work / "train.py").write_bytes(source)
     settings = history.program
-    measured_on = history.measured_on if history.incumbent else ""
-    where = {"device": device.number, "keep_open": (device.lock,), "measured_on": measured_on}
+    where = {"device": device, "measured_on": history.measured_on if history.incumbent else ""}
     place = {"work": work, "data": dataset.folder(settings.data), "log": work / "train.log", "image": history.image}
     limits = {"budget": settings.budget, "memory": settings.memory, "launch": settings.launch}
     return measure.Job(**{**place, **limits, **where, **how}, seed=measure.fresh_seed())

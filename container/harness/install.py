@@ -33,7 +33,7 @@ PIP_OPTIONS = "index-url|extra-index-url|trusted-host|proxy|timeout"  # of the h
 CLIENT_VERSION = "2.1.328"  # the Claude Code that the tests drive
 DISK_GB = 15  # for the image and some data
 CUDA_DRIVER = 580  # NVIDIA driver branch that torch's default build (CUDA 13) wants
-CUDA_PROOF = ("python", "-c", "import torch; print(torch.ones(8, device='cuda').sum().item() == 8)")
+CUDA_PROOF = ["timeout", "120", "python", "-c", "import torch; print(torch.ones(8, device='cuda').sum().item() == 8)"]
 MARKS = {True: "ok", None: "note", False: "BAD"}  # of doctor's findings
 CLIENT_PLACES = ("~/.local/bin", "~/.claude/local", "~/.npm-global/bin", "~/.volta/bin", "~/node_modules/.bin")
 
@@ -168,9 +168,9 @@ def check_engine() -> Iterator[Finding]:
     version = engine.run([*engine.client(), "--version"]).stdout.strip()
     kind = "rootless" if engine.rootless() else "rootful"
     yield Finding("engine", True, f"{version}, {kind}: {' '.join(engine.client())}")
-    ignored = engine.missing_limits()
+    ignored = ", ".join(engine.missing_limits())
     text = f"{kind} {engine.name()} IGNORES {ignored} limits here: {CGROUP_REMEDY}"
-    serious = None if ignored == engine.CONTROLLERS["cpu"] else False  # the others keep a training from harm
+    serious = None if ignored == "CPU" else False  # the others keep a training from harm
     yield Finding("limits", serious if ignored else True, text if ignored else "memory, process, CPU: enforced")
     if engine.name() == "podman":
         yield from check_podman(tuple(map(int, re.findall(r"\d+", version)[:2])), kind)
@@ -185,14 +185,12 @@ def check_engine() -> Iterator[Finding]:
 
 def check_podman(version: tuple[int, ...], kind: str) -> Iterator[Finding]:
     """What some versions of podman need, or cannot do."""
+    no_cdi = "this podman knows no CDI, so no GPU: update it to 4.1 or later, or AR_ENGINE=docker"
     if version < PODMAN_CDI and engine.gpus():
-        yield Finding(
-            "engine", False, "this podman knows no CDI, so no GPU: update it to 4.1 or later, or AR_ENGINE=docker"
-        )
+        yield Finding("engine", False, no_cdi)
+    no_passt = "this podman wants passt for a network, which building and fetching need: install passt"
     if version >= PODMAN_PASST and kind == "rootless" and not shutil.which("pasta"):
-        yield Finding(
-            "engine", None, "this podman wants passt for a network, which building and fetching need: install passt"
-        )
+        yield Finding("engine", None, no_passt)
 
 
 def older_images(current: str) -> Iterator[Finding]:
@@ -220,8 +218,8 @@ def check_gpu() -> Iterator[Finding]:
     if driver[:1].isdigit() and int(driver.partition(".")[0]) < CUDA_DRIVER:
         remedy = "set ARG TORCH_INDEX in container/image/Containerfile to an older CUDA's wheel index, or update it"
         yield Finding("driver", False, f"{driver} is older than {CUDA_DRIVER}, which torch's default wants: {remedy}")
-    container = engine.Container("ar-doctor-gpu", engine.find_image(), list(CUDA_PROOF), "4g", limit_s=120, mounts={})
-    container.device = engine.slots(program.read())[0]
+    slot = engine.slots(program.read())[0]
+    container = engine.Container("ar-doctor-gpu", engine.find_image(), CUDA_PROOF, "4g", {}, device=slot)
     proof = engine.run(engine.arguments(container))
     seen, said = proof.stdout.startswith("True"), proof.stdout.strip() or engine.words_of(proof)
     text = f"{len(engine.gpus())} × {kind}, driver {driver}; a sum on it inside the sandbox: {said}"

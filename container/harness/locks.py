@@ -75,21 +75,18 @@ def held(file: Path, wait: bool = False) -> Iterator[int]:
             git.held_locks.remove(lock.fileno())
 
 
-@contextlib.contextmanager
-def worktree() -> Iterator[None]:
-    """One run at a time here. Raises Refused."""
-    file = git.folder("--git-dir") / "autoresearch.lock"
-    with contextlib.ExitStack() as stack:
-        try:
-            RUNS.mkdir(exist_ok=True)
-            stack.enter_context(held(file))
-        except BlockingIOError:
-            who = running_line() or "it has just begun"
-            raise Refused(f"another experiment is running: {who}; wait for it") from None
-        except OSError as error:
-            where = RUNS if error.filename == str(RUNS) else file
-            raise Refused(f"cannot write {where}; is {where.parent.name} read-only?") from None
-        yield
+def worktree() -> contextlib.ExitStack:
+    """One run at a time here, as long as what is returned is open. Raises Refused."""
+    file, stack = git.folder("--git-dir") / "autoresearch.lock", contextlib.ExitStack()
+    try:
+        RUNS.mkdir(exist_ok=True)
+        stack.enter_context(held(file))
+        return stack
+    except BlockingIOError:
+        raise Refused(f"another experiment is running: {running_line() or 'it has just begun'}; wait for it") from None
+    except OSError as error:
+        where = RUNS if error.filename == str(RUNS) else file
+        raise Refused(f"cannot write {where}; is {where.parent.name} read-only?") from None
 
 
 def record() -> contextlib.AbstractContextManager:
@@ -97,22 +94,19 @@ def record() -> contextlib.AbstractContextManager:
     return held(git.folder() / "autoresearch.record", wait=True)
 
 
-@dataclass(frozen=True)
-class Device:
-    number: int
-    lock: int  # descriptor of its file: who keeps it open, keeps the device
-
-
 @contextlib.contextmanager
-def device(numbers: list[int], waiting: Callable[[], None]) -> Iterator[Device]:
-    """One of these devices until the end of the run; waiting() is called while other worktrees use them all."""
+def device(numbers: list[int], waiting: Callable[[], None]) -> Iterator[int]:
+    """One of these devices until the end of the run, and of the sandboxes that it started: they inherit the lock.
+
+    waiting() is called while other worktrees use them all.
+    """
     folder = git.folder()
     with contextlib.ExitStack() as stack:
         for number in itertools.cycle(numbers):
             with contextlib.suppress(BlockingIOError):
-                found = Device(number, stack.enter_context(held(folder / f"autoresearch.device-{number}")))
+                os.set_inheritable(stack.enter_context(held(folder / f"autoresearch.device-{number}")), True)
                 break
             if number == numbers[-1]:
                 waiting()
                 time.sleep(1)
-        yield found
+        yield number

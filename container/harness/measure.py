@@ -29,7 +29,6 @@ SIDES = ("images", "captions")
 LOAD_FAILED = "load: training ended well, but load() or encoding training rows failed (traceback in the log)"
 EXCEPTION_LENGTH = 120  # characters of an exception in the reason of a failure
 GRACE_S = 5  # between the budget, at which PID 1 inside kills, and the kill from outside
-IMPORT_S = 120  # until a sandbox has imported torch
 EMBED_S = 120  # load and encode one side; no longer than training left of its budget: `load` could train on
 EMBED_LEAST_S = 30  # but so long at least
 PROBE_S = 60  # load and encode a few training rows, where embedding failed
@@ -57,7 +56,6 @@ class Job:
     launch: Sequence[str] = ()  # of program.md
     measured_on: str = ""  # the incumbent's device, where a launch command may find another one
     device: int = 0  # number of the device lock that is held
-    keep_open: Sequence[int] = ()  # lock files that the engine's clients hold open too
 
 
 @dataclass
@@ -78,7 +76,7 @@ def run(job: Job) -> Run:
     """Train on a table, embed and judge a split; no sandbox is left. Raises Refused or OSError when nothing ran."""
     require_room(job.work)
     if ignored := engine.missing_limits():
-        say(f"run.sh: warning: this engine enforces no {ignored} limits; see ./run.sh doctor")
+        say(f"run.sh: warning: this engine enforces no {', '.join(ignored)} limits; see ./run.sh doctor")
     measurement, result = Measurement(job), Run("ok", job.seed)
     try:
         measurement.train()
@@ -136,13 +134,13 @@ class Measurement:
         self.report: dict = {}  # what PID 1 says of the training
         self.sandboxes: dict[str, Sandbox] = {}
 
-    def start(self, stage: str, seconds: int, mounts: dict, log: Log | None = None, wait_s: int = 0, **more) -> Sandbox:
-        """seconds: that its work gets; wait_s: until there is some; more: other fields of engine.Container."""
-        job, limit_s = self.job, IMPORT_S + wait_s + seconds
+    def start(self, stage: str, seconds: int, mounts: dict, log: Log | None = None, **more) -> Sandbox:
+        """seconds: that its work gets; more: other fields of engine.Container."""
+        job = self.job
         # on a node, sandboxes of other machines may have our process id
         name, command = f"ar-{os.getpid()}-{time.time_ns()}-{stage}", [*RUN_STAGE, stage, str(seconds)]
-        place = {"device": job.device, "launch": job.launch, "folder": job.work, "keep_open": job.keep_open}
-        container = engine.Container(name, job.image, command, job.memory, limit_s, mounts, OUT_SIZE, **place)
+        where = {"device": job.device, "launch": job.launch, "folder": job.work}
+        container = engine.Container(name, job.image, command, job.memory, mounts, OUT_SIZE, **where)
         self.sandboxes[stage] = Sandbox(replace(container, **more), log)
         return self.sandboxes[stage]
 
@@ -152,10 +150,10 @@ class Measurement:
         environment = {**places, "BUDGET_S": job.budget, "SEED": job.seed, "SCALE": f"{job.scale:g}"}
         trainer = self.start("train", job.budget, train_mounts(job), self.log, environment=environment)
         trainer.send()
-        self.check_device(trainer.wait_until_ready(IMPORT_S))
+        self.check_device(trainer.wait_until_ready())
         self.ready = time.monotonic()
         for side in SIDES:
-            self.start(side, EMBED_S, side_mounts(job, side), wait_s=job.budget + 2 * EMBED_S)
+            self.start(side, EMBED_S, side_mounts(job, side))
         end = trainer.message(job.budget + GRACE_S)
         self.report |= end
         if end.get("status") != "ok":
@@ -172,11 +170,11 @@ class Measurement:
         there = self.report["device"] = ready.get("device", "cpu")
         if self.job.launch:
             wanted, remedy = self.job.measured_on or there, "ask for it in `launch`, or change `budget` to begin anew"
+            same = there == wanted
         else:
             wanted, remedy = engine.device_kind(), "see ./run.sh doctor"
-            if "cpu" not in (wanted, there):  # torch may call a GPU otherwise than nvidia-smi does
-                wanted = there
-        if there != wanted:
+            same = (there == "cpu") == (wanted == "cpu")  # torch may call a GPU otherwise than nvidia-smi does
+        if not same:
             raise Refused(f"results so far are of {wanted}, and the sandbox has {there}: nothing ran; {remedy}")
 
     def embed(self) -> None:
@@ -217,7 +215,7 @@ class Measurement:
 
     def judge(self) -> dict:
         """Returns the metrics of the two arrays; stores ranks and examples."""
-        how = {"command": ["sh", "-c", RUN_JUDGE], "memory": JUDGE_MEMORY, "gpu": False, "out_size": None}
+        how = {"command": ["sh", "-c", RUN_JUDGE], "memory": JUDGE_MEMORY, "device": None, "out_size": None}
         sandbox = self.start("judge", JUDGE_S, judge_mounts(self.job), **how)
         found, judged = self.hand_over("judge", JUDGE_S), self.job.work / "judged"
         sandbox.copy_to(judged, ARRAY_BYTES, JUDGE_S)
@@ -231,7 +229,7 @@ class Measurement:
     def hand_over(self, stage: str, limit_s: float, given: Path | None = None) -> dict:
         """Give a sandbox a file to work on, or none; returns its report, {} without one."""
         sandbox = self.sandboxes[stage]
-        sandbox.wait_until_ready(IMPORT_S)
+        sandbox.wait_until_ready()
         sandbox.send(given)
         return sandbox.message(limit_s + GRACE_S)
 

@@ -50,7 +50,7 @@ class Trainings:
 
     history: History
     work: Path
-    device: locks.Device
+    device: int  # number of its lock
     total: int = 1
     how: dict = field(default_factory=dict)
     runs: list[dict] = field(default_factory=list)  # of all, for result.json

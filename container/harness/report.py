@@ -115,9 +115,8 @@ def draw(found: dict) -> dict[str, str]:
     mounts = {"/harness": INSIDE, "/data/val": data / "val", "/data/val.key.npy": data / "val.key.npy"}
     mounts = {inside: host for inside, host in mounts.items() if host.exists()}
     name, command = f"ar-{os.getpid()}-report", ["nice", "-n19", "python", "-I", "/harness/draw_report.py"]
-    container = engine.Container(
-        name, engine.find_image(), command, MEMORY, LIMIT_S, mounts, gpu=False, background=True, shared_as=SHARED_AS
-    )
+    how = {"background": True, "shared_as": SHARED_AS}
+    container = engine.Container(name, engine.find_image(), command, MEMORY, mounts, **how)
     argv, given = engine.arguments(container), json.dumps(found).encode()
     try:
         done = subprocess.run(argv, input=given, capture_output=True, timeout=LIMIT_S)

@@ -27,6 +27,7 @@ import engine
 from project import Refused, say
 
 QUEUE_LIMIT_S = 23 * 3600  # until a launch command has found a node; Claude Code waits 24 hours for ./run.sh
+IMPORT_S = 120  # until a sandbox has imported torch
 NOTICE_S = 10  # after which a person is told that we wait for that
 END_LIMIT_S = 120  # until a sandbox that has sent everything has ended
 TERMINATE_S = 5  # until one elsewhere, whose lifeline was cut, has ended
@@ -80,8 +81,9 @@ class Sandbox:
         self.beat.parent.mkdir(parents=True, exist_ok=True)
         self.beat.write_bytes(BEAT % 0)
         argv = engine.arguments(replace(container, mounts={**container.mounts, "/harness/alive": self.beat.parent}))
-        # in its folder: when memory runs out, podman leaves a file "oom" where it was started
-        where = {"cwd": container.folder, "pass_fds": container.keep_open}
+        # in its folder: when memory runs out, podman leaves a file "oom" where it was started; and it keeps the lock of
+        # the device, the one file here that is inheritable, as long as it lives
+        where = {"cwd": container.folder, "close_fds": False}
         self.process = subprocess.Popen(argv, stdin=PIPE, stdout=PIPE, stderr=PIPE, **where)
         self.killed, self.last_error = False, b""
         self.last_beat, self.longest_silence = time.monotonic(), 0.0
@@ -108,7 +110,7 @@ class Sandbox:
                 pass  # of a server that is away for a while
             time.sleep(BEAT_S)
 
-    def wait_until_ready(self, import_s: float) -> dict:
+    def wait_until_ready(self) -> dict:
         """Wait for two messages: it is up, for which a launch command may queue, and it has imported what it needs.
 
         Returns the second. Raises Refused when the engine starts nothing, and Lost when a launch command does not.
@@ -117,8 +119,8 @@ class Sandbox:
             with when_late(NOTICE_S, say, f"run.sh: waiting for '{launch}' to start {self.stage}"):
                 up = self.message(QUEUE_LIMIT_S)
         else:
-            up = self.message(import_s)
-        if up and (ready := self.message(import_s)):
+            up = self.message(IMPORT_S)
+        if up and (ready := self.message(IMPORT_S)):
             return ready
         error = " | ".join(self.last_error[-300:].decode("utf-8", "replace").strip().splitlines())
         error = f"the sandbox of {self.stage} did not start: {error or 'no message in time'}"

@@ -28,6 +28,7 @@ import time
 import traceback
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 BEAT = Path("/harness/alive/beat")  # a file that the harness outside changes every few seconds while it lives
 LIFELINE_S = 60  # without a change
@@ -74,7 +75,7 @@ CODE = Path("/code/train.py")
 MAX_ROWS_OF_TRACE = 40
 MAX_LINE = 999  # of train.py that is named where embedding failed: how much it may say there is bounded
 MAX_ERROR = 200  # bytes, in which it says that
-CGROUP_V2, CGROUP_V1 = Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memory")
+CGROUP_V2, CGROUP_V1 = Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memory/memory.oom_control")
 TMPFS = ("/out", "/tmp", "/dev/shm")
 NO_SPACE = 1 << 20  # bytes left on one that is full
 
@@ -85,12 +86,13 @@ def report(stream, **fields) -> None:
     stream.flush()
 
 
-def in_child(work, limit_s: float, result) -> dict:
+def in_child(work, limit_s: float) -> tuple[dict, BinaryIO]:
     """Fork and run work(result) in the child, for at most limit_s. Nothing that it started lives on.
 
     Returns {"seconds": s, "status": "ok" | "crashed" | "killed" | "limit"}, of a killed one with "signal", "oom" and,
-    where that was the whole machine's want of memory, "machine_oom".
+    where that was the whole machine's want of memory, "machine_oom"; and what the child wrote into the file `result`.
     """
+    result = os.fdopen(os.memfd_create("result"), "w+b")
     (kills, refusals), start = memory_events(), time.monotonic()
     LIBC.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     pid = os.fork()
@@ -108,15 +110,16 @@ def in_child(work, limit_s: float, result) -> dict:
         os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     end_everybody_else()
-    end = {"seconds": round(time.monotonic() - start, 2)}
-    if not in_time:
-        return {**end, "status": "limit"}
-    if os.WIFSIGNALED(status):
+    result.seek(0)
+    end = {"seconds": round(time.monotonic() - start, 2), "status": "limit"}
+    if in_time and os.WIFSIGNALED(status):
         kills_now, refusals_now = memory_events()
         oom = kills_now > kills
+        end |= {"status": "killed", "signal": os.WTERMSIG(status)}
         end |= {"oom": oom, "machine_oom": oom and refusals_now == refusals}
-        return {**end, "status": "killed", "signal": os.WTERMSIG(status)}
-    return {**end, "status": "crashed" if os.WEXITSTATUS(status) else "ok"}
+    elif in_time:
+        end["status"] = "crashed" if os.WEXITSTATUS(status) else "ok"
+    return end, result
 
 
 def end_everybody_else() -> None:
@@ -144,6 +147,7 @@ def exit_status(work, result) -> int:
         return 1
     finally:
         with contextlib.suppress(BaseException):  # a broken stream must not change the verdict
+            result.flush()
             sys.stdout.flush()
             sys.stderr.flush()
 
@@ -153,12 +157,10 @@ def memory_events() -> tuple[int, int]:
 
     cgroup v1's counter of that stays 0 on some kernels, so there every kill counts as one at the limit.
     """
-    if CGROUP_V2.exists():
-        counts = dict(line.split() for line in CGROUP_V2.read_text().splitlines())
-        return int(counts.get("oom_kill", 0)), int(counts.get("max", 0))
-    if (CGROUP_V1 / "memory.oom_control").exists():
-        counts = dict(line.split() for line in (CGROUP_V1 / "memory.oom_control").read_text().splitlines())
-        return (int(counts.get("oom_kill", 0)),) * 2
+    for file, at_limit in ((CGROUP_V2, "max"), (CGROUP_V1, "oom_kill")):
+        if file.exists():
+            counts = dict(line.split() for line in file.read_text().splitlines())
+            return int(counts.get("oom_kill", 0)), int(counts.get(at_limit, 0))
     return 0, 0
 
 
@@ -170,19 +172,14 @@ def try_gpu(result) -> None:
     except Exception as e:  # an old driver, a GPU that this torch was not built for, one in trouble
         said = {"fault": f"{type(e).__name__}: {e}".partition("\n")[0][:MAX_ERROR]}
     result.write(json.dumps(said).encode())
-    result.flush()
 
 
-def device(result) -> dict:
+def device() -> dict:
     """What the training would run on; "fault": why that GPU cannot be used."""
     if DEVICE == "cpu":
         return {"device": DEVICE}
-    end = in_child(try_gpu, GPU_PROOF_S, result)
-    result.seek(0)
-    said = json.loads(result.read() or b"{}") or {"fault": f"a first sum on it: {end['status']}"}
-    result.seek(0)
-    result.truncate()
-    return said
+    end, result = in_child(try_gpu, GPU_PROOF_S)
+    return json.loads(result.read() or b"{}") or {"fault": f"a first sum on it: {end['status']}"}
 
 
 def run_training(_) -> None:
@@ -246,8 +243,6 @@ def encode_side(result) -> None:
         lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(CODE)]
         result.write(json.dumps([type(e).__name__, lines[-1] if lines else 0]).encode())
         sys.exit(1)
-    finally:
-        result.flush()
 
 
 def error_of(result: bytes) -> dict:
@@ -268,12 +263,11 @@ def error_of(result: bytes) -> dict:
 def main(stage: str, limit_s: float) -> None:
     """Report that we are ready and how the stage ended; then, if well, send what it leaves."""
     work = {"train": run_training, "images": encode_side, "captions": encode_side, "probe": encode_probe}[stage]
-    with os.fdopen(os.dup(1), "wb") as out, os.fdopen(os.memfd_create("result"), "w+b") as result:
-        report(out, ready=True, **(device(result) if stage == "train" else {}))
+    with os.fdopen(os.dup(1), "wb") as out:
+        report(out, ready=True, **(device() if stage == "train" else {}))
         if stage != "train":  # the archive comes when training has ended; only then does the clock start
             select.select([sys.stdin], [], [])
-        end = in_child(work, limit_s, result)
-        result.seek(0)
+        end, result = in_child(work, limit_s)
         if end["status"] != "ok" and stage != "train":
             end |= error_of(result.read(MAX_ERROR))
         elif end["status"] == "crashed" and min(shutil.disk_usage(d).free for d in TMPFS) < NO_SPACE:

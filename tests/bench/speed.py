@@ -344,9 +344,9 @@ def in_sandbox(part: str, data: Path, rounds: int) -> list[dict]:
         image=engine.find_image(),
         command=command,
         memory=MEMORY,
-        limit_s=LIMIT_S,
         mounts={"/repo": ROOT, "/data": data / "train"},
         out_size="2g",
+        device=0,
     )
     argv = engine.arguments(container)
     return json.loads(subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True).stdout)

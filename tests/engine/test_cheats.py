@@ -57,9 +57,7 @@ def in_image(script: str, writable: Path, **mounts: Path) -> str:
         image=engine.find_image(),
         command=["python", "-c", script],
         memory=MEMORY,
-        limit_s=300,
         mounts={f"/{inside}": path for inside, path in mounts.items()},
-        gpu=False,
         writable=writable,
     )
     done = engine.run(engine.arguments(container))

@@ -165,9 +165,7 @@ def make_weights(folder: Path) -> None:
         image=engine.find_image(),
         command=["python", "-c", WEIGHTS],
         memory="4g",
-        limit_s=120,
         mounts={},
-        gpu=False,
         writable=folder,
     )
     done = engine.run(engine.arguments(container), timeout=120)

@@ -23,9 +23,7 @@ def test_inside_the_image():
         image=engine.find_image(),
         command=PYTEST,
         memory="6g",
-        limit_s=LIMIT_S,
         mounts=mounts,
-        gpu=False,
         environment={"SHARED": "/shared", "PYTHONPATH": ":".join(f"/repo/{place}" for place in MODULES)},
     )
     done = engine.run(engine.arguments(container), timeout=LIMIT_S + 60)

@@ -140,7 +140,7 @@ class Outside:
         """engine.arguments' own, with what is lifted replaced."""
         mounts = {"/probes.py": self.code, "/input": Path(self.facts["folder"]) / "input"}
         environment = {"PROBE_HOST": json.dumps(self.facts, separators=(",", ":"))}
-        limits = {"memory": memory, "limit_s": PROBES_LIMIT_S, "out_size": "64m", "gpu": False}
+        limits = {"memory": memory, "out_size": "64m"}
         command, which = ["python3", "-I", "/probes.py", *command], image(engine.name())
         argv = engine.arguments(
             engine.Container(container, which, command, mounts=mounts, environment=environment, **limits)
@@ -426,7 +426,7 @@ def test_probes_in_a_real_training(hostile, figure):
 
 def test_no_probe_gets_through_and_every_control_does(chosen, tmp_path, figure):
     outside = Outside(tmp_path / "outside")
-    table = [p for p in probes.PROBES if not engine.missing_controllers() or p.lift not in CGROUP_LIFTS]
+    table = [p for p in probes.PROBES if not engine.missing_limits() or p.lift not in CGROUP_LIFTS]
     controls = [p for p in table if not cannot(p)]
     started, held, opened = time.monotonic(), {}, {}
     for names, lifted, memory in outside.batches(table, False):
@@ -456,7 +456,7 @@ def test_when_the_process_outside_is_killed_the_sandboxes_end_by_themselves(aban
 
 def test_an_engine_that_holds_no_limits_is_named_before_a_training_starts(monkeypatch, capsys, tmp_path):
     """Rootless podman on cgroup v1."""
-    monkeypatch.setattr(engine, "missing_controllers", lambda: list(engine.CONTROLLERS))
+    monkeypatch.setattr(engine, "missing_limits", lambda: list(engine.LIMITS))
     monkeypatch.setattr(engine, "rootless", lambda: True)
     assert install.doctor() == 1
     shown = next(line for line in capsys.readouterr().out.splitlines() if " limits " in line)

@@ -55,7 +55,7 @@ engine.arguments = lambda c, arguments=engine.arguments: arguments(
 NO_TRAINING = """
 def train(self):
     for side in measure.SIDES:
-        self.start(side, measure.EMBED_S, measure.side_mounts(self.job, side), wait_s=measure.EMBED_S)
+        self.start(side, measure.EMBED_S, measure.side_mounts(self.job, side))
     self.report, self.ready = {"seconds": 0.0}, measure.time.monotonic()
 measure.Measurement.train = train
 """

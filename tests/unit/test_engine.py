@@ -235,8 +235,8 @@ def test_limits_that_cannot_be_held_are_left_out_and_named(machine, monkeypatch,
     machine(**programs)
     as_user(monkeypatch)
     monkeypatch.setattr(engine, "find_image", lambda: "made-up")
-    assert engine.missing_limits() == missing
-    argv = " ".join(engine.arguments(engine.Container("name", "image", ["true"], "1g", 5, {}, background=True)))
+    assert ", ".join(engine.missing_limits()) == missing
+    argv = " ".join(engine.arguments(engine.Container("name", "image", ["true"], "1g", {}, background=True)))
     for words, options in (("memory", "--memory"), ("process", "--pids-limit"), ("CPU", "--cpus"), ("CPU", "--cpu-sh")):
         assert (options in argv) == (words not in missing), argv
     found = next(f for f in install.findings() if f.what == "limits")
@@ -247,7 +247,7 @@ def test_limits_that_cannot_be_held_are_left_out_and_named(machine, monkeypatch,
 @pytest.mark.parametrize("client", ["podman", "docker"])
 def test_both_engines_may_read_what_is_mounted_under_selinux(machine, client: str):
     machine(**{client: "exit 0"})
-    argv = engine.arguments(engine.Container("name", "image", ["true"], "1g", 5, {}))
+    argv = engine.arguments(engine.Container("name", "image", ["true"], "1g", {}))
     assert argv[argv.index("label=disable") - 1] == "--security-opt"
 
 
@@ -263,7 +263,7 @@ def test_a_large_machine_has_room_for_its_threads(machine, monkeypatch):
     machine(podman="exit 0")
     for cpus, pids in ((2, 512), (128, 512), (256, 1024)):
         monkeypatch.setattr(os, "cpu_count", lambda cpus=cpus: cpus)
-        argv = engine.arguments(engine.Container("name", "image", ["true"], "1g", 5, {}))
+        argv = engine.arguments(engine.Container("name", "image", ["true"], "1g", {}))
         assert argv[argv.index("--pids-limit") + 1] == str(pids)
 
 
