@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import dataset
 import display
@@ -40,8 +40,7 @@ def one_experiment() -> int:
     return experiment.run()
 
 
-@dataclass(frozen=True)
-class Verb:
+class Verb(NamedTuple):
     name: str
     words: str  # what may follow it
     help: str  # a line; '' for what nobody types
