@@ -206,8 +206,7 @@ def begin(clock: str) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Refused("another night has just begun here; ./run.sh night shows it") from None
-        night = Night(time.time(), seconds_up(), History.load().newest, clock, log=log.tell())
-        keeper = Keeper(night)
+        keeper = Keeper(Night(time.time(), seconds_up(), History.load().newest, clock, log=log.tell()))
         if why := keeper.check():
             raise Refused(f"there is nothing to do: {why}")
         if NIGHT.exists() and load(Night, NIGHT).status is None:
@@ -217,7 +216,7 @@ def begin(clock: str) -> int:
         if not os.fork():
             leave_terminal(log.fileno())
             return keeper.keep()
-    return follow(night.log)
+    return follow(keeper.night.log)
 
 
 def leave_terminal(log: int) -> None:
