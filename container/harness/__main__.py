@@ -1,15 +1,4 @@
-"""./run.sh                one experiment: train, judge, commit or revert (this is what Claude Code runs)
-./run.sh setup          engine, image, built-in data, baseline; only what is missing
-./run.sh test [unit | --full]     the tests, with what they need
-./run.sh data NAME [--odvg DIR]   draw prints, fetch ukiyo-e, or import your own ODVG lines and images
-./run.sh status|log [N]|report    where things stand; the last N experiments; report.html for a browser
-./run.sh night [HH:MM|stop]       Claude Code at work until the plan ends or that hour, whatever happens meanwhile
-./run.sh keep N         overrule a verdict: make experiment N the incumbent
-./run.sh audit [K] [--ablate]     baseline against best on fresh pairs, K seeds each: the numbers to publish
-./run.sh final          the best, trained longer on all but the test pairs, judged once on those
-./run.sh doctor         what this machine can hold, and what it cannot
-exit status             0 recorded, 1 recorded as failed or lost, 2 refused and nothing ran
-"""
+"""The verbs of ./run.sh: who may call which, and what an error looks like."""
 
 from __future__ import annotations
 
@@ -20,6 +9,8 @@ import re
 import signal
 import sys
 import traceback
+from collections.abc import Callable
+from typing import NamedTuple
 
 import dataset
 import display
@@ -30,16 +21,13 @@ import publish
 import report
 from project import INSIDE, ROOT, RUNS, Refused, say
 
+BY_AGENT = bool(os.environ.get("CLAUDECODE"))
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-def by_agent() -> bool:
-    return bool(os.environ.get("CLAUDECODE"))
 
 
 def one_experiment() -> int:
     """Claude Code must show that its guard let this very call through. Raises Refused."""
-    if by_agent():
+    if BY_AGENT:
         name = re.sub(r"[^A-Za-z0-9_-]", "", os.environ.get("CLAUDE_CODE_SESSION_ID", ""))
         proof = RUNS / "session" / f"proof.{name}"
         if not name or not proof.is_file():
@@ -52,45 +40,56 @@ def one_experiment() -> int:
     return experiment.run()
 
 
-def usage() -> None:
-    print(__doc__, end="")
+class Verb(NamedTuple):
+    name: str
+    words: str  # what may follow it
+    help: str  # a line; '' for what nobody types
+    function: Callable
+    for_agent: bool = False
+
+    def usage(self) -> str:
+        return " ".join(filter(None, ["./run.sh", self.name, self.words]))
 
 
-HELP = dict.fromkeys(("help", "--help", "-h"), usage)
-FOR_ANYBODY = {
-    "": one_experiment,
-    "refresh-report": report.refresh,  # started by the agent's ./run.sh too
-    "status": display.status,
-    "log": display.log,
-    "doctor": install.doctor,
-    **HELP,
-}
-FOR_A_PERSON = {
-    "setup": install.setup,
-    "test": install.test,
-    "data": dataset.prepare,
-    "keep": experiment.keep,
-    "report": report.report,
-    "night": night.main,
-    "audit": publish.audit,
-    "final": publish.final,
-}
+def print_help() -> None:
+    for verb in VERBS:
+        if verb.help:
+            print(f"{verb.usage():33} {verb.help}")
+    print(f"{'exit status':33} 0 recorded, 1 recorded as failed or lost, 2 refused and nothing ran")
 
 
-def run_verb(verb: str, words: list[str]) -> int:
+VERBS = (
+    Verb("", "", "one experiment: train, judge, commit or revert (what Claude Code runs)", one_experiment, True),
+    Verb("setup", "", "engine, image, built-in data, baseline; only what is missing", install.setup),
+    Verb("test", "[unit | --full]", "the tests, with what they need", install.test),
+    Verb("data", "NAME [--odvg DIR]", "draw prints, fetch ukiyo-e, or import your own ODVG lines", dataset.prepare),
+    Verb("status", "", "where things stand", display.status, True),
+    Verb("log", "[N]", "the last N experiments", display.log, True),
+    Verb("report", "", "report.html for a browser", report.report),
+    Verb("night", "[HH:MM|stop]", "Claude Code at work until the plan ends or that hour, whatever happens", night.main),
+    Verb("keep", "N", "overrule a verdict: make experiment N the incumbent", experiment.keep),
+    Verb("audit", "[K] [--ablate]", "the numbers to publish: baseline against best, K seeds each", publish.audit),
+    Verb("final", "", "the best, trained longer on all but the test pairs, judged once on those", publish.final),
+    Verb("doctor", "", "what this machine can hold, and what it cannot", install.doctor, True),
+    Verb("help", "", "this", print_help, True),
+    Verb("refresh-report", "", "", report.refresh, True),  # started by the agent's ./run.sh too
+)
+ALSO_HELP = ("--help", "-h")
+
+
+def run_verb(name: str, words: list[str]) -> int:
     """Returns the exit status. Raises Refused."""
-    if by_agent() and verb in FOR_A_PERSON:
-        raise Refused(f"'{verb}' is for a person, in a terminal")
-    function = {**FOR_ANYBODY, **FOR_A_PERSON}.get(verb)
-    if not function:
-        raise Refused(f"unknown verb '{verb}'; ./run.sh help lists them")
-    parameters = inspect.signature(function)
+    name = "help" if name in ALSO_HELP else name
+    verb = next((verb for verb in VERBS if verb.name == name), None)
+    if not verb:
+        raise Refused(f"unknown verb '{name}'; ./run.sh help lists them")
+    if BY_AGENT and not verb.for_agent:
+        raise Refused(f"'{name}' is for a person, in a terminal")
     try:
-        parameters.bind(*words)
+        inspect.signature(verb.function).bind(*words)
     except TypeError:
-        names = "".join(f" [{name.upper()}]" for name in parameters.parameters)
-        raise Refused(f"usage: ./run.sh {verb}{names}; ./run.sh help says more") from None
-    return function(*words) or 0
+        raise Refused(f"usage: {verb.usage()}; ./run.sh help says more") from None
+    return verb.function(*words) or 0
 
 
 def end(number: int, _) -> None:

@@ -27,11 +27,13 @@ class Running:
     started: float  # unix time
     budget: int  # seconds
     train: str = ""  # blob of train.py
+    conversation: str = ""  # of the agent that started it; "" for a person
 
 
 def announce(number: int, activity: str, budget: int, train: str = "") -> None:
     """Say what runs here from now on. Raises OSError."""
-    write_json(ROOT / RUNNING, asdict(Running(os.getpid(), number, activity, time.time(), budget, train)))
+    agent = os.environ.get("CLAUDE_CODE_SESSION_ID", "")
+    write_json(ROOT / RUNNING, asdict(Running(os.getpid(), number, activity, time.time(), budget, train, agent)))
 
 
 def running(root: Path = ROOT) -> Running | None:

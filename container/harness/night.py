@@ -14,11 +14,10 @@ import os
 import re
 import shutil
 import signal
-import sys
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from subprocess import DEVNULL, Popen, SubprocessError, run
 
 import display
@@ -31,17 +30,12 @@ from session import NIGHT, NIGHT_LOCK, Night, Session, current_night, load, prog
 LOG, OUTPUT = RUNS / "night.log", RUNS / "night.out"  # OUTPUT: the client's, which says how the conversation ended
 FIRST_WAIT = 10  # s until the client is started again; doubled after each conversation without an experiment
 LONGEST_WAIT = 15 * 60  # s
-SILENT = 30 * 60  # s without a message or a running experiment, after which the client is ended
-LATE = 5 * 60  # s, the same once the loop has ended
-BARREN = 3 * 3600  # s without an experiment, after which the client is ended
+BARREN = 60 * 60  # s without an experiment, after which the client is ended
 FRUITLESS = 10  # conversations in a row that ended in order but brought no experiment: then the night gives up
 DYING = 60  # s that an experiment gets to clean up, and then the client
 POLL = 3  # s
 CLIENT = ("setpriv", "--pdeathsig", "TERM", "claude", "-p", "start", "--output-format", "json", "--session-id")
-ENV = {
-    **os.environ,
-    "DISABLE_AUTOUPDATER": "1",
-}  # else the next conversation may be with a client that nobody has tried
+ENV = {**os.environ, "DISABLE_AUTOUPDATER": "1"}  # else the next conversation may be with a client that nobody tried
 HINT = "It needs no terminal: Ctrl-C ends this view, ./run.sh night stop the night, after its running experiment."
 
 
@@ -70,38 +64,12 @@ def end_process(pid: int, runs: Callable) -> None:
             time.sleep(0.2)
 
 
-def end_experiment() -> None:
-    if now := locks.running():
-        end_process(now.pid, locks.running)
-
-
-@dataclass
-class Watchdog:
-    """When the client last did what it should; time.monotonic()."""
-
-    last_message: float = field(default_factory=time.monotonic)
-    last_experiment: float = field(default_factory=time.monotonic)
-    size: int = 0  # bytes of its transcripts
-    newest: int = 0  # experiment
-
-    def fault(self, session: Session, newest: int, loop_ended: bool) -> str:
-        """Why the client must be ended, '' while it need not be."""
-        now, size = time.monotonic(), sum(file.stat().st_size for file in session.transcripts())
-        if locks.running() or newest > self.newest:
-            self.last_message, self.last_experiment, self.newest = now, now, newest
-        elif size > self.size:
-            self.last_message, self.size = now, size
-        if now > self.last_experiment + BARREN:
-            return "no experiment from the client for long, so it was ended"
-        late = now > self.last_message + (LATE if loop_ended else SILENT)
-        return "no word from the client for long, so it was ended" if late else ""
-
-
 class Keeper:
     """Starts conversations while the loop goes on."""
 
     def __init__(self, night: Night):
         self.night, self.history, self.logged, self.stops = night, History.load(), night.after, 0
+        self.conversation = ""  # id of the newest
         self.message = ""  # what the client said last
 
     def save(self) -> None:
@@ -142,9 +110,9 @@ class Keeper:
                 until, wait = time.monotonic() + wait, min(2 * wait, LONGEST_WAIT)
                 while (time.monotonic() < until or locks.running()) and not self.check():
                     time.sleep(POLL)
-        while locks.running() and self.stops < 2:  # an experiment whose client was killed
+        while self.experiment() and self.stops < 2:  # its client was killed
             time.sleep(POLL)
-        end_experiment()
+        self.end_experiment()
         self.check()
         in_vain = f"{fruitless} conversations in a row brought no experiment; the last said: {self.message}"
         self.log_summary(why or in_vain)
@@ -152,13 +120,22 @@ class Keeper:
         self.save()
         return self.night.status
 
+    def experiment(self) -> locks.Running | None:
+        """The night's own that runs now: a person's audit is none of its business."""
+        now = locks.running()
+        return now if now and now.conversation == self.conversation else None
+
+    def end_experiment(self) -> None:
+        if now := self.experiment():
+            end_process(now.pid, self.experiment)
+
     def run_client(self) -> str:
         """One conversation to its end; what went wrong in it, '' when nothing did."""
         self.night.conversations += 1
+        self.conversation = str(uuid.uuid4())
         self.save()
         log_line(f"Claude Code starts, conversation {self.night.conversations}, version {client_version()}")
-        ident, watchdog, fault = str(uuid.uuid4()), Watchdog(newest=self.logged), ""
-        command, limit = [*CLIENT, ident], self.history.program.stop.usd
+        command, limit = [*CLIENT, self.conversation], self.history.program.stop.usd
         if limit is not None:
             command += ["--max-budget-usd", f"{limit - self.night.usd:.6f}"]
         try:
@@ -168,18 +145,28 @@ class Keeper:
                 )
         except OSError as e:
             return f"the client cannot be started: {e}"
-        while client.poll() is None and not fault:
-            time.sleep(POLL)
-            ended = bool(self.check())
-            fault = watchdog.fault(Session.load(ident), self.logged, ended)
-            fault = "the client was ended at once" if self.stops > 1 else fault
-        if fault:
-            end_experiment()
+        if fault := self.watch(client):
+            self.end_experiment()
             end_process(-client.pid, lambda: client.poll() is None)
-        return self.conclude(Session.load(ident), client.wait(), fault)
+        return self.conclude(client.wait(), fault)
 
-    def conclude(self, session: Session, code: int, fault: str) -> str:
+    def watch(self, client: Popen) -> str:
+        """Wait for its end; why it must be ended, '' when it did so by itself."""
+        newest, since = self.logged, time.monotonic()  # the newest experiment, and when one was last seen
+        while client.poll() is None:
+            time.sleep(POLL)
+            self.check()
+            if self.stops > 1:
+                return "the client was ended at once"
+            if locks.running() or self.logged > newest:
+                newest, since = self.logged, time.monotonic()
+            if time.monotonic() > since + BARREN:
+                return "no experiment from the client for long, so it was ended"
+        return ""
+
+    def conclude(self, code: int, fault: str) -> str:
         """Add up what a conversation used; what went wrong in it."""
+        session = Session.load(self.conversation)
         last_line = (OUTPUT.read_text(errors="replace").strip().splitlines() or [""])[-1]
         try:
             result = dict(json.loads(last_line))
@@ -210,7 +197,7 @@ class Keeper:
 
 
 def begin(clock: str) -> int:
-    """Start the keeper, in a session of its own that no terminal can end, and follow it. Raises Refused."""
+    """Start the keeper and follow it; the exit status, in both processes. Raises Refused."""
     if not shutil.which("claude"):
         raise Refused("claude is not in PATH; install Claude Code, or add its folder to PATH")
     RUNS.mkdir(exist_ok=True)
@@ -219,28 +206,37 @@ def begin(clock: str) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Refused("another night has just begun here; ./run.sh night shows it") from None
-        now = {"since": time.time(), "up": seconds_up()}
-        keeper = Keeper(Night(**now, after=History.load().newest, clock=clock, log=log.tell()))
+        keeper = Keeper(Night(time.time(), seconds_up(), History.load().newest, clock, log=log.tell()))
         if why := keeper.check():
             raise Refused(f"there is nothing to do: {why}")
         if NIGHT.exists() and load(Night, NIGHT).status is None:
             print("The last night was cut off (the machine went down, or its keeper was killed).")
         keeper.save()
         print(f"A night begins. {HINT}", flush=True)
-        command = ["setsid", "--fork", sys.executable, "-I", "-X", "utf8", ROOT / "container/harness", "night", "keep"]
-        run(command, stdin=DEVNULL, stdout=log, stderr=log, pass_fds=[lock.fileno()])
+        if not os.fork():
+            leave_terminal(log.fileno())
+            return keeper.keep()
     return follow(keeper.night.log)
+
+
+def leave_terminal(log: int) -> None:
+    """Put this process into a session of its own, which no terminal can end; what it says goes to the log."""
+    os.setsid()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
 
 
 def follow(start: int) -> int:
     """Show the log from byte `start` on, until the night ends; its exit status."""
+    goes_on = True
     try:
         with LOG.open("rb") as log:
             log.seek(start)
-            while current_night():
-                print(log.read().decode("utf-8", "replace"), end="", flush=True)
+            while goes_on:
                 time.sleep(1)
-            print(log.read().decode("utf-8", "replace"), end="", flush=True)
+                goes_on = bool(current_night())
+                print(log.read().decode("utf-8", "replace"), end="", flush=True)
     except KeyboardInterrupt:
         print("\nThe night goes on. ./run.sh night shows it again, ./run.sh night stop ends it.")
         return 0
@@ -253,11 +249,9 @@ def follow(start: int) -> int:
 
 def main(word: str = "", *more: str) -> int:
     """Begin, follow or stop a night; the exit status. Raises Refused."""
-    night = current_night()
-    if word == "keep" and night and not night.pid:  # from begin(), whose lock this process has
-        return Keeper(night).keep()
     if more or word not in ("", "stop") and not re.fullmatch(r"([01]?\d|2[0-3]):[0-5]\d", word):
         raise Refused("usage: ./run.sh night [HH:MM], or ./run.sh night stop")
+    night = current_night()
     if word == "stop":
         if not night or not night.pid:
             raise Refused("no night is under way here")
@@ -266,6 +260,6 @@ def main(word: str = "", *more: str) -> int:
         return 0
     if not night:
         return begin(word)
-    began, until = time.strftime("%H:%M", time.localtime(night.since)), night.clock or "the plan ends"
+    began, until = time.strftime("%H:%M", time.localtime(night.began)), night.clock or "the plan ends"
     print(f"A night is under way here since {began}, until {until}.\n{HINT}")
     return follow(night.log)

@@ -35,11 +35,6 @@ def seconds_up() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-def moved(since: float, up: float) -> float:
-    """A time at which seconds_up() was `up` (0: unknown), by the clock as it is now: it may have been set back."""
-    return min(since, time.time() - max(0, seconds_up() - up if up else 0))
-
-
 @dataclass
 class Counter:
     """How far a number of the client's has risen in all. It starts anew after a resume or a compaction."""
@@ -58,17 +53,28 @@ class Counter:
 
 
 @dataclass
-class Night:
+class Span:
+    """From when on a loop counts, and the hour at which it ends."""
+
     since: float = 0.0
-    up: float = 0.0  # seconds_up() at that time
+    up: float = 0.0  # seconds_up() at that time; 0: unknown
     after: int = 0  # experiments with a higher number count
-    clock: str = ""  # HH:MM at which the person wants it to end
+    clock: str = ""  # HH:MM at which the person wants the night to end
+
+    @property
+    def began(self) -> float:
+        """`since`, by the clock as it is now: it may have been set back."""
+        return min(self.since, time.time() - max(0, seconds_up() - self.up if self.up else 0))
+
+
+@dataclass
+class Night(Span):
     stop: str = ""  # why no further experiment may begin
     tokens: int = 0  # of the conversations that have ended
     usd: float = 0.0  # likewise
     cost_unknown: int = 0  # conversations that did not say what they cost
     conversations: int = 0
-    pid: int = 0
+    pid: int = 0  # of its keeper
     log: int = 0  # byte of night.log at which it begins
     status: int | None = None  # exit status, once it is over
 
@@ -79,23 +85,17 @@ def current_night() -> Night | None:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            night = load(Night, NIGHT)
-            night.since = moved(night.since, night.up)
-            return night
+            return load(Night, NIGHT)
     return None
 
 
 @dataclass
-class Session:
+class Session(Span):
     id: str = ""
     transcript: str = ""  # the client's file
     on: bool = False
     stopped: bool = False  # by a person, who has not typed anything since
     fault: str = ""  # of the model's provider, which ended the turn: the loop stands still
-    since: float = 0.0
-    up: float = 0.0  # seconds_up() at that time
-    after: int = 0  # experiments with a higher number count
-    clock: str = ""  # HH:MM at which the night ends that it is a part of
     seen: int = 0  # newest experiment at the end of the last turn
     idle: int = 0  # turns in a row without an experiment
     tokens_before: int = 0  # used before `start`, less what the night had used by then
@@ -105,9 +105,7 @@ class Session:
     def load(cls, conversation) -> Session:
         """By the id that the client gives with every hook call."""
         ident = re.sub(r"[^A-Za-z0-9_-]", "", str(conversation))[:100]
-        session = load(cls, SESSIONS / f"{ident}.json", id=ident)
-        session.since = moved(session.since, session.up)
-        return session
+        return load(cls, SESSIONS / f"{ident}.json", id=ident)
 
     def save(self) -> None:
         write_json(SESSIONS / f"{self.id}.json", asdict(self))
@@ -116,8 +114,7 @@ class Session:
         """The loop is on, and everything counts from here; in a night, from where that began."""
         night = night or Night(since=time.time(), up=seconds_up(), after=newest)
         self.on, self.stopped, self.idle, self.seen = True, False, 0, newest
-        self.since, self.up = moved(night.since, night.up), night.up
-        self.after, self.clock = night.after, night.clock
+        self.since, self.up, self.after, self.clock = night.since, night.up, night.after, night.clock
         self.tokens_before, self.usd_before = self.tokens() - night.tokens, self.usd() - night.usd
 
     def usd(self) -> float:
@@ -152,7 +149,7 @@ class Session:
         stop = history.program.stop
         used = {
             "experiments": sum(r.number > self.after for r in history.tried_here),
-            "hours": (time.time() - self.since) / 3600,
+            "hours": (time.time() - self.began) / 3600,
             "tokens": self.tokens() - self.tokens_before,
             "usd": self.usd() - self.usd_before,
         }
@@ -174,7 +171,7 @@ class Session:
         if night and night.up == self.up and night.stop:
             return night.stop
         for clock, source in ((self.clock, "the person said"), (stop.clock, "program.md's `stop` says")):
-            if clock and time.time() >= next_time(clock, self.since):
+            if clock and time.time() >= next_time(clock, self.began):
                 return f"it is {clock}, as {source}"
         for unit, (n, limit) in self.used(history).items():
             if n >= limit:

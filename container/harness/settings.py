@@ -23,12 +23,12 @@ READ = (*EDITED, "program.md", "runs/experiments.tsv", "runs/0001.log")
 FILE_TOOLS = {"Read": READ, "Edit": EDITED, "Write": EDITED}
 CALLS = {"Bash": ("./run.sh",), "Agent": ("planner",), **FILE_TOOLS}  # what the agent needs
 RULE = re.compile(r"([A-Za-z*]+)(?:\((.*)\))?")
-MERGED = {"$schema", "permissions", "hooks", "env"}  # what the client adds up over all files
+ADDED_UP = {"$schema", "permissions", "hooks", "env"}  # by the client, over all files
 EARLY = (  # read before any settings of the project's
-    "CLAUDE_CODE_SIMPLE",
-    "CLAUDE_CODE_SAFE_MODE",
-    "CLAUDE_CODE_COORDINATOR_MODE",
-    "CLAUDE_CODE_SUBPROCESS_ENV_SCRUB",
+    "env CLAUDE_CODE_SIMPLE",
+    "env CLAUDE_CODE_SAFE_MODE",
+    "env CLAUDE_CODE_COORDINATOR_MODE",
+    "env CLAUDE_CODE_SUBPROCESS_ENV_SCRUB",
 )
 OFF = ("", "0", "false")  # what such a variable may well be set to
 
@@ -51,11 +51,8 @@ def troubles() -> Iterator[Trouble]:
     company += sorted(COMPANY.glob("managed-settings.d/*.json"))
     for file in (person / "settings.json", LOCAL, *company):
         settings = read_json(file, {})
-        if isinstance(settings, dict):  # else the client ignores it too
-            known = [*denials(settings), *takings(settings), *(overrides(settings) if file in company else ())]
-            yield from (Trouble(file, what, certain=True) for what in known)
-            possible = helpers(settings) if file != LOCAL else ()
-            yield from (Trouble(file, what, certain=False) for what in possible)
+        yield from (Trouble(file, what, certain=True) for what in bent(settings, file in company))
+        yield from (Trouble(file, what, certain=False) for what in helpers(settings) if file != LOCAL)
     for file in (person / "CLAUDE.md", COMPANY / "CLAUDE.md"):
         if file.exists():
             yield Trouble(file, "the agent is told this too", certain=False)
@@ -66,12 +63,29 @@ def part(settings: dict, key: str, kind: type):
     return settings[key] if isinstance(settings.get(key), kind) else kind()
 
 
-def denials(settings: dict) -> Iterator[str]:
-    """Rules of any file count more than that the guard allows a call; where nobody is asked, `ask` denies."""
-    for kind in ("deny", "ask"):
+def values(settings: dict) -> dict:
+    """Those that the client takes from one file alone, a variable of `env` as "env NAME"."""
+    alone = {key: settings[key] for key in sorted(settings.keys() - ADDED_UP)}
+    return {**alone, **{f"env {name}": str(value) for name, value in part(settings, "env", dict).items()}}
+
+
+def bent(settings: dict, wins: bool) -> Iterator[str]:
+    """What keeps the loop from working; wins: over the project's settings too."""
+    for kind in ("deny", "ask"):  # any file's rules count more than the guard; where nobody is asked, `ask` denies
         for rule in part(part(settings, "permissions", dict), kind, list):
             if hits(str(rule)):
                 yield f"permissions.{kind} {rule} denies calls that the agent needs"
+    for pattern in part(settings, "claudeMdExcludes", list):
+        if fnmatchcase(str(ROOT / "CLAUDE.md"), str(pattern)):
+            yield f"claudeMdExcludes {pattern} keeps CLAUDE.md from the agent"
+    ours = values(read_json(PROJECT, {}))
+    for key, value in values(settings).items():
+        if key in EARLY and value.lower() not in OFF:
+            yield f"{key} takes the guard, or what it needs, from the agent"
+        if wins and value != ours.get(key, value):
+            yield f"{key} overrides the project's"
+    if wins and settings.get("allowManagedHooksOnly"):
+        yield "allowManagedHooksOnly switches the guard and the loop off"
 
 
 def hits(rule: str) -> bool:
@@ -84,28 +98,6 @@ def hits(rule: str) -> bool:
         pattern = os.path.expanduser(pattern[1:] if pattern.startswith("//") else re.sub(r"^\.?/", "", pattern))
     spelled = [pattern.replace(":*", "*"), pattern.rstrip("/") + "/*"]
     return any(fnmatchcase(n, p) for call in CALLS.get(tool, ()) for n in (call, f"{ROOT}/{call}") for p in spelled)
-
-
-def takings(settings: dict) -> Iterator[str]:
-    """What is added up over all files, or is read before the project's."""
-    for pattern in part(settings, "claudeMdExcludes", list):
-        if fnmatchcase(str(ROOT / "CLAUDE.md"), str(pattern)):
-            yield f"claudeMdExcludes {pattern} keeps CLAUDE.md from the agent"
-    for name, value in part(settings, "env", dict).items():
-        if name in EARLY and str(value).lower() not in OFF:
-            yield f"env {name} takes the guard, or what it needs, from the agent"
-
-
-def overrides(settings: dict) -> Iterator[str]:
-    ours = read_json(PROJECT, {})
-    for key in sorted((settings.keys() & ours.keys()) - MERGED):
-        if settings[key] != ours[key]:
-            yield f"{key} overrides the project's"
-    for name, value in part(settings, "env", dict).items():
-        if str(value) != part(ours, "env", dict).get(name, str(value)):
-            yield f"env {name} overrides the project's"
-    if settings.get("allowManagedHooksOnly"):
-        yield "allowManagedHooksOnly switches the guard and the loop off"
 
 
 def helpers(settings: dict) -> Iterator[str]:

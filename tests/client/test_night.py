@@ -283,14 +283,14 @@ def test_it_gives_up_on_an_agent_that_only_talks(quick, night):
 
 def test_a_client_that_does_not_get_on_is_ended_and_started_again(quick, night):
     """One that hangs, one that never gets to an experiment, and one that stays when the loop has ended."""
-    instant.give(quick, "night.SILENT, night.BARREN, night.LATE = 4, 6, 1\n")
+    instant.give(quick, "night.BARREN = 4\n")
     set_stop(quick, "1 experiments")
     quick.write("slow", "5")  # silent for longer, but an experiment runs
     look, hung = call("Read", file_path="train.py"), Silence(100)
 
     def script():
         yield hung
-        while "no experiment from" not in quick.read("runs/night.log"):
+        while quick.read("runs/night.log").count("Claude Code starts") < 3:
             yield look
         yield RUN
         yield hung
@@ -298,8 +298,7 @@ def test_a_client_that_does_not_get_on_is_ended_and_started_again(quick, night):
     steps = script()
     went = night(quick, lambda shown: next(steps))
     status, text = went.end()
-    assert status == 0 and text.count("no word from the client for long, so it was ended") == 1, text
-    assert text.count("no experiment from the client for long, so it was ended") == 1, text
+    assert status == 0 and text.count("no experiment from the client for long, so it was ended") == 2, text
     assert text.rstrip().endswith("The night has ended: 1 experiments since start, as program.md's `stop` says"), text
     once_each(quick, 1)
     assert went.state["conversations"] == 3 and not went.processes()

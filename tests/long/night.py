@@ -32,17 +32,8 @@ from repository import QUICK, ROOT, TINY, Project, block, copy_of_the_repository
 
 SEED = 4
 FAULTS_EVERY = 2  # experiments, in the mean
-# Given to the night: shorter waits, in seconds; and that the keeper, a process of its own, has them too (see given.py)
-SHORT = """
-import subprocess
-import sys
-
-night.FIRST_WAIT, night.LONGEST_WAIT, night.POLL, night.SILENT, night.BARREN = 1, 8, 0.5, 20, 600
-given = [sys.executable, "-I", "-B", *sys.argv[:3]]
-night.run = lambda command, **how: subprocess.run(
-    ["setsid", "--fork", *given, "night", "keep"] if command[0] == "setsid" else command, **how
-)
-"""
+# Given to the night: shorter waits, in seconds (see given.py)
+SHORT = "night.FIRST_WAIT, night.LONGEST_WAIT, night.POLL, night.BARREN = 1, 8, 0.5, 20\n"
 HOURS = 6 * 3600  # s until it is given up
 START = 120.0  # the noise that an idea raises or lowers
 NOISY = QUICK.replace("SIGN = 0", f"SIGN = 1\nNOISE = {START}").replace(

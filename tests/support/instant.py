@@ -39,13 +39,6 @@ if not sys.argv[3:]:
     (project.ROOT / "train.py").write_text(in_process.train_py(150, f"# {number}"))
     (project.ROOT / "scratchpad.md").write_text(f"## Next experiment\\nidea {number}\\n")
 """
-KEEPER = """
-import subprocess, sys
-given = [sys.executable, "-I", "-B", *sys.argv[:3]]
-night.run = lambda command, **how: subprocess.run(
-    ["setsid", "--fork", *given, "night", "keep"] if command[0] == "setsid" else command, **how
-)
-"""
 
 
 def create(path: Path) -> Project:
@@ -72,5 +65,5 @@ def give(project: Project, script: str) -> None:
 
 
 def clocks(**seconds: float) -> str:
-    """To be given to a night: constants of night.py; its keeper, a process of its own, has them too."""
-    return "".join(f"night.{name} = {value}\n" for name, value in seconds.items()) + KEEPER
+    """To be given to a night: constants of night.py."""
+    return "".join(f"night.{name} = {value}\n" for name, value in seconds.items())

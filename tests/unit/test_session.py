@@ -169,9 +169,9 @@ def test_a_changed_plan_is_told_once(loop):
 def test_damaged_files_and_strange_ids(loop):
     loop.type("start")
     (loop.folder / "runs/session/s.json").write_text('{"on": tr')
-    assert loop.session == Session("s") and loop.turn() == {}
+    assert loop.session == Session(id="s") and loop.turn() == {}
     (loop.folder / "runs/session/s.json").write_text('{"on": true, "of another version": 1}')
-    assert loop.session == Session("s", on=True)
+    assert loop.session == Session(id="s", on=True)
     assert Session.load("../../x/y").id == "xy" and len(Session.load("x" * 999).id) == 100
     loop.type("stop", session_id="../../x")
     assert (loop.folder / "runs/session/x.json").exists()
@@ -274,7 +274,7 @@ def test_the_clock_ends_it(loop, zone, monkeypatch):
     assert not loop.why
     monkeypatch.setattr(time, "time", lambda: (24 + 7) * 3600 + 1800.0)
     assert loop.why == "it is 07:30, as program.md's `stop` says"
-    Session("night", on=True, since=22 * 3600.0, clock="6:00").save()
+    Session(id="night", on=True, since=22 * 3600.0, clock="6:00").save()
     assert Session.load("night").reason_to_end(loop.plan.history) == "it is 6:00, as the person said"
 
 
@@ -420,7 +420,7 @@ def test_a_clock_that_is_set_back(loop, monkeypatch, by_h, after_h):
         at(hours, by_h)
         loop.plan.add("discarded")
         turn = loop.turn()
-        assert loop.session.since <= time.time()
+        assert loop.session.began <= time.time()
         if said is None:
             assert "12.0 hours since start" in turn["systemMessage"]
         else:
@@ -514,51 +514,80 @@ def test_a_night_is_under_way_while_its_keeper_holds_the_lock(loop):
     assert session.current_night() is None
 
 
-def test_when_the_client_must_be_ended(loop, monkeypatch):
-    """Silence, unless an experiment runs; no experiment for long, whatever it says; sooner once the loop has ended."""
-    clock, transcript = [0.0], loop.folder / "t.jsonl"
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    one, dog = Session("s", str(transcript)), night.Watchdog(last_message=0, last_experiment=0, newest=3)
-
-    def fault(after: float, newest: int = 3, ended: bool = False) -> str:
-        clock[0] += after
-        return dog.fault(one, newest, ended)
-
-    assert not fault(night.SILENT) and "no word" in fault(1)
-    add(transcript, "a message\n")
-    assert not fault(1) and not fault(night.LATE, ended=True) and "no word" in fault(1, ended=True)
-    monkeypatch.setattr(locks, "running", lambda: object())
-    assert not fault(10 * night.BARREN)
-    monkeypatch.setattr(locks, "running", lambda: None)
-    for _ in range(int(night.BARREN / night.SILENT)):
-        add(transcript, "a message\n")
-        assert not fault(night.SILENT)
-    add(transcript, "a message\n")
-    assert "no experiment" in fault(1)
-    assert not fault(0, newest=4) and not fault(night.SILENT)
-
-
-@pytest.mark.parametrize("version", ["2.1.328 (Claude Code)", "9.0.0", ""])
-def test_the_log_names_the_client_which_does_not_update_itself(loop, monkeypatch, capsys, version):
+@pytest.fixture
+def keeper(loop, monkeypatch):
+    """keeper(what claude does, in sh): a night's, which knows no other client and does not wait long."""
     program = loop.folder / "bin/claude"
-    program.parent.mkdir()
-    answer = '{"result": "updates $DISABLE_AUTOUPDATER", "total_cost_usd": 1}'
-    program.write_text(f"#!/bin/sh\n[ \"$1\" != --version ] || {{ echo '{version}'; exit; }}\ncat << E\n{answer}\nE\n")
-    program.chmod(0o755)
     path = f"{program.parent}:{os.environ['PATH']}"
     monkeypatch.setenv("PATH", path)
     monkeypatch.setitem(night.ENV, "PATH", path)
     monkeypatch.setattr(night, "OUTPUT", loop.folder / "runs/night.out")
     monkeypatch.setattr(night, "NIGHT", loop.folder / "runs/night.json")
     monkeypatch.setattr(night, "POLL", 0.05)
-    keeper = night.Keeper(Night())
-    keeper.run_client()
-    assert keeper.message == "updates 1"
+
+    def make(does: str, version: str = "") -> night.Keeper:
+        program.parent.mkdir()
+        program.write_text(f"#!/bin/sh\n[ \"$1\" != --version ] || {{ echo '{version}'; exit; }}\n{does}\n")
+        program.chmod(0o755)
+        return night.Keeper(Night())
+
+    return make
+
+
+def test_a_client_without_an_experiment_is_ended(keeper, monkeypatch):
+    """But not while one runs, nor soon after one that was over between two looks."""
+    monkeypatch.setattr(night, "BARREN", 0.5)
+    one, began = keeper("exec sleep 100"), time.monotonic()
+
+    def seconds_up() -> float:
+        return time.monotonic() - began
+
+    assert "no experiment from the client" in one.run_client() and 0.5 <= seconds_up() < 5
+    began = time.monotonic()
+    person = locks.Running(0, 2, "training 1 of 6, baseline", time.time(), 120)
+    monkeypatch.setattr(locks, "running", lambda: person if seconds_up() < 1.5 else None)
+    assert "no experiment from the client" in one.run_client() and 2 <= seconds_up() < 7
+    began, look = time.monotonic(), one.check
+
+    def check() -> str:
+        why, one.logged = look(), 7 if seconds_up() > 0.3 else 0
+        return why
+
+    monkeypatch.setattr(one, "check", check)
+    assert "no experiment from the client" in one.run_client() and 0.8 <= seconds_up() < 6
+
+
+def test_a_night_ends_what_it_started_and_nothing_else(keeper, monkeypatch):
+    """At the second `night stop`: not a person's audit, not another conversation's experiment, but its own."""
+    ended, one = [], keeper("exec sleep 100")
+    monkeypatch.setattr(night, "end_process", lambda pid, runs: ended.append(pid) or pid < 0 and os.kill(pid, 9))
+    one.stops = 2
+    for conversation in ("", "another"):
+        monkeypatch.setattr(locks, "running", lambda c=conversation: locks.Running(7, 2, "", 0, 120, "", c))
+        assert "ended at once" in one.run_client()
+        assert len(ended) == 1 and ended.pop() < 0, "the client's process group"
+    monkeypatch.setattr(locks, "running", lambda: locks.Running(7, 2, "", 0, 120, "", one.conversation))
+    assert "ended at once" in one.run_client() and ended[0] == 7 and len(ended) == 2
+
+
+def test_what_runs_names_the_conversation_that_started_it(loop, monkeypatch):
+    for conversation in ("an-id", ""):
+        monkeypatch.setenv("CLAUDE_CODE_SESSION_ID", conversation)
+        monkeypatch.setattr(locks, "ROOT", loop.folder)
+        locks.announce(3, "candidate, run 1", 120)
+        assert json.loads((loop.folder / locks.RUNNING).read_text())["conversation"] == conversation
+
+
+@pytest.mark.parametrize("version", ["2.1.328 (Claude Code)", "9.0.0", ""])
+def test_the_log_names_the_client_which_does_not_update_itself(keeper, capsys, version):
+    answer = '{"result": "updates $DISABLE_AUTOUPDATER", "total_cost_usd": 1}'
+    one = keeper(f"cat << E\n{answer}\nE", version)
+    one.run_client()
+    assert one.message == "updates 1"
     assert f"Claude Code starts, conversation 1, version {version or 'unknown'}\n" in capsys.readouterr().out
 
 
-def test_only_its_keeper_begins_a_night_that_is_announced(loop, monkeypatch, tmp_path):
-    """`night keep` is not for people."""
+def test_words_that_mean_nothing_to_a_night(loop, monkeypatch):
     monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("nothing is to be killed"))
     for words in (("keep",), ("7.30",), ("24:00",), ("stop", "now")):
         with pytest.raises(night.Refused, match="usage: ./run.sh night"):
