@@ -30,7 +30,7 @@ from session import NIGHT, NIGHT_LOCK, Night, Session, current_night, load, prog
 LOG, OUTPUT = RUNS / "night.log", RUNS / "night.out"  # OUTPUT: the client's, which says how the conversation ended
 FIRST_WAIT = 10  # s until the client is started again; doubled after each conversation without an experiment
 LONGEST_WAIT = 15 * 60  # s
-BARREN = 60 * 60  # s without an experiment, after which the client is ended
+BARREN = 45 * 60  # s without an experiment, after which the client is ended
 FRUITLESS = 10  # conversations in a row that ended in order but brought no experiment: then the night gives up
 DYING = 60  # s that an experiment gets to clean up, and then the client
 POLL = 3  # s
