@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import dataset
@@ -50,7 +51,7 @@ def run(incumbent_only: bool = False) -> int:
         with device_for(history, last.train) as device:
             for attempt in attempts:
                 decided_by = measure_and_decide(attempt, history, device)
-                commit, edited = record_and_carry_out(attempt, decided_by, history.incumbent_train)
+                commit, edited = record_and_carry_out(attempt, decided_by, history)
                 if attempt.verdict in ("unmeasured", "lost"):
                     break
                 if attempt is not last:
@@ -196,7 +197,7 @@ def device_for(history: History, train: str = ""):
 
 def measure_and_decide(attempt: Attempt, planned: History, device: int) -> History:
     """Run it as often as the rule wants; returns the history by which its verdict was reached. Raises Refused."""
-    history = History.load(planned.program, planned.image)
+    history = as_it_is_now(planned)
     attempt.experiment, texts = history.newest + 1, git.contents([attempt.train, attempt.scratchpad])
     shutil.rmtree(WORK, ignore_errors=True)  # of the incumbent, measured a moment ago
     log, budget = record.run_file(attempt.experiment, "log"), history.program.budget
@@ -212,7 +213,7 @@ def measure_and_decide(attempt: Attempt, planned: History, device: int) -> Histo
         training = job(history, WORK / f"run-{run}", texts[attempt.train], device, log=log)
         attempt.runs.append(measure.run(training))
         record.restore()
-        history = History.load(planned.program, planned.image)  # other worktrees' results count too
+        history = as_it_is_now(planned)
         if history.comparable != planned.comparable:
             raise Refused("data or judge were changed while this ran, so it is not recorded; run ./run.sh again")
         attempt.verdict = verdict(attempt, history)
@@ -221,6 +222,11 @@ def measure_and_decide(attempt: Attempt, planned: History, device: int) -> Histo
     for text in texts.values():
         git.store(text)  # once more: nothing refers to them yet, and a `git gc --prune=now` may have run meanwhile
     return history
+
+
+def as_it_is_now(planned: History) -> History:
+    """With other worktrees' results, and with the incumbent that was planned against, whatever HEAD is by now."""
+    return replace(History.load(planned.program, planned.image), incumbent_train=planned.incumbent_train)
 
 
 def job(history: History, work: Path, source: bytes, device: int, **how) -> measure.Job:
@@ -258,8 +264,6 @@ def verdict(attempt: Attempt, history: History) -> str:
         return "baseline" if len(ok) > 1 else "again"
     if attempt.kind == "remeasured":
         return "remeasured"
-    if not history.incumbent:  # HEAD moved to a file that nobody measured
-        return "discarded"
     settings = history.program
     return keep_rule.decide(attempt.values(settings.metric), history.incumbent, history.sigma, settings.confirm_below)
 
@@ -267,23 +271,26 @@ def verdict(attempt: Attempt, history: History) -> str:
 # Recording
 
 
-def record_and_carry_out(attempt: Attempt, history: History, incumbent: str) -> tuple[str, str]:
-    """Of an attempt that was planned against this incumbent. Raises Refused when it is not in the record.
+def record_and_carry_out(attempt: Attempt, history: History, planned: History) -> tuple[str, str]:
+    """history: by which it was judged. Returns its commit, and what to do where train.py is not what the verdict says.
 
-    Returns its commit, and what to do where train.py is not what the verdict says.
+    Raises Refused when it is not in the record.
     """
-    head = git.object_id("HEAD")
-    if attempt.verdict == "kept" and git.object_id(f"{head}:train.py") != incumbent:
-        attempt.verdict = "discarded"
-        overrule = f"./run.sh keep {attempt.experiment} overrules"
-        say(f"run.sh: HEAD's train.py changed meanwhile, so experiment {attempt.experiment} is not kept; {overrule}")
-    complete(attempt, history, incumbent)
+    head, moved = git.object_id("HEAD"), ""
+    if (now := git.object_id(f"{head}:train.py")) != planned.incumbent_train:
+        attempt.verdict = "discarded" if attempt.verdict == "kept" else attempt.verdict
+        which = "what this run measured" if now == attempt.train else "neither the incumbent nor what this run measured"
+        moved = f"HEAD's is {which} since a commit meanwhile ({head[:9]}), and nothing is kept: read it first"
+    elif history.branch != planned.branch:
+        say(f"run.sh: HEAD has gone from {planned.branch} to {history.branch} meanwhile, where this is recorded")
+    complete(attempt, history)
+    attempt.chain = None if moved else attempt.chain
     requests = sorted((RUNS / "web").glob("[0-9]*")) if attempt.kind == "candidate" and not attempt.by_hand else []
     web = b"".join(file.read_bytes() for file in requests)
     sizes = [int(line.split(b"\t")[2]) for line in web.splitlines()]
     attempt.web = f"{len(sizes)} requests, {sum(sizes)} characters" if sizes else ""
     with contextlib.suppress(OSError):  # the record has it too
-        write_whole(record.run_file(attempt.experiment, "diff"), git.diff(f"{head}:train.py", attempt.train))
+        write_whole(record.run_file(attempt.experiment, "diff"), git.diff(planned.incumbent_train, attempt.train))
     commit = record.add(attempt, head, files_of(attempt, history.program.text, web))
     try:
         for file in requests:
@@ -294,7 +301,7 @@ def record_and_carry_out(attempt: Attempt, history: History, incumbent: str) -> 
         if attempt.by_hand:
             raise
         edited = f"the verdict is not carried out, which the next run does: {error}"
-    return commit, edited
+    return commit, moved or edited
 
 
 def carry_out(n: int) -> str:
@@ -305,7 +312,7 @@ def carry_out(n: int) -> str:
     return record.carry_out(n)
 
 
-def complete(attempt: Attempt, history: History, incumbent: str) -> None:
+def complete(attempt: Attempt, history: History) -> None:
     """Fill in what follows from the runs and from the attempts before."""
     attempt.hypothesis = TITLES.get(attempt.verdict, attempt.hypothesis)
     attempt.metric, attempt.comparable, attempt.branch = history.program.metric, history.comparable, history.branch
@@ -320,7 +327,7 @@ def complete(attempt: Attempt, history: History, incumbent: str) -> None:
         gain = keep_rule.gain(attempt.values(), history.incumbent)
         attempt.percent, attempt.sigmas = round(keep_rule.percent(gain), 1), round(gain / history.sigma, 1)
         attempt.change = f"{attempt.percent:+.1f} % ({attempt.gain})"
-    if not attempt.by_hand and attempt.verdict != "lost" and history.incumbent_train == incumbent:
+    if not attempt.by_hand and attempt.verdict != "lost":
         attempt.chain = history.chain_after(attempt.verdict)
 
 
@@ -357,5 +364,5 @@ def keep(word: str = "") -> None:
         attempt = Attempt("kept", f"experiment {word}, kept by hand: {idea}", train=train, by_hand=True)
         attempt.scratchpad, attempt.experiment = snapshot("scratchpad.md"), history.newest + 1
         record.run_file(attempt.experiment, "log").write_text("")
-        record_and_carry_out(attempt, history, history.incumbent_train)
+        record_and_carry_out(attempt, history, history)
         print(git.read("log", "-1", "--format=%h %s"), end="")

@@ -108,7 +108,7 @@ class Day(Recorded):
             rank = draw()
             made.runs.append(run(rank, self.rng.randrange(2**30), len(self.key)) if rank else CRASH)
             made.verdict = experiment.verdict(made, self.history)
-        experiment.complete(made, self.history, self.incumbent)
+        experiment.complete(made, self.history)
         made.when = self.when
         files = {"result.json": made.json(), "train.log": self.log((made.values() or [200])[0])}
         if made.values():

@@ -61,10 +61,6 @@ def test_two_equal_runs_may_be_luck_in_a_small_gallery(monkeypatch):
     assert experiment.verdict(made, plan.history) == "kept"
 
 
-def test_with_an_incumbent_that_nobody_measured_nothing_is_kept(monkeypatch):
-    assert experiment.verdict(attempt(50), Recorded(monkeypatch).history) == "discarded"
-
-
 # Refusals
 
 

@@ -90,6 +90,10 @@ def test_what_the_user_does_meanwhile(small: Small, verdict, at, script, ends, h
         ("kept", "git checkout -q train.py", ""),
         ("discarded", "git checkout -q train.py", ""),
         ("failed", "git stash -q", ""),
+        # committed by somebody: the verdict is about what was HEAD's before
+        ("discarded", "git commit -qam mine", "HEAD's is what this run measured since a commit meanwhile"),
+        ("kept", "git commit -qam mine", "HEAD's is what this run measured since a commit meanwhile"),
+        ("failed", f"{EDIT}; git commit -qam mine", "HEAD's is neither the incumbent nor what this run measured"),
     ],
 )
 def test_a_block_says_what_train_py_is_where_the_verdict_does_not(small: Small, verdict: str, script: str, told: str):
@@ -97,7 +101,10 @@ def test_a_block_says_what_train_py_is_where_the_verdict_does_not(small: Small, 
     small.write("train.py", CRASH if verdict == "failed" else train_py(VALUES[verdict]))
     small.hypothesis("an idea")
     shown = block(small.run(point=Point("measure", "meanwhile", script)).stdout)
-    assert shown["verdict"] == verdict and told in shown.get("train.py", ""), shown
+    moved = "git commit" in script
+    assert shown["verdict"] == ("discarded" if moved and verdict == "kept" else verdict), shown
+    assert told in shown.get("train.py", "") and ("change" in shown) == (verdict != "failed"), shown
+    assert not moved or small.read("runs/0002.diff")
     assert ("train.py" in shown) == shown["next"].startswith("first see train.py above; then ") == bool(told)
     if told:
         assert "again" not in shown["commit"]
