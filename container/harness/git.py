@@ -44,7 +44,8 @@ def read(*args: str, check: bool = True, **how) -> str:
     done = call(*args, **how)
     if done.returncode and check:
         error = " | ".join(done.stderr.decode("utf-8", "replace").strip().splitlines())[:MAX_ERROR]
-        raise Refused(f"git {args[0]} failed: {error or f'it ended with {done.returncode}'}; fix that, then try again")
+        remedy = "get this project with git clone" if "not a git repository" in error else "fix that, then try again"
+        raise Refused(f"git {args[0]} failed: {error or f'it ended with {done.returncode}'}; {remedy}")
     return done.stdout.decode("utf-8", "replace")
 
 
@@ -96,7 +97,10 @@ def diff(before: str, after: str) -> str:
 
 def folder(which: str = "--git-common-dir") -> Path:
     """The repository's own folder, or with --git-dir that of this worktree. Raises Refused."""
-    return Path(read("rev-parse", "--path-format=absolute", which)[:-1])  # its name may end in a blank
+    within, _, path = read("rev-parse", "--show-prefix", "--path-format=absolute", which)[:-1].partition("\n")
+    if within:  # HEAD:train.py would be another file
+        raise Refused(f"{ROOT} is a part of another repository; give it one of its own (git init, git add, git commit)")
+    return Path(path)  # its name may end in a blank
 
 
 def main_worktree() -> Path:
@@ -123,7 +127,9 @@ def commit(parent: str, files: dict[str, str], message: str) -> str:
     """A commit on top of `parent` with these files, {path: blob}; a missing identity does not lose a night."""
     INDEX.parent.mkdir(exist_ok=True)
     read("read-tree", parent, index=INDEX)
-    lines = "".join(f"100644 {blob}\t{path}\n" for path, blob in files.items())
+    entries = [entry.partition("\t") for entry in read("ls-tree", parent, "--", *files).splitlines()]
+    executable = {path for entry, _, path in entries if entry.startswith("100755")}
+    lines = "".join(f"100{755 if path in executable else 644} {blob}\t{path}\n" for path, blob in files.items())
     read("update-index", "--add", "--index-info", given=lines.encode(), index=INDEX)
     tree = read("write-tree", index=INDEX).strip()
     known = all(call("var", f"GIT_{who}_IDENT").returncode == 0 for who in ("AUTHOR", "COMMITTER"))

@@ -41,6 +41,8 @@ def write_whole(file: Path, content: bytes | str) -> None:
     part = file.with_name(f"{file.name}.{os.getpid()}.new")
     try:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
+        if file.exists():
+            part.chmod(file.stat().st_mode)
         with part.open("rb") as f:
             os.fsync(f.fileno())  # so that it is there after a power cut too
         part.replace(file)

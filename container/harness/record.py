@@ -317,13 +317,14 @@ def carry_out(n: int) -> str:
     recorded = parse(str(n), "0", text)
     continues = recorded.chain is not None and recorded.chain.continues
     if recorded.verdict == "kept":
-        files, head = {name: git.object_id(f"{ref}:{name}") for name in OURS}, git.object_id("HEAD")
+        head = git.object_id("HEAD")
         if git.object_id("HEAD:train.py") == before:
-            kept = git.commit(head, files, text)
+            kept = git.commit(head, {name: git.object_id(f"{ref}:{name}") for name in OURS}, text)
             git.read("update-ref", "-m", f"experiment: {text.splitlines()[0]}", "HEAD", kept, head, writes=True)
-        for name, blob in files.items():
-            if git.object_id(f":{name}") == git.object_id(f"{ref}^:{name}"):  # the user staged nothing else
-                git.read("update-index", "--add", "--cacheinfo", f"100644,{blob},{name}", writes=True)
+        ours = [name for name in OURS if git.object_id(f":{name}") == git.object_id(f"{ref}^:{name}")]  # not staged
+        if ours:
+            entries = git.read("ls-tree", ref, "--", *ours)
+            git.read("update-index", "--add", "--index-info", given=entries.encode(), writes=True)
     # a kept one is in place, unless by hand, or where the incumbent was put back meanwhile
     replaced = before if recorded.verdict == "kept" else recorded.train
     if recorded.verdict in JUDGED and not continues and git.blob_of("train.py") == replaced:

@@ -203,10 +203,10 @@ class Small(Project):
     def run(self, *words: str, **how) -> subprocess.CompletedProcess:
         return self.start(*words, **how).finish()
 
-    def refused(self, message: str, **how) -> None:
+    def refused(self, message: str, *words: str, **how) -> None:
         """One line, exit 2, and no experiment left behind."""
         before = self.experiments()
-        done = self.run(**how)
+        done = self.run(*words, **how)
         assert (done.returncode, done.stdout) == (2, "") and message in done.stderr, done.stdout + done.stderr
         assert done.stderr.startswith("run.sh: ") and done.stderr.count("\n") == 1, done.stderr
         assert self.experiments() == before

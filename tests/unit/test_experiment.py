@@ -306,6 +306,31 @@ def test_bytes_are_the_same_in_file_run_hash_and_record(small: Small):
         assert after == (INCUMBENT_TEXT.encode() if n == 2 else text) == small.blob("HEAD:train.py")
 
 
+@pytest.mark.parametrize("verdict", ["kept", "discarded"])
+def test_an_executable_train_py_stays_one(small: Small, verdict: str):
+    (small.path / "train.py").chmod(0o755)
+    small.git("commit", "-qm", "mine", "train.py")
+    small.write("train.py", train_py(VALUES[verdict]))
+    assert small.experiment("an idea")[1]["verdict"] == verdict
+    assert small.git("status", "--short", "train.py") == "" and os.access(small.path / "train.py", os.X_OK)
+    assert small.git("ls-tree", "HEAD", "train.py").startswith("100755")
+
+
+def test_a_part_of_another_repository(small: Small):
+    """There HEAD:train.py would be somebody else's; and a downloaded archive is in none."""
+    whole = small.path.parent
+    small.write("train.py", DISCARDED)
+    (small.path / ".git").rename(whole / "kept")
+    assert "get this project with git clone" in small.run().stderr
+    small.git("init", "-q", str(whole))
+    (whole / "train.py").write_text("mine\n")
+    small.git("-C", str(whole), "add", "train.py")
+    small.git("-C", str(whole), "-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "-qm", "mine")
+    for words in ((), ("keep", "1"), ("audit",)):
+        small.refused("is a part of another repository; give it one of its own", *words)
+    assert small.read("train.py") == DISCARDED and (whole / "train.py").read_text() == "mine\n"
+
+
 def test_nothing_that_git_is_told_to_run_runs(small: Small):
     """Hooks, monitors, diff and signature programs of the repository, and variables of the caller."""
     (planted := small.path / "planted").write_text(f"#!/bin/sh\ntouch {small.path}/ran\n")
