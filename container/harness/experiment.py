@@ -290,7 +290,10 @@ def record_and_carry_out(attempt: Attempt, history: History, planned: History) -
     sizes = [int(line.split(b"\t")[2]) for line in web.splitlines()]
     attempt.web = f"{len(sizes)} requests, {sum(sizes)} characters" if sizes else ""
     with contextlib.suppress(OSError):  # the record has it too
-        write_whole(record.run_file(attempt.experiment, "diff"), git.diff(planned.incumbent_train, attempt.train))
+        write_whole(
+            record.run_file(attempt.experiment, "diff"),
+            git.diff(planned.incumbent_train if moved else f"{head}:train.py", attempt.train),
+        )
     commit = record.add(attempt, head, files_of(attempt, history.program.text, web))
     try:
         for file in requests:
