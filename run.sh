@@ -2,7 +2,7 @@
 # ./run.sh: one experiment; ./run.sh help lists the verbs. A clean environment, then the harness (container/harness).
 # -p: bash reads neither BASH_ENV nor functions from the caller's environment.
 set -euo pipefail
-root=$(cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
+root=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")
 cd "$root"
 system=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/run/current-system/sw/bin
 system+=:/usr/lib/wsl/lib # nvidia-smi of WSL 2

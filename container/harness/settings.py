@@ -21,7 +21,9 @@ COMPANY = Path("/etc/claude-code")
 EDITED = ("train.py", "scratchpad.md")
 READ = (*EDITED, "program.md", "runs/experiments.tsv", "runs/0001.log")
 FILE_TOOLS = {"Read": READ, "Edit": EDITED, "Write": EDITED}
-CALLS = {"Bash": ("./run.sh",), "Agent": ("planner",), **FILE_TOOLS}  # what the agent needs
+PLANNER = {"Agent": ("planner",), "Task": ("planner",)}  # its older name still counts
+CALLS = {"Bash": ("./run.sh",), **PLANNER, **FILE_TOOLS}  # what the agent needs
+MEMORIES = ("CLAUDE.md", ".claude/CLAUDE.md", "CLAUDE.local.md")  # of every folder above the project's
 RULE = re.compile(r"([A-Za-z*]+)(?:\((.*)\))?")
 ADDED_UP = {"$schema", "permissions", "hooks", "env"}  # by the client, over all files
 EARLY = (  # read before any settings of the project's
@@ -53,7 +55,9 @@ def troubles() -> Iterator[Trouble]:
         settings = read_json(file, {})
         yield from (Trouble(file, what, certain=True) for what in bent(settings, file in company))
         yield from (Trouble(file, what, certain=False) for what in helpers(settings) if file != LOCAL)
-    for file in (person / "CLAUDE.md", COMPANY / "CLAUDE.md"):
+    above = [folder / name for folder in ROOT.parents for name in MEMORIES]
+    elsewhere = [person / "CLAUDE.md", *sorted(person.glob("rules/**/*.md")), COMPANY / "CLAUDE.md"]
+    for file in (*elsewhere, *above, ROOT / "CLAUDE.local.md"):
         if file.exists():
             yield Trouble(file, "the agent is told this too", certain=False)
 

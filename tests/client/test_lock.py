@@ -355,6 +355,7 @@ def test_without_hooks_run_sh_refuses_claude_code(made_up, home, how):
 BENDING = {
     "agent": "general-purpose",
     "autoCompactEnabled": False,
+    "cleanupPeriodDays": 0,
     "disableAllHooks": True,
     "outputStyle": "Learning",
     "permissions": {"defaultMode": "plan"},

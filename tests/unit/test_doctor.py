@@ -59,6 +59,7 @@ def written(tmp_path: Path, monkeypatch):
     monkeypatch.delenv("CLAUDE_CONFIG_DIR", raising=False)
     monkeypatch.setattr(settings, "COMPANY", company)
     monkeypatch.setattr(settings, "LOCAL", local)
+    monkeypatch.setattr(settings, "MEMORIES", ())
     files = {
         "person": person / "settings.json",
         "local": local,
@@ -83,6 +84,7 @@ STOPPING = [
     "Bash", "Bash(*)", "Bash(./run.sh)", "Bash(./run.sh:*)", "Bash(./*)", "Bash(*.sh)", "Edit", "Write", "Read", "*",
     "Edit(**)", "Edit(*.py)", "Edit(./train.py)", "Edit(/train.py)", f"Edit(/{ROOT}/**)", "Write(scratchpad.md)",
     "Read(**/*.py)", "Read(./runs/**)", "Read(runs)", "Read(program.md)", "Agent", "Agent(planner)",
+    "Task", "Task(planner)",
 ]  # fmt: skip
 HARMLESS = [
     "Bash(rm -rf *)", "Bash(git push:*)", "Bash(curl *)", "Bash(sudo:*)", "Read(./.env)", "Read(**/.env.*)", "mcp__x",
@@ -144,6 +146,19 @@ def test_what_may_or_may_not_matter_is_a_note(written):
     assert found.good is None
 
 
+def test_whatever_else_the_agent_is_told_is_a_note(written, tmp_path, monkeypatch):
+    monkeypatch.setattr(settings, "ROOT", tmp_path / "work/project")
+    monkeypatch.setattr(settings, "MEMORIES", ("CLAUDE.md", "CLAUDE.local.md"))
+    rules = tmp_path / "home/.claude/rules/style/python.md"
+    for file in (rules, tmp_path / "work/CLAUDE.md", tmp_path / "work/project/CLAUDE.local.md"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("Always ask.\n")
+        (found,) = (f for f in install.check_settings() if str(file) in f.text)
+        assert found.good is None and "the agent is told this too" in found.text
+    (tmp_path / "work/project/CLAUDE.md").write_text("ours\n")
+    assert len(list(install.check_settings())) == 3
+
+
 def test_a_conversation_is_told_what_is_in_the_way(written):
     assert settings.in_the_way() == ""
     written("person", {"permissions": {"ask": ["Bash"]}, "hooks": {"Stop": []}})
@@ -187,6 +202,11 @@ def test_no_python_but_an_old_one_is_named(old_python, tmp_path):
         done = subprocess.run([copy, verb], capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.count("\n") == 1
         assert f"run.sh: python3 is Python 3.6.8 in {old_python}/python3; install Python 3.9 or newer" in done.stderr
+
+
+def test_a_link_to_run_sh(tmp_path):
+    (tmp_path / "run").symlink_to(ROOT / "run.sh")
+    assert subprocess.run([tmp_path / "run", "help"], capture_output=True).returncode == 0
 
 
 def launcher(folder: Path, harness: str) -> Path:

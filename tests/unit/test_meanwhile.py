@@ -65,6 +65,7 @@ def test_what_the_user_does_meanwhile(small: Small, verdict, at, script, ends, h
             assert "is edited" in text
         elif want in texts:
             assert text == texts[want]
+    assert ("HEAD has gone from main to other meanwhile" in done.stderr) == ("switch" in script)
     assert small.trailers("refs/experiments/2")["Verdict"] == (ends or "kept") and small.experiments() == [1, 2]
     if "mine" in script:
         assert "mine" in small.git("log", "-3", "--format=%s").splitlines()
