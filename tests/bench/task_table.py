@@ -168,14 +168,14 @@ def table(results: dict[str, list[dict]], args: argparse.Namespace, digest: str)
         f"`train.py` {digest}, validation gallery {gallery}, random {(gallery + 1) / 2:g}, {args.seeds} seeds.",
         NOTES,
         "",
-        "| change | mean rank | change | median | R@1 | R@5 | R@10 | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| change | mean rank | change | median | R@1 | R@5 | R@10 |",
+        "|---|---|---|---|---|---|---|",
     ]
     for i, name in enumerate(names):
         gain = 100 * (mean(name, "mean_rank") / mean(names[min(i, 2) // 2], "mean_rank") - 1)
         recall = " | ".join(f"{mean(name, key):.1f}" for key in ("r1", "r5", "r10"))
         cells = [name, spread(name, "mean_rank"), f"{gain:+.1f} %" if i else "", f"{mean(name, 'median_rank'):.0f}"]
-        lines.append(f"| {' | '.join(cells)} | {recall} | {mean(name, 'seconds'):.0f} |")
+        lines.append(f"| {' | '.join(cells)} | {recall} |")
     for key in ("mean_rank", "median_rank"):
         variances = [statistics.variance(math.log(run[key]) for run in runs) for runs in results.values()]
         freedom = len(variances) * (args.seeds - 1)
