@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -103,7 +104,7 @@ def prepare_alone(name: str, options: tuple[str, ...]) -> int:
     words = [part for word in options for part in (word.split("=", 1) if word.startswith("--") else [word])]
     if folder(name).exists() and "--add" not in words:
         raise Refused(f"data/{name} exists already; move it away first")
-    mounts = {"/repo/prepare_data.py": PREPARE, "/repo/container": PREPARE.parent / "container"}
+    own = {}  # what a person gives: where it is inside, and here
     for what in GIVEN:
         if f"--{what}" in words[:-1]:
             at = words.index(f"--{what}") + 1
@@ -112,10 +113,12 @@ def prepare_alone(name: str, options: tuple[str, ...]) -> int:
                 raise Refused(f"--{what} {given}: no such folder; container/README.md says what belongs in it")
             words[at] = f"/{what}"
             if what == "odvg":  # part by part, since each may be a link to elsewhere
-                mounts |= {f"/odvg/{part}": given / part for part in ODVG_PARTS if (given / part).exists()}
+                own |= {f"/odvg/{part}": given / part for part in ODVG_PARTS if (given / part).exists()}
             else:
-                mounts[f"/{what}"] = given
+                own[f"/{what}"] = given
+    mounts = {"/repo/prepare_data.py": PREPARE, "/repo/container": PREPARE.parent / "container", **own}
     environment, network = {"PROGRESS": "1"} if sys.stderr.isatty() else {}, "none"
+    environment["MAKE_READABLE"] = shlex.join(["chmod", "-R", "a+rX", *map(str, own.values())])
     if name == "ukiyo-e" and "--add" not in words and not set(words) >= FETCHED:
         network = "host"
         environment.update({key: os.environ[key] for key in PASSED_ON if key in os.environ})
