@@ -135,9 +135,7 @@ def write_data_set(options: argparse.Namespace, folder: Path) -> None:
     captions = {split: len(tables[split].unique("caption")) for split in ("val", "test") if not problems}
     for split, count in captions.items():
         if count < MIN_CAPTIONS:
-            problems.append(
-                f"{split}: {count} different captions cannot tell skill from luck; give at least {MIN_CAPTIONS}"
-            )
+            problems.append(f"{split}: {count} different captions leave it to luck; give {MIN_CAPTIONS} or more")
     if problems:
         raise DataError(*problems)
     if source.near_duplicates:
