@@ -67,6 +67,7 @@ PRINTS_SEED = 7
 ROWS_PER_TASK = 32  # what a process is handed at a time
 ROWS_PER_BATCH = 256  # of an Arrow file: 7 MB at 96 px
 MAX_PROBLEMS_SHOWN = 20
+MIN_CAPTIONS = 4  # that differ, of validation and of test: chance puts three in order once in 3! = 6 times
 HASH_SIDE = 16  # of a perceptual hash: 256 bits
 # Bits by which the hashes of two impressions of a block may differ. Of 1,000 drawn prints, brightened by 20 %, cut by
 # 2 % and stored as JPEG, 999 differ by no more from their originals; of 500,000 pairs of different prints one does.
@@ -108,9 +109,12 @@ def list_jobs(options: argparse.Namespace, problems: list[str], report: dict[str
     else:
         folder = options.out.with_name(f"{options.out.name}.download")  # stays until the data set is written
         local = {name: getattr(options, name) for name in LOCAL_COPIES}
+        for given in local.values():
+            if given and given.is_dir():
+                os.listdir(given)  # raises PermissionError, where a search by pathlib finds nothing
         images = ukiyoe.fetch(folder, options.out.with_name("weights"), local, report)
     if not images.is_dir():
-        raise DataError(f"{images} is not a folder; put the images there")
+        raise DataError("--odvg: images is not a folder; put the images there")
     found = odvg.Images(images)
     return {split: list(odvg.read(folder / f"{split}.jsonl", found, problems)) for split in SPLITS}
 
@@ -123,12 +127,15 @@ def write_data_set(options: argparse.Namespace, folder: Path) -> None:
     """Writes everything. Raises DataError."""
     source, problems, report = SOURCES.get(options.name, OWN), [], {}
     size, jobs = options.size or source.size, list_jobs(options, problems, report)
-    tables, seen = {}, {}
+    tables, seen = {}, None if source.near_duplicates else {}  # what is published stays as it is
     for split in SPLITS:
-        seen = {} if source.near_duplicates else seen
         rows = make_rows(split, jobs[split], size, options.processes)
         tables[split] = store_rows(rows, folder / f"{split}.arrow", size, seen, problems)
         print(f"{split}: {len(jobs[split])} images", file=sys.stderr, flush=True)
+    captions = {split: len(tables[split].unique("caption")) for split in ("val", "test") if not problems}
+    for split, count in captions.items():
+        if count < MIN_CAPTIONS:
+            problems.append(f"{split}: {count} different captions leave it to luck; give {MIN_CAPTIONS} or more")
     if problems:
         raise DataError(*problems)
     if source.near_duplicates:
@@ -187,8 +194,8 @@ def rows_unlike(table: datasets.Dataset, others: list[datasets.Dataset]) -> list
     return [row for row, distance in enumerate(distances) if distance > HASH_BITS]
 
 
-def store_rows(rows: Rows, file: Path, size: int, seen: dict[bytes, tuple], problems: list[str]) -> datasets.Dataset:
-    """Streams a split into an Arrow file. `seen` tells where a picture was first; it must not be in two splits."""
+def store_rows(rows: Rows, file: Path, size: int, seen: dict | None, problems: list[str]) -> datasets.Dataset:
+    """Streams a split into an Arrow file. `seen`, if given, tells where a picture was: only training may repeat it."""
     box, text = datasets.List(datasets.Value("float32"), length=4), datasets.Value("string")
     image = datasets.List(datasets.Value("uint8"), length=3 * size * size)
     features = datasets.Features(image=image, caption=text, regions=datasets.List({"phrase": text, "bbox": box}))
@@ -198,9 +205,11 @@ def store_rows(rows: Rows, file: Path, size: int, seen: dict[bytes, tuple], prob
                 problems.append(f"{where}: {row}")
                 continue
             pixels, caption, regions = row
-            first_file, first = seen.setdefault(hashlib.sha256(pixels).digest(), (file, where))
-            if first_file != file:
-                problems.append(f"{where}: the image shows the same as that of {first}; keep it in one split only")
+            place = file.stem, where
+            first = place if seen is None else seen.setdefault(hashlib.sha256(pixels).digest(), place)
+            if first != place and {first[0], file.stem} != {"train"}:
+                remedy = "keep it in one split only, and in val and test once"
+                problems.append(f"{where}: the image shows the same as that of {first[1]}; {remedy}")
             writer.write({"image": pixels.reshape(-1), "caption": caption, "regions": regions})
         writer.finalize()
     return datasets.Dataset.from_file(str(file))
@@ -245,7 +254,7 @@ def add(options: argparse.Namespace) -> None:
             number, size = int(options.add.removeprefix("audit=")), info["image_size"]
             jobs = list_prints(sum(info[split] for split in SPLITS) + number * info["val"], info["val"])
             rows = make_rows("audit", jobs, size, options.processes)
-            store_pairs_apart(store_rows(rows, staging / "audit.arrow", size, {}, []), staging, "audit")
+            store_pairs_apart(store_rows(rows, staging / "audit.arrow", size, None, []), staging, "audit")
         for new in sorted(staging.iterdir()):
             old = out / new.name
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
@@ -272,6 +281,15 @@ def staged(folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def explain(error: OSError, options: argparse.Namespace) -> str:
+    """The error, with a remedy where it is about a file of the person's, which has another path in a container."""
+    for given in (getattr(options, name) for name in ("odvg", *LOCAL_COPIES)):
+        if isinstance(error, PermissionError) and given and Path(error.filename).is_relative_to(given):
+            remedy = os.environ.get("MAKE_READABLE", f"chmod -R a+rX {given}")
+            return f"{Path(error.filename).name} may not be read by the container; {remedy}"
+    return str(error)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -317,7 +335,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenProcessPool:
         problems = ("a process was killed, perhaps for want of memory; try fewer --processes",)
     except OSError as error:
-        problems = (str(error),)
+        problems = (explain(error, options),)
     print(*problems[:MAX_PROBLEMS_SHOWN], sep="\n", file=sys.stderr)
     more = f" ({len(problems) - MAX_PROBLEMS_SHOWN} more than shown)" if len(problems) > MAX_PROBLEMS_SHOWN else ""
     print(f"error: {len(problems)} problem{'s' * (len(problems) > 1)}{more}; nothing was written", file=sys.stderr)

@@ -19,22 +19,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
 BOX_SLACK = 1.0  # pixels a box may stick out by and is cut back: annotation tools round outwards
 FRACTION = 1.1  # a box with no larger number is not in pixels
 ONE_CAPTION = "only a training image may have several captions"
 WANTED = "filename, width, height, grounding: {caption, regions: [{phrase, bbox}]}"
-TURNS = {  # what EXIF's orientation asks for
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-SIDEWAYS = [TURNS[orientation] for orientation in (5, 6, 7, 8)]  # these exchange width and height
+SIDEWAYS = (5, 6, 7, 8)  # EXIF's orientations that exchange width and height
 
 # A row is one image (3, S, S) uint8, its caption, and its regions [{phrase, bbox}] with boxes in [0, 1].
 Row = tuple[np.ndarray, str, list[dict]]
@@ -52,10 +43,6 @@ class Line:
     regions: list[tuple[object, object]]  # phrases with one box each
 
 
-class Unusable(Exception):
-    """What is wrong with an image's name, as the end of a sentence."""
-
-
 class Images:
     """The folder of the images, and which line uses which of them."""
 
@@ -63,28 +50,30 @@ class Images:
         self.folder = folder.resolve()
         self.used: dict[Path, str] = {}
 
-    def find(self, name: str, where: str, several: bool) -> Path:
-        """The file of that name; where there is none, that whose name differs in spelling only. Raises Unusable.
+    def find(self, name: str, where: str, several: bool) -> Path | str:
+        """The file of that name; where there is none, that whose name differs in spelling only. Or what is wrong.
 
-        where: the line that uses it from now on, perhaps as one of several.
+        where: the line that uses it from now on, perhaps as one of several. Raises PermissionError.
         """
         try:
             path = (self.folder / name).resolve()
             there = path.is_file()
+        except PermissionError:
+            raise
         except (OSError, ValueError, RuntimeError) as error:  # no file can have that name, or links go round
-            raise Unusable(f"cannot be found ({type(error).__name__}); rename it or remove the line") from None
+            return f"cannot be found ({type(error).__name__}); rename it or remove the line"
         if not path.is_relative_to(self.folder):
-            raise Unusable("leaves the folder images/; put it there")
+            return "leaves the folder images/; put it there"
         if not there:
             alike = self.by_spelling.get(spelling(name), [])
             if not alike:
-                raise Unusable("is not in images/; add it or remove the line")
+                return "is not in images/; add it or remove the line"
             if len(alike) > 1:
-                raise Unusable(f"is not in images/, but {[p.name for p in alike]} are; write the name of one")
+                return f"is not in images/, but {[p.name for p in alike]} are; write the name of one"
             path = alike[0]
         before = self.used.setdefault(path, where)
         if before != where and not several:
-            raise Unusable(f"was used before, in {before}; keep one of them ({ONE_CAPTION})")
+            return f"was used before, in {before}; keep one of them ({ONE_CAPTION})"
         return path
 
     @functools.cached_property
@@ -103,27 +92,25 @@ def spelling(name: str) -> str:
 
 
 def read(file: Path, images: Images, problems: list[str]) -> Iterator[Job]:
-    """The jobs of the good lines."""
+    """The jobs of the good lines. Raises PermissionError, as the jobs do: the remedy is the whole folder's."""
     content = file.read_bytes() if file.is_file() else b""
     if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
         problems.append(f"{file.name}: is UTF-16; save it as UTF-8")
         return
-    lines = content.splitlines()
-    if not any(line.strip() for line in lines):
+    lines = [(number, text) for number, text in enumerate(content.splitlines(), 1) if text.strip()]
+    if not lines:
         problems.append(f"{file.name}: is missing or empty; every split needs at least one image")
-    for number, text in enumerate(lines, 1):
-        if not text.strip():
-            continue
+    for number, text in lines:
         where, several = f"{file.name} line {number}", file.stem == "train"
-        faults = []
         try:
             line = parse(text)
-            faults += [*check_texts(line, several), *check_boxes(line)]
-            path = images.find(str(line.filename), where, several)
-        except Unusable as error:
-            faults.append(f"image {line.filename!r:.80} {error}")
+            faults = [*check_texts(line, several), *check_boxes(line)]
         except Exception as error:  # whatever a line holds
             faults = [f"{error!r:.80}; write a JSON object {WANTED}, with an empty list for no regions"]
+        else:
+            path = images.find(str(line.filename), where, several)
+            if isinstance(path, str):
+                faults.append(f"image {line.filename!r:.80} {path}")
         problems += [f"{where}: {fault}" for fault in faults]
         if not faults:
             regions = [{"phrase": phrase, "bbox": to_units(box, line.size)} for phrase, box in line.regions]
@@ -208,34 +195,38 @@ def to_units(box: list[float], size: tuple[int, int]) -> list[float]:
     return [round(min(1.0, max(0.0, value / side)), 6) for value, side in zip(box, size * 2, strict=True)]
 
 
-def turn_of(image: Image.Image) -> Image.Transpose | None:
-    """What makes an image upright, if it is not. An EXIF that cannot be read says nothing; Pillow itself turns TIFF."""
+def is_sideways(image: Image.Image) -> bool:
+    """Whether an image will be turned by 90 degrees. An EXIF that cannot be read says nothing."""
     with contextlib.suppress(Exception):  # damaged ones raise all sorts
-        if image.format != "TIFF":
-            return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    return None
+        return image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
+    return False
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    return image.size[::-1] if turn_of(image) in SIDEWAYS else image.size
+    """Before the image is loaded. Of TIFF Pillow itself gives the upright size."""
+    return image.size[::-1] if is_sideways(image) and image.format != "TIFF" else image.size
 
 
 def load_image(path: Path, stated: tuple[int, int], caption: str, regions: list[dict], size: int) -> Row | str:
     """The upright image stretched to a square; what is transparent becomes white, as paper is."""
     try:
         with Image.open(path) as image:
-            turn, found = turn_of(image), upright_size(image)
+            found = upright_size(image)
             if found != stated:
                 sizes = "%dx%d pixels, not %dx%d" % (*found, *stated)
                 boxes = " and the boxes: that is its size when it is turned upright, as its EXIF says"
-                return f"image {path.name!r} has {sizes}; correct width and height{boxes * (turn in SIDEWAYS)}"
+                return f"image {path.name!r} has {sizes}; correct width and height{boxes * is_sideways(image)}"
             if image.mode.startswith(("I", "F")):  # Pillow would clip it to white
                 return f"image {path.name!r} has mode {image.mode}; save it with 8 bits a channel"
-            upright = image if turn is None else image.transpose(turn)
-            if upright.has_transparency_data:
-                paper = Image.new("RGBA", upright.size, "white")
-                upright = Image.alpha_composite(paper, upright.convert("RGBA"))
-            square = upright.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+            image.load()
+            with contextlib.suppress(Exception):  # of what else a damaged EXIF holds
+                ImageOps.exif_transpose(image, in_place=True)
+            if image.has_transparency_data:
+                paper = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(paper, image.convert("RGBA"))
+            square = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    except PermissionError:
+        raise
     except Exception as error:  # damaged files make decoders raise all sorts
         return f"image {path.name!r} cannot be decoded ({error!r:.80}); replace it"
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1)), caption, regions

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,6 @@ MADE_OF = ("inside/judge.py", "inside/stage.py", "image/seccomp.json")  # what m
 MEMORY = "8g"  # for preparing a data set
 PREPARE = ROOT / "prepare_data.py"
 ODVG_PARTS = ("train.jsonl", "val.jsonl", "test.jsonl", "images")
-GIVEN = ("odvg", "annotations", "images", "weights")  # folders for prepare_data.py; images may be an archive
 FETCHED = {"--annotations", "--images", "--weights"}  # what Ukiyo-eVG is made of, fetched unless all of it is given
 PASSED_ON = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "HF_ENDPOINT")
 USAGE = "prints | ukiyo-e [--annotations DIR] [--images DIR_OR_ZIP] [--weights DIR] | NAME --odvg DIR"
@@ -103,19 +103,20 @@ def prepare_alone(name: str, options: tuple[str, ...]) -> int:
     words = [part for word in options for part in (word.split("=", 1) if word.startswith("--") else [word])]
     if folder(name).exists() and "--add" not in words:
         raise Refused(f"data/{name} exists already; move it away first")
-    mounts = {"/repo/prepare_data.py": PREPARE, "/repo/container": PREPARE.parent / "container"}
-    for what in GIVEN:
-        if f"--{what}" in words[:-1]:
-            at = words.index(f"--{what}") + 1
+    own = {}  # what a person gives: where it is inside, and here
+    for at, option in enumerate(words[:-1], 1):
+        if option in {"--odvg", *FETCHED}:
             given = Path(os.environ.get("AR_FROM", ""), Path(words[at]).expanduser())
-            if not (given.is_dir() or (what == "images" and given.is_file())):
-                raise Refused(f"--{what} {given}: no such folder; container/README.md says what belongs in it")
-            words[at] = f"/{what}"
-            if what == "odvg":  # part by part, since each may be a link to elsewhere
-                mounts |= {f"/odvg/{part}": given / part for part in ODVG_PARTS if (given / part).exists()}
+            if not (given.is_dir() or (option == "--images" and given.is_file())):  # which may be an archive
+                raise Refused(f"{option} {given}: no such folder; container/README.md says what belongs in it")
+            words[at] = option.replace("--", "/")
+            if option == "--odvg":  # part by part, since each may be a link to elsewhere
+                own |= {f"/odvg/{part}": given / part for part in ODVG_PARTS if (given / part).exists()}
             else:
-                mounts[f"/{what}"] = given
+                own[words[at]] = given
+    mounts = {"/repo/prepare_data.py": PREPARE, "/repo/container": PREPARE.parent / "container", **own}
     environment, network = {"PROGRESS": "1"} if sys.stderr.isatty() else {}, "none"
+    environment["MAKE_READABLE"] = shlex.join(["chmod", "-R", "a+rX", *map(str, own.values())])
     if name == "ukiyo-e" and "--add" not in words and not set(words) >= FETCHED:
         network = "host"
         environment.update({key: os.environ[key] for key in PASSED_ON if key in os.environ})

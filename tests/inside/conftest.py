@@ -87,6 +87,11 @@ class Folder:
         file = self.path / f"{split}.jsonl"
         file.write_bytes(file.read_bytes().replace(old, new, 1))
 
+    def keep(self, split: str, count: int) -> None:
+        """Leaves that many lines."""
+        file = self.path / f"{split}.jsonl"
+        file.write_text("\n".join(file.read_text("utf-8-sig").splitlines()[:count]) + "\n")
+
     def image(self, split: str, number: int) -> Path:
         return self.images / self.lines(split)[number - 1]["filename"]
 

@@ -289,6 +289,10 @@ BROKEN = [
         lambda f: f.turned("val", 2, 6, upright=False),
         "val.jsonl line 2: image .* has 100x400 pixels, not 400x100; correct width and height and the boxes",
     ),
+    (
+        lambda f: f.turned("val", 2, 6, "tiff", upright=False),
+        "val.jsonl line 2: image .* has 100x400 pixels, not 400x100; correct width and height and the boxes",
+    ),
     (lambda f: f.picture("a.png", "val", 2, Image.new("I;16", (400, 100))), "val.jsonl line 2: .* 8 bits a channel"),
     (
         lambda f: f.change("test", 1, width=200, regions=[]),
@@ -363,6 +367,23 @@ BROKEN = [
         lambda f: f.picture("copy.bmp", "test", 2, Image.open(f.image("train", 4)).convert("RGB")),
         "test.jsonl line 2: .* shows the same as that of train.jsonl line 4; keep it in one split only",
     ),
+    (
+        lambda f: f.picture("copy.bmp", "val", 3, Image.open(f.image("val", 1)).convert("RGB")),
+        "val.jsonl line 3: .* shows the same as that of val.jsonl line 1; keep it in one split only, and in val",
+    ),
+    (
+        lambda f: f.picture("copy.bmp", "test", 4, Image.open(f.image("test", 2)).convert("RGB")),
+        "test.jsonl line 4: .* shows the same as that of test.jsonl line 2; keep it .* in val and test once",
+    ),
+    (lambda f: f.keep("val", 1), "val: 1 different captions leave it to luck; give 4 or more"),
+    (lambda f: f.keep("test", 3), "test: 3 different captions leave it to luck"),
+    (
+        lambda f: [f.change("val", n, caption="a print") for n in (1, 2)],
+        "val: 3 different captions leave it to luck",
+    ),
+    (lambda f: (f.path / "train.jsonl").chmod(0), "train.jsonl may not be read by the container; chmod -R a.rX /"),
+    (lambda f: f.images.chmod(0), "png may not be read by the container; chmod -R a.rX .*/odvg$"),
+    (lambda f: f.image("val", 2).chmod(0), "hidden-3496-1-0.png may not be read by the container; chmod -R"),
     (lambda f: f.outside(link=False), "val.jsonl line 1: image '../outside.png' leaves the folder images/"),
     (lambda f: f.outside(link=True), "val.jsonl line 1: image .* leaves the folder images/; put it there"),
     (lambda f: f.change("val", 1, filename="/etc/passwd"), "val.jsonl line 1: image '/etc/passwd' leaves the folder"),
@@ -373,7 +394,7 @@ BROKEN = [
         "val.jsonl: is missing or empty; every split needs at least one image",
     ),
     (lambda f: (f.path / "val.jsonl").unlink(), "val.jsonl: is missing or empty; every split"),
-    (lambda f: shutil.rmtree(f.images), "images is not a folder; put the images there"),
+    (lambda f: shutil.rmtree(f.images), "^--odvg: images is not a folder; put the images there"),
 ]
 
 
@@ -383,6 +404,16 @@ def test_a_problem_is_named_with_its_line_and_nothing_is_written(spoil, message:
     problem, summary = folder.failure(capsys)
     assert re.search(message, problem)
     assert summary == "error: 1 problem; nothing was written"
+
+
+def test_a_person_is_told_the_folders_own_path_to_make_readable(folder: Folder, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("MAKE_READABLE", "chmod -R a+rX /home/me/images")
+    folder.images.chmod(0o600)
+    assert folder.failure(capsys)[0].endswith("may not be read by the container; chmod -R a+rX /home/me/images")
+    folder.images.chmod(0o755)
+    folder.path.parent.chmod(0o500)  # what may not be written is another matter
+    folder.make(status=1)
+    assert "Permission denied: '" in capsys.readouterr().err
 
 
 # Clear enough to be taken: what is done to a folder, and what row 2 of its training table is then

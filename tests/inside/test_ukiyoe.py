@@ -498,6 +498,13 @@ def test_a_missing_annotation_file(world: World, out: Path, capsys) -> None:
     assert "0 files refined/ukiyoe_vg_val_pgt_odvg.jsonl" in failure(world, out, capsys, "annotations")
 
 
+@pytest.mark.parametrize("what", ["annotations", "images", "weights"])
+def test_a_local_copy_that_may_not_be_read(world: World, out: Path, capsys, what: str) -> None:
+    (world.archive if what == "images" else world.folder / what).chmod(0)
+    told = failure(world, out, capsys, "annotations", "images", "weights")
+    assert re.search(r"may not be read by the container; chmod -R a\+rX /", told)
+
+
 def test_a_drive_folder_that_is_closed(world: World, server: Server, out: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(Handler, "drive_folder", lambda self: self.answer(404))
     told = failure(world, out, capsys)
@@ -509,6 +516,7 @@ def test_a_drive_folder_that_is_closed(world: World, server: Server, out: Path, 
 
 def test_near_duplicates_between_validation_and_test_are_reported_and_stay(world: World, out: Path) -> None:
     world.images["val_5.jpg"] = world.images["test_5.jpg"]
+    world.images["val_4.jpg"] = world.images["val_3.jpg"]  # what is published stays, exact copies too
     with zipfile.ZipFile(world.archive, "w") as archive:
         for name, content in world.images.items():
             archive.writestr(name, content)

@@ -115,6 +115,17 @@ def test_a_folder_is_found_however_it_is_written(small: Small, own: Path, way: s
     }
 
 
+def test_the_container_can_say_how_to_make_a_persons_files_readable(small: Small, own: Path):
+    show = f"{SHOW}\nengine.arguments = lambda container: print(repr(container.environment))"
+    own.joinpath("val.jsonl").unlink()
+    done = small.run("data", "mine", "--odvg", ".", given=show, env={"AR_FROM": str(own)})
+    paths = [f"'{own}/{part}'" for part in ("train.jsonl", "test.jsonl", "images")]  # not whatever else lies there
+    assert ast.literal_eval(done.stdout) == {"MAKE_READABLE": f"chmod -R a+rX {' '.join(paths)}"}, done.stderr
+    local = [word for what in ("annotations", "images", "weights") for word in (f"--{what}", str(own.parent))]
+    done = small.run("data", "ukiyo-e", *local, given=show)
+    assert ast.literal_eval(done.stdout)["MAKE_READABLE"].endswith(" ".join(["a+rX", *[str(own.parent)] * 3]))
+
+
 def test_run_sh_says_where_its_caller_stands(small: Small, tmp_path: Path):
     (tmp_path / "repo with blanks").mkdir()
     root = tmp_path / "repo with blanks"
