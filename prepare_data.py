@@ -67,7 +67,7 @@ PRINTS_SEED = 7
 ROWS_PER_TASK = 32  # what a process is handed at a time
 ROWS_PER_BATCH = 256  # of an Arrow file: 7 MB at 96 px
 MAX_PROBLEMS_SHOWN = 20
-MIN_CAPTIONS = 4  # that differ, of validation and of test: chance puts three in order once in 3! = 6 times
+FEW_CAPTIONS = 50  # different ones of validation or test: with fewer a search finds what chance put in order
 HASH_SIDE = 16  # of a perceptual hash: 256 bits
 # Bits by which the hashes of two impressions of a block may differ. Of 1,000 drawn prints, brightened by 20 %, cut by
 # 2 % and stored as JPEG, 999 differ by no more from their originals; of 500,000 pairs of different prints one does.
@@ -132,12 +132,11 @@ def write_data_set(options: argparse.Namespace, folder: Path) -> None:
         rows = make_rows(split, jobs[split], size, options.processes)
         tables[split] = store_rows(rows, folder / f"{split}.arrow", size, seen, problems)
         print(f"{split}: {len(jobs[split])} images", file=sys.stderr, flush=True)
-    captions = {split: len(tables[split].unique("caption")) for split in ("val", "test") if not problems}
-    for split, count in captions.items():
-        if count < MIN_CAPTIONS:
-            problems.append(f"{split}: {count} different captions leave it to luck; give {MIN_CAPTIONS} or more")
     if problems:
         raise DataError(*problems)
+    for split in ("val", "test"):
+        if (count := len(tables[split].unique("caption"))) < FEW_CAPTIONS:
+            print(f"{split}: {count} different captions alone, so what is found there is luck", file=sys.stderr)
     if source.near_duplicates:
         kept = rows_unlike(tables["train"], [tables["val"], tables["test"]])
         report["near_duplicates_left_out"] = len(tables["train"]) - len(kept)

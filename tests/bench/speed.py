@@ -107,12 +107,12 @@ def prepare(count: int, side: int) -> tuple[list[Path], str, float]:
     folder = Path(f"/tmp/jpegs-{side}")
     images, lines = folder / "images", []
     images.mkdir(parents=True)
-    for index in range(count + 8):
+    for index in range(count + 2):
         pixels, caption, _ = prints.draw(prepare_data.PRINTS_SEED, index, side)
         Image.fromarray(pixels.transpose(1, 2, 0)).save(images / f"{index}.jpg", quality=JPEG_QUALITY)
         about = {"filename": f"{index}.jpg", "width": side, "height": side}
         lines.append(json.dumps(about | {"grounding": {"caption": caption, "regions": []}}))
-    for split, part in {"train": lines[:count], "val": lines[-8:-4], "test": lines[-4:]}.items():
+    for split, part in {"train": lines[:count], "val": lines[-2:-1], "test": lines[-1:]}.items():
         (folder / f"{split}.jsonl").write_text("\n".join(part))
     command = ["jpegs", "--odvg", str(folder), "--size", str(SIZE), "--out", str(folder / "table")]
     took = seconds(lambda: prepare_data.main(command))

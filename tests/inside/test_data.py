@@ -375,12 +375,6 @@ BROKEN = [
         lambda f: f.picture("copy.bmp", "test", 4, Image.open(f.image("test", 2)).convert("RGB")),
         "test.jsonl line 4: .* shows the same as that of test.jsonl line 2; keep it .* in val and test once",
     ),
-    (lambda f: f.keep("val", 1), "val: 1 different captions leave it to luck; give 4 or more"),
-    (lambda f: f.keep("test", 3), "test: 3 different captions leave it to luck"),
-    (
-        lambda f: [f.change("val", n, caption="a print") for n in (1, 2)],
-        "val: 3 different captions leave it to luck",
-    ),
     (lambda f: (f.path / "train.jsonl").chmod(0), "train.jsonl may not be read by the container; chmod -R a.rX /"),
     (lambda f: f.images.chmod(0), "png may not be read by the container; chmod -R a.rX .*/odvg$"),
     (lambda f: f.image("val", 2).chmod(0), "hidden-3496-1-0.png may not be read by the container; chmod -R"),
@@ -404,6 +398,12 @@ def test_a_problem_is_named_with_its_line_and_nothing_is_written(spoil, message:
     problem, summary = folder.failure(capsys)
     assert re.search(message, problem)
     assert summary == "error: 1 problem; nothing was written"
+
+
+def test_a_small_validation_is_taken_with_a_warning(folder: Folder, capsys) -> None:
+    folder.keep("val", 1)
+    folder.make()
+    assert "val: 1 different captions alone, so what is found there is luck" in capsys.readouterr().err
 
 
 def test_a_person_is_told_the_folders_own_path_to_make_readable(folder: Folder, monkeypatch, capsys) -> None:
