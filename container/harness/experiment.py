@@ -148,8 +148,7 @@ def snapshot(name: str) -> str:
 def written_hypothesis() -> str:
     """The first line under `## Next experiment` in scratchpad.md. Raises Refused."""
     text = (ROOT / "scratchpad.md").read_text(encoding="utf-8", errors="replace")
-    section = re.search(r"^##\s+Next experiment\s*$(.*?)(?=^##\s|\Z)", text, re.M | re.S | re.I)
-    lines = section[1].splitlines() if section else []
+    lines = [line for s in program.sections(text) if s.title == "next experiment" for line in s.lines]
     unmarked = (visible(re.sub(r"^\s*(?:[-*+>]|\d+[.)])\s+", "", line)) for line in lines)
     line = next(filter(None, unmarked), "")
     if not line or PLACEHOLDER in line:

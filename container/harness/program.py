@@ -1,13 +1,14 @@
 """Reads program.md, strictly.
 
 program.md is Markdown for people. The harness reads only `key: value` lines directly under `## Settings` and under
-each `## Phase N — name`; an empty line after them, or a line of any other kind, ends such a block.
+each `## Phase N — name`; an empty line after them, or a line of any other kind, ends such a block. A line of such a
+section that looks like a setting and is not read is a mistake: nobody would notice that it is ignored.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,16 @@ from typing import NamedTuple
 
 from project import DATA_NAME, DATA_NAME_HINT, ROOT, Refused
 
-HEADING = re.compile(r"##\s+(.*\S)\s*$")
+INVISIBLE = re.compile("[\u200b\u2060\ufeff]")  # what editors and web pages leave: zero-width spaces, a byte order mark
+FENCED_OR_COMMENT = re.compile(r"^[ \t]*(```|~~~)[^`\n]*\n.*?^[ \t]*\1|<!--(?:(?!<!--).)*?-->", re.M | re.S)
+# Of the second level; some that are read may be of another
+HEADING = re.compile(
+    r" {0,3}(?:##|#(?=\W*(?:settings\W*$|phase\W*\d))|#{1,6}(?=\W*next experiment\W*$))(?!#)\s*(\S.*)", re.I
+)
 PHASE = re.compile(r"Phase\s+(\d+)\s*[—–:-]\s*(\S.*)$", re.I)
-PAIR = re.compile(r"(?:[-*]\s+)?([A-Za-z_]+)\s*:\s*(.*?)\s*$")
+PAIR = re.compile(r"(?:[-*]\s+)?([A-Za-z_-]+)\s*:\s*(.*?)\s*$")
+# The same in other hands: indented, **bold**, `code`, numbered, `final-budget`, `final budget`, an equals sign, ：
+LIKE_PAIR = re.compile(r"(?:[^\w#]|_|\d+[.)])*([a-z]+(?:[\s_-][a-z]+)*)[^a-z0-9:=：]*[:=：]\s*(.*?)[\s*_`]*$", re.I)
 COMMA = re.compile(r"\s*,\s*")
 MAX_PHASE_NAME = 60  # characters
 
@@ -90,11 +98,10 @@ def limits(text: str, unit: re.Pattern = STOP) -> Limits | None:
 
 @dataclass
 class Phase:
-    """One phase of the plan; text is all that stands under its heading."""
+    """One phase of the plan."""
 
     number: int
     name: str
-    text: str = ""
     until: Limits = setting(
         Limits, "(.*)", partial(limits, unit=UNTIL), "'12 experiments', '6 discards', or both with a comma"
     )
@@ -132,39 +139,63 @@ class Section(NamedTuple):
     heading: str
     lines: list[str]
 
+    @property
+    def title(self) -> str:
+        """The words of the heading, without marks such as the colon of `## Settings:`."""
+        return " ".join(re.findall(r"\w+", self.heading)).lower()
+
 
 def sections(text: str) -> list[Section]:
-    """The text by its headings of the second level; those in fenced code are text."""
-    found, fenced = [Section(0, "", [])], False
-    for number, line in enumerate(text.splitlines(), 1):
-        heading = HEADING.match(line)
-        if heading and not fenced:
-            found.append(Section(number, heading[1], []))
+    """The text by its headings; fenced code and comments are empty lines."""
+    read = FENCED_OR_COMMENT.sub(lambda m: "\n" * m[0].count("\n"), INVISIBLE.sub("", text))
+    found = [Section(0, "", [])]
+    for number, line in enumerate(read.splitlines(), 1):
+        if heading := HEADING.match(line):
+            found.append(Section(number, heading[1].rstrip(), []))
         else:
             found[-1].lines.append(line)
-        fenced ^= line.lstrip().startswith(("```", "~~~"))
     return found
+
+
+def parsed(text: str, metadata: Mapping):
+    """The value of a field with this metadata; None where it is written in another way."""
+    m = re.fullmatch(metadata["pattern"], text)
+    return metadata["parse"](m[1]) if m else None
+
+
+def refuse_look_alike(number: int, line: str, known: dict) -> None:
+    """Raises ProgramError where a line that is not read seems to be a setting.
+
+    That is one with a key in lower case, as settings are written, or with a value that fits. 'Changes: be brave' is
+    prose.
+    """
+    pair = LIKE_PAIR.match(line)
+    name = re.sub(r"[\s-]", "_", pair[1].lower()) if pair else ""
+    if name in known and (pair[1].islower() or parsed(pair[2], known[name]) is not None):
+        how = f"move it up, directly under the heading, and write it as `{name}: ...`"
+        raise ProgramError(number, f"'{name}' is not read: {how}; if it is prose, begin the line in another way")
 
 
 def pairs(section: Section, kind: type) -> dict:
     """The `key: value` lines directly under a heading, as fields of a dataclass. Raises ProgramError."""
     found: dict = {}
     known = {f.name: f.metadata for f in fields(kind) if f.metadata}
+    ended = False
     for number, line in enumerate(section.lines, section.number + 1):
-        pair = PAIR.match(line)
-        if not pair and (line.strip() or found):  # prose, or an empty line after the first pair, ends the block
-            break
-        if pair:
-            name, value = pair.groups()
-            if name not in known:
-                here = f"known here: {', '.join(known)} (prose goes after an empty line)"
-                raise ProgramError(number, f"unknown key '{name}'; {here}")
-            if name in found:
-                raise ProgramError(number, f"a second '{name}'")
-            m = re.fullmatch(known[name]["pattern"], value)
-            found[name] = known[name]["parse"](m[1]) if m else None
-            if found[name] is None:
-                raise ProgramError(number, f"{name}: {value[:60] or '(empty)'}: want {known[name]['hint']}")
+        pair = None if ended else PAIR.match(line)
+        if not pair:
+            ended = ended or bool(line.strip() or found)  # by prose, or by an empty line after the first pair
+            refuse_look_alike(number, line, known)
+            continue
+        name, value = pair.groups()
+        if name not in known:
+            here = f"known here: {', '.join(known)} (prose goes after an empty line)"
+            raise ProgramError(number, f"unknown key '{name}'; {here}")
+        if name in found:
+            raise ProgramError(number, f"a second '{name}'")
+        found[name] = parsed(value, known[name])
+        if found[name] is None:
+            raise ProgramError(number, f"{name}: {value[:60] or '(empty)'}: want {known[name]['hint']}")
     return found
 
 
@@ -177,7 +208,7 @@ def phase(section: Section, others: list[Phase]) -> Phase:
         raise ProgramError(section.number, f"a second phase named '{m[2]}'; the record tells phases apart by name")
     if len(m[2]) > MAX_PHASE_NAME:
         raise ProgramError(section.number, f"the phase's name is longer than {MAX_PHASE_NAME} characters")
-    return Phase(int(m[1]), m[2], "\n".join(section.lines).strip(), **pairs(section, Phase))
+    return Phase(int(m[1]), m[2], **pairs(section, Phase))
 
 
 def parse(text: str) -> Program:
@@ -185,11 +216,11 @@ def parse(text: str) -> Program:
     settings: dict | None = None
     phases: list[Phase] = []
     for section in sections(text):
-        if section.heading.lower() == "settings":
+        if section.title == "settings":
             if settings is not None:
                 raise ProgramError(section.number, "a second '## Settings'")
             settings = pairs(section, Program)
-        elif section.heading.lower().startswith("phase"):
+        elif section.title.startswith("phase"):
             phases.append(phase(section, phases))
     if settings is None or not phases:
         missing = "Settings" if settings is None else "Phase 1 — name"

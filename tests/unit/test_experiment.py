@@ -85,6 +85,24 @@ def test_a_hypothesis_is_the_first_line_without_its_marks(small: Small):
     assert block(small.run().stdout)["hypothesis"] == "[31ma bold idea"
 
 
+@pytest.mark.parametrize(
+    "heading",
+    [
+        "\ufeff## Next experiment",
+        "## Next experiment:",
+        "### Next experiment",
+        "## **Next experiment**",
+        "## next  experiment",
+    ],
+)
+def test_the_hypothesis_is_found_under_any_such_heading(monkeypatch, tmp_path, heading: str):
+    monkeypatch.setattr(experiment, "ROOT", tmp_path)
+    for comment in ("", "<!-- one line -->\n", "<!--\nold idea\n-->\n"):
+        text = f"{heading}\n{comment}- an idea\n\n## Notes\n"
+        (tmp_path / "scratchpad.md").write_text(text, encoding="utf-8")
+        assert experiment.written_hypothesis() == "an idea"
+
+
 def test_refusals_name_the_next_step(small: Small):
     small.hypothesis("an idea")
     small.edit("budget: 120", "budget: soon", "program.md")

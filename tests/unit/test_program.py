@@ -50,8 +50,6 @@ def test_a_whole_plan():
     assert first.until == Limits(experiments=12, discards=6)
     assert (second.name, second.web) == ("moonshots", ["arxiv.org", "github.com"])
     assert (second.changes, second.patience, second.until) == ("many", 3, Limits())
-    assert first.text == "until: 12 experiments, 6 discards\n\nIdeas: learning rate."
-    assert second.text.startswith("web: arxiv") and second.text.endswith("all of them.")
 
 
 def test_the_shipped_plan_reads_and_has_five_phases():
@@ -92,7 +90,11 @@ def test_fenced_code_is_prose():
         ("arxiv.org, github.com", "https://arxiv.org", "line 25: web: https://arxiv.org: want domain names"),
         ("arxiv.org, github.com", "127.0.0.1", "line 25: web"),
         ("changes: many", "changes: some", "line 26: changes: some: want one or many"),
+        ("## Phase 2 - moonshots", "## **Phase 2 - moonshots**", "line 24: want '## Phase N — name'"),
+        ("data: prints", "max-budget: 60", "line 4: unknown key 'max-budget'"),
+        ("data: prints", "_data_: prints", "line 4: unknown key '_data_'"),
         ("## Settings", "## Setting", "no '## Settings' section"),
+        ("## Settings", "### Settings", "no '## Settings' section"),
         ("## Something else", "## Settings", "line 21: a second '## Settings'"),
     ],
 )
@@ -101,6 +103,79 @@ def test_errors_name_the_line_and_what_is_wanted(old: str, new: str, message: st
     with pytest.raises(program.ProgramError, match="^program.md") as error:
         program.parse(PLAN.replace(old, new))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "key"),
+    [
+        ("- budget", "  budget", 6, "budget"),
+        ("- budget", "\tbudget", 6, "budget"),
+        ("- budget", " - budget", 6, "budget"),
+        ("- budget", "1. budget", 6, "budget"),
+        ("- budget", "> budget", 6, "budget"),
+        ("- budget", "**budget**", 6, "budget"),
+        ("- budget: 300 s", "**budget: 300 s**", 6, "budget"),
+        ("- budget", " _budget_", 6, "budget"),
+        ("- budget", "`budget`", 6, "budget"),
+        ("- budget: 300 s", "- `budget: 300 s`", 6, "budget"),
+        ("- budget:", "budget =", 6, "budget"),
+        ("- budget:", "budget：", 6, "budget"),
+        ("- budget", "\xa0budget", 6, "budget"),
+        ("- budget", " - Budget", 6, "budget"),
+        ("cooldown: 5", "final budget: 300", 10, "final_budget"),
+        ("cooldown: 5", "\n- Final-Budget: 300", 11, "final_budget"),
+        ("cooldown: 5", "\nfinal-budget: 300", 11, "final_budget"),
+        ("cooldown: 5", "\ncooldown: 5", 11, "cooldown"),
+        ("cooldown: 5", "# cooldown: 5", 11, "devices"),
+        ("cooldown: 5", "<!-- cooldown: 5 -->", 11, "devices"),
+        ("data: prints", "These hold for all phases.\ndata: prints", 5, "data"),
+        ("data: prints", "### Data\ndata: prints", 5, "data"),
+        ("data: prints", "# the prints\ndata: prints", 5, "data"),
+        ("data: prints", "| key | means |\n|---|---|\ndata: prints", 6, "data"),
+        ("until: 12", " until: 12", 17, "until"),
+        ("until: 12", "Be quick.\nuntil: 12", 18, "until"),
+        ("Ideas: learning", "Until: 12 experiments\nIdeas: learning", 19, "until"),
+    ],
+)
+def test_a_setting_that_would_be_ignored_is_an_error(old: str, new: str, line: int, key: str):
+    assert PLAN.count(old) == 1
+    told = f"^program.md line {line}: '{key}' is not read: move it up, .* write it as `{key}: ...`; if it is prose"
+    with pytest.raises(program.ProgramError, match=told):
+        program.parse(PLAN.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    "prose",
+    [
+        "Changes: be brave, one or many.",
+        "- Until: the loss no longer falls",
+        "- **Web**: none but the domains above",
+        "Patience is a virtue: wait.",
+        "patience, changes: both as in the paper",
+        "budget: is a key of the settings only",
+        "# until: 4 experiments",
+        "<!-- until: 4 experiments -->",
+        "<!--\nuntil: 4 experiments\n## Phase 3 — left out\n-->",
+        "```\nuntil = 4\n# Settings\n```",
+        "  ~~~sh\nuntil: 4 experiments\n  ~~~",
+    ],
+)
+def test_prose_is_not_taken_for_a_setting(prose: str):
+    assert program.parse(PLAN.replace("Ideas: learning rate.", prose)).phases == program.parse(PLAN).phases
+
+
+@pytest.mark.parametrize(
+    "heading", ["## Settings:", "## Settings ##", " ## Settings", "# Settings", "##Settings", "## **settings**"]
+)
+@pytest.mark.parametrize("before", ["", "\ufeff", "\u200b"])
+def test_harmless_marks_are_left_out(tmp_path, heading: str, before: str):
+    text = before + PLAN[PLAN.index("## Settings") :].replace("## Settings\n", f"{heading}\n<!-- ours -->\n{before}")
+    (tmp_path / "program.md").write_bytes(
+        text.replace("## Phase 2", f"{before}# Phase 2").replace("## Phase 1", "##Phase 1").encode()
+    )
+    plan = program.read(tmp_path / "program.md")
+    assert plan.phases == program.parse(PLAN).phases and plan.data == "prints" and plan.stop.experiments == 40
+    assert plan.text.encode() == (tmp_path / "program.md").read_bytes()
 
 
 def test_a_plan_without_phases():
