@@ -97,6 +97,10 @@ def make_plan(incumbent_only: bool) -> tuple[History, list[Attempt]]:
     refuse_this_machine(history, incumbent_only)
     train, scratchpad = snapshot("train.py"), snapshot("scratchpad.md")
     if not history.incumbent_train:
+        if not git.object_id("HEAD"):
+            raise Refused(
+                "git finds no commit at HEAD; commit everything, or see git fsck and git reflog if there was one"
+            )
         raise Refused("train.py is not committed; commit it first, it is the baseline")
     attempts, changed = [], train != history.incumbent_train
     if not history.incumbent or not changed or history.incumbent_due():
@@ -286,7 +290,7 @@ def record_and_carry_out(attempt: Attempt, history: History, planned: History) -
     attempt.chain = None if moved else attempt.chain
     requests = sorted((RUNS / "web").glob("[0-9]*")) if attempt.kind == "candidate" and not attempt.by_hand else []
     web = b"".join(file.read_bytes() for file in requests)
-    sizes = [int(line.split(b"\t")[2]) for line in web.splitlines()]
+    sizes = [int(size) for size in re.findall(rb"^[^\t]*\t[^\t]*\t(\d+)\t", web, re.M)]  # whole lines
     attempt.web = f"{len(sizes)} requests, {sum(sizes)} characters" if sizes else ""
     with contextlib.suppress(OSError):  # the record has it too
         write_whole(

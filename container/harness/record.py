@@ -175,10 +175,10 @@ class Attempt(Outcome):
 
 def load_all() -> list[Record]:
     """All attempts by number. A clone without refs/experiments still finds the newest that its branch carries."""
-    fmt = "%(refname:lstrip=2)%09%(committerdate:unix)%09%(contents)%00"
+    fmt = "%(refname:lstrip=2)%09%(committerdate:unix)%09%(contents)%00"  # no date: not a commit, and not ours
     entries = git.read("for-each-ref", f"--format={fmt}", REFS).split("\0")
     split = [entry.lstrip("\n").split("\t", 2) for entry in entries if entry.strip()]
-    found = {int(n): parse(n, when, text) for n, when, text in split if n.isdecimal()}
+    found = {int(n): parse(n, when, text) for n, when, text in split if n.isdecimal() and when}
     kept = git.read("log", "-1", "--format=%ct%x09%B", "HEAD", "--", "train.py", check=False)
     m = re.search(r"^Experiment: (\d{1,9})$", kept, re.M)
     if m and int(m[1]) not in found:
@@ -209,10 +209,10 @@ def add(attempt: Attempt, head: str, files: dict[str, str], **more) -> str:
         commit = git.commit(head, {**files, **result}, attempt.message())
         if claim(n, commit):
             return commit
-        if not git.object_id(f"{REFS}{n}"):
+        if not git.object_id(f"{REFS}{n}") and not (git.folder() / f"{REFS}{n}").exists():
             raise Refused(f"cannot write {REFS}{n} (disk full or read-only?)")
         run_file(n, "pending").unlink()
-        attempt.experiment += 1  # another worktree was faster
+        attempt.experiment += 1  # another worktree was faster, or something else has that name
         for kind in ("log", "diff"):
             if run_file(n, kind).exists():
                 run_file(n, kind).rename(run_file(attempt.experiment, kind))
@@ -242,6 +242,9 @@ def restore() -> None:
     with locks.record():
         listed = git.read("for-each-ref", "--format=%(refname) %(objectname)", REFS).splitlines()
         now = {ref: commit for ref, commit in map(str.split, listed) if ref[len(REFS) :].isdecimal()}
+        for ref in (git.folder() / REFS).glob("*"):  # a power cut leaves some empty
+            if ref.name.isdecimal() and ref.is_file() and not git.object_id(f"{REFS}{ref.name}"):
+                ref.unlink()
         known = read_json(file, {})
         for ref, commit in known.items():
             if commit in now.values():

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import record
-from in_process import VALUES, Point, Scenario, Small, made_up_run, train_py
+from in_process import DISCARDED, VALUES, Point, Scenario, Small, made_up_run, train_py
 from measure import Run
 from record import Attempt, Chain
 from repository import CRASH, ROOT, block
@@ -589,3 +589,29 @@ def test_what_was_measured_but_not_claimed_is_recorded_by_the_next_run(small: Sm
     small.write("runs/0002.pending", json.dumps({"number": 2, "commit": commit, "branch": "main"}))
     assert "completed experiment 2" in small.run().stderr
     assert small.git("rev-parse", "refs/experiments/2") == commit and not list((small.path / "runs").glob("*.pending"))
+
+
+def test_what_a_power_cut_leaves_of_refs_costs_no_training(small: Small):
+    """Empty files, and other things under the names of experiments, of which HEAD may be one."""
+    refs, first = small.path / ".git/refs/experiments", small.git("rev-parse", "refs/experiments/1")
+    (refs / "1").write_text("")
+    (refs / "2").write_text("")
+    (refs / "3").mkdir()
+    (refs / "3/x").write_text(first + "\n")
+    small.git("-c", "tag.gpgSign=false", "tag", "-am", "a tag", "a", "HEAD")
+    small.git("update-ref", "refs/experiments/5", small.git("rev-parse", "a"))
+    for n in (2, 4, 6):
+        small.write("train.py", f"{DISCARDED}# {n}\n")
+        done, shown = small.experiment(f"idea {n}")
+        assert shown["experiment"] == str(n), done.stderr
+    assert small.git("rev-parse", "refs/experiments/1") == first and small.run("log").returncode == 0
+    small.write(".git/refs/heads/main", "")
+    assert "git finds no commit at HEAD" in small.run().stderr
+
+
+def test_a_request_that_was_logged_in_part_costs_no_training(small: Small):
+    (small.path / "runs/web").mkdir(parents=True)
+    small.write("runs/web/1", "2026-11-28T00:00:00Z\tWebSearch\t5\thello\n2026-11-28T00:0")
+    small.write("train.py", DISCARDED)
+    small.experiment("an idea")
+    assert small.trailers("refs/experiments/2")["Web"] == "1 requests, 5 characters"
