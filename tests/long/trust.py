@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ["engine/test_sandbox", "client/test_lock", "engine/test_planted", "engine/test_cheats", "unit/test_record"]
-TESTS += ["engine/test_lost", "unit/test_guard", "unit/test_experiment"]
+TESTS += ["engine/test_lost", "unit/test_guard", "unit/test_side_by_side"]
 OWN = (
     "sweep",
     "tried",
