@@ -46,6 +46,7 @@ CONSTANT = f"""
 import itertools
 measure.EMBED_S = {EMBED_S}
 measure.fresh_seed = itertools.cycle({SEEDS}).__next__
+keep_rule.REMEASURE_AFTER = 1000  # with the same seeds, the incumbent would seem to ignore them
 """
 NO_REPORT = "experiment.refresh_report = lambda: None\n"
 
