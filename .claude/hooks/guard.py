@@ -28,7 +28,7 @@ KEYS = {  # of a call's input; whatever else there may be (timeout, run_in_backg
     "Write": {"file_path", "content"},
     "Read": {"file_path", "offset", "limit"},
     "WebFetch": {"url", "prompt", "offset"},
-    "WebSearch": {"query", "allowed_domains"},
+    "WebSearch": {"query", "allowed_domains", "blocked_domains"},
     "Agent": {"description", "prompt", "subagent_type"},
 }
 PLANNER, SUBAGENT_TOOLS = "planner", ("Read", "WebFetch", "WebSearch")  # whatever the subagent's own file says
@@ -109,7 +109,7 @@ def bring_preview(name: str) -> None:
 
 
 def web(call: dict, given: dict) -> dict:
-    """Only plain URLs of the phase's domains pass, and searches that name these domains themselves. Raises Denied."""
+    """Only plain URLs of the phase's domains pass, and a search is restricted to these domains. Raises Denied."""
     domains = domains_of_phase()
     only = f"{', '.join(domains)} (program.md: web)"
     if call["tool_name"] == "WebFetch":
@@ -119,13 +119,13 @@ def web(call: dict, given: dict) -> dict:
             raise Denied(f"Only plain https URLs of {only} pass, up to {MAX_URL} characters. Note it in scratchpad.md.")
         log(call, url)  # and not the prompt, which goes to the model's provider alone
         return {}
-    query, asked = given.get("query"), given.get("allowed_domains")
-    if not isinstance(asked, list) or not asked or asked != [d for d in domains if d in asked]:
-        raise Denied(f"pass allowed_domains {json.dumps(domains)}, or some of these in this order. {ABILITIES}")
+    query, asked = given.get("query"), given.get("allowed_domains") or domains
+    if not isinstance(asked, list) or not all(d in domains for d in asked):
+        raise Denied(f"leave out allowed_domains: the search is in {only}. {ABILITIES}")
     if not isinstance(query, str) or len(query) > MAX_QUERY or not query.isprintable():
         raise Denied(f"query must be one line of at most {MAX_QUERY} plain characters. {ABILITIES}")
     log(call, query)
-    return {"updatedInput": given}  # as it is: no other hook's rewriting is to stand alone
+    return {"updatedInput": {"query": query, "allowed_domains": [d for d in domains if d in asked]}}
 
 
 def domains_of_phase() -> list:

@@ -103,20 +103,15 @@ def test_what_a_page_redirects_to_is_a_new_call(project, home, tmp_path):
 
 
 def test_a_search_asks_for_the_phases_domains(project, home):
-    """As the model's provider is asked by the client itself. They stand in the call, not in the guard's answer alone:
-    a hook of the user that rewrites calls keeps them.
-    """
+    """As the model's provider is asked by the client itself, whatever the agent wrote."""
     wanted = [
-        ({"query": "clip heatmap", "allowed_domains": WEB}, WEB),
+        ({"query": "clip heatmap"}, WEB),
         ({"query": "clip", "allowed_domains": ["github.com"]}, ["github.com"]),
-        ({"query": "q" * 300, "allowed_domains": WEB}, WEB),
+        ({"query": "clip", "allowed_domains": []}, WEB),
+        ({"query": "clip", "blocked_domains": ["arxiv.org"]}, WEB),
+        ({"query": "q" * 300}, WEB),
     ]
-    wrong = [
-        *calls.WRONG_SEARCHES,
-        {"query": "clip"},
-        {"query": "clip", "allowed_domains": []},
-        {"query": "clip", "blocked_domains": ["arxiv.org"]},
-    ]
+    wrong = calls.WRONG_SEARCHES
     tries = [[call("WebSearch", **given)] for given in [*(g for g, _ in wanted), *wrong]]
     talk = Conversation(project.path, home, tries).run("hello")
     assert [r.is_error for r in in_order(talk)] == [False] * len(wanted) + [True] * len(wrong), talk.model.results
@@ -127,34 +122,10 @@ def test_a_search_asks_for_the_phases_domains(project, home):
     assert [row[1:] for row in web_log(project)] == [["WebSearch", str(len(g["query"])), g["query"]] for g, _ in wanted]
 
 
-REWRITER = """#!/usr/bin/env python3
-import json, sys, time
-given = {**json.load(sys.stdin)["tool_input"], "query": "rewritten"}
-decision = {"hookEventName": "PreToolUse", "permissionDecision": "allow", "updatedInput": given}
-time.sleep(%s)
-print(json.dumps({"hookSpecificOutput": decision}))
-"""
-
-
-@pytest.mark.parametrize("seconds", [0, 2])
-def test_a_hook_of_the_user_that_rewrites_searches(project, home, tmp_path, seconds):
-    """Before the guard has answered or after: the domains stay, since the call itself names them."""
-    program = tmp_path / "rewriter"
-    program.write_text(REWRITER % seconds)
-    program.chmod(0o755)
-    hooks = [{"matcher": "WebSearch", "hooks": [{"type": "command", "command": str(program)}]}]
-    tries = [call("WebSearch", query="clip"), call("WebSearch", query="clip", allowed_domains=WEB)]
-    talk = Conversation(project.path, home, [tries], user={"hooks": {"PreToolUse": hooks}}).run("hello")
-    assert [r.is_error for r in in_order(talk)] == [True, False], talk.model.results
-    searches = [b for b in talk.model.bodies if any("web_search" in t.get("type", "") for t in b.get("tools", []))]
-    assert [b["tools"][0]["allowed_domains"] for b in searches] == [WEB]
-
-
 def test_without_web_in_the_phase_nothing_is_fetched(project, home, tmp_path):
     """As the plan stands at each call: no `web`, the next phase, all phases done, a plan that cannot be read."""
     internet = Internet(tmp_path / "internet", ["arxiv.org"], {})
-    tries = [call("WebFetch", url="https://arxiv.org/abs/1", prompt="x")]
-    tries.append(call("WebSearch", query="clip", allowed_domains=WEB))
+    tries = [call("WebFetch", url="https://arxiv.org/abs/1", prompt="x"), call("WebSearch", query="clip")]
     plan = project.read("program.md")
     done = plan.replace("until: 40", "until: 0")
 
@@ -203,7 +174,7 @@ def test_the_planner_reads_and_nothing_else(project, home, tmp_path):
         call("Read", file_path="train.py"),
         call("Read", file_path="program.md"),
         call("WebFetch", url="https://arxiv.org/abs/2", prompt="x"),
-        call("WebSearch", query="clip", allowed_domains=WEB),
+        call("WebSearch", query="clip", blocked_domains=["arxiv.org"]),
     ]
     may_not = [
         call("Bash", command="./run.sh"),

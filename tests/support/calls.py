@@ -707,10 +707,10 @@ WRONG_SEARCHES = [
     {"query": "clip", "allowed_domains": ["evil.com"]},
     {"query": "clip", "allowed_domains": ["arxiv.org", "evil.com"]},
     {"query": "clip", "allowed_domains": ["arxiv.org/evil"]},
-    {"query": "q" * 301, "allowed_domains": ["arxiv.org"]},
-    {"query": "clip\x1b[2J", "allowed_domains": ["arxiv.org"]},
-    {"query": "clip\nheatmap", "allowed_domains": ["arxiv.org"]},
-    {"query": "clip\u200b", "allowed_domains": ["arxiv.org"]},
+    {"query": "q" * 301},
+    {"query": "clip\x1b[2J"},
+    {"query": "clip\nheatmap"},
+    {"query": "clip\u200b"},
 ]
 ASK = {"description": "plan", "prompt": "What next?", "subagent_type": "planner"}  # the one question to a subagent
 AGENTS = ("fork", "general-purpose", "research", "Explore", "Plan", "planner ", "")  # that may not be asked

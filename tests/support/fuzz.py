@@ -196,7 +196,6 @@ PLACES += ["", "/a b", "/a\nb", "/é", "/\u202e", "/\x00", "/" + "x" * 480, "/" 
 QUERIES = ["CLIP", "heatmap CLIP", "a\nb", "ok\u200b", "x" * 300, "x" * 301, "\x1b[2J", "é logit", "a\u2028b"]
 ASKED = [None, [], ["arxiv.org"], ["github.com", "arxiv.org"], ["evil.com"], ["arxiv.org", "evil.com"], "arxiv.org"]
 ASKED += [["www.arxiv.org"], ["arxiv.org/evil"], ["*"], [["arxiv.org"]], {"arxiv.org": 1}, [1], ["ARXIV.ORG"], ["org"]]
-ASKED += [DOMAINS, DOMAINS, DOMAINS[:2], DOMAINS[1:], DOMAINS[::2], DOMAINS[::-1], DOMAINS * 2]
 
 
 def web_calls(seed: int, count: int) -> Iterator[tuple[str, dict]]:
@@ -208,7 +207,7 @@ def web_calls(seed: int, count: int) -> Iterator[tuple[str, dict]]:
             url = rng.choice(SCHEMES) + rng.choice(HOSTS) + rng.choice(PLACES)
             given: dict = {"url": text(rng, url) if rng.random() < 0.3 else url, "prompt": "what is it?"}
         elif tool == "WebSearch":
-            given = {"query": rng.choice(["", f"{rng.randrange(1000)} "]) + rng.choice(QUERIES)}
+            given = {"query": rng.choice(QUERIES)}
             if rng.random() < 0.7:
                 given["allowed_domains"] = rng.choice(ASKED)
             if rng.random() < 0.2:
@@ -246,7 +245,7 @@ def allowed(tool: str, given: dict, root: str, domains: tuple | list = ()) -> bo
     """
     keys = {
         "WebFetch": {"url", "prompt", "offset"},
-        "WebSearch": {"query", "allowed_domains"},
+        "WebSearch": {"query", "allowed_domains", "blocked_domains"},
         "Agent": {"description", "prompt", "subagent_type"},
         "Bash": {"command", "description"},
         "Read": {"file_path", "offset", "limit"},
@@ -264,7 +263,7 @@ def allowed(tool: str, given: dict, root: str, domains: tuple | list = ()) -> bo
     if tool == "WebSearch":
         asked = given.get("allowed_domains") or []
         hidden = any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp") for c in given["query"])
-        return bool(asked) and set(asked) <= set(domains) and not hidden and len(given["query"]) <= 300
+        return bool(domains) and set(asked) <= set(domains) and not hidden and len(given["query"]) <= 300
     meant = os.path.normpath(os.path.join(root, given["file_path"].strip()))
     may = {"train.py", "scratchpad.md"}
     if tool == "Read":
