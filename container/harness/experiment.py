@@ -97,10 +97,6 @@ def make_plan(incumbent_only: bool) -> tuple[History, list[Attempt]]:
     refuse_this_machine(history, incumbent_only)
     train, scratchpad = snapshot("train.py"), snapshot("scratchpad.md")
     if not history.incumbent_train:
-        if not git.object_id("HEAD"):
-            raise Refused(
-                "git finds no commit at HEAD; commit everything, or see git fsck and git reflog if there was one"
-            )
         raise Refused("train.py is not committed; commit it first, it is the baseline")
     attempts, changed = [], train != history.incumbent_train
     if not history.incumbent or not changed or history.incumbent_due():

@@ -196,7 +196,7 @@ def settings(program: plan.Program, data: Path) -> str:
 
 def remember(program: plan.Program, data: Path, comparable: str) -> None:
     """data: the folder of the data sets."""
-    known = read_json(COMPARED, {"by": {}})
+    known = read_json(COMPARED, {"by": {}}, data=str, by=dict)
     new = {"data": os.path.relpath(data, ROOT), "by": {**known["by"], settings(program, data): comparable}}
     if new != known:
         with contextlib.suppress(OSError):  # a full disk: then hooks go by what they know
@@ -205,7 +205,7 @@ def remember(program: plan.Program, data: Path, comparable: str) -> None:
 
 def last_comparable(program: plan.Program, branch: str, records: list[Record]) -> str:
     """What the last run here with these settings had; with new ones nothing is comparable, as a run will find."""
-    if known := read_json(COMPARED, {}):
+    if known := read_json(COMPARED, {}, data=str, by=dict):
         return known["by"].get(settings(program, ROOT / known["data"]), "new")
     compared = [r for r in records if r.comparable]  # nothing ran in this worktree yet
     own = [r for r in compared if r.branch in ("", branch)]

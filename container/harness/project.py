@@ -50,13 +50,17 @@ def write_whole(file: Path, content: bytes | str) -> None:
         part.unlink(missing_ok=True)
 
 
-def read_json(file: Path, default):
-    """What a JSON file holds; the default where it is missing, damaged, or of another kind than the default."""
+def read_json(file: Path, default, **kinds: type):
+    """What a JSON file holds; the default where it is missing, damaged, or of another kind than the default.
+
+    kinds: those of the values that it must have, by their keys.
+    """
     try:
         found = json.loads(file.read_text())
     except (OSError, ValueError):
         return default
-    return found if isinstance(found, type(default)) else default
+    alike = isinstance(found, type(default)) and all(isinstance(found.get(key), kinds[key]) for key in kinds)
+    return found if alike else default
 
 
 def write_json(file: Path, value) -> None:

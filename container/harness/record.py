@@ -204,28 +204,32 @@ def add(attempt: Attempt, head: str, files: dict[str, str], **more) -> str:
     files: {path: blob}. more: what else its result.json holds. Raises Refused.
     """
     while True:
-        n = attempt.experiment
         result = {"experiment/result.json": git.store(attempt.json(**more))}
         commit = git.commit(head, {**files, **result}, attempt.message())
-        if claim(n, commit):
+        if claim(attempt.experiment, commit):
             return commit
-        if not git.object_id(f"{REFS}{n}") and not (git.folder() / f"{REFS}{n}").exists():
-            raise Refused(f"cannot write {REFS}{n} (disk full or read-only?)")
-        run_file(n, "pending").unlink()
-        attempt.experiment += 1  # another worktree was faster, or something else has that name
-        for kind in ("log", "diff"):
-            if run_file(n, kind).exists():
-                run_file(n, kind).rename(run_file(attempt.experiment, kind))
+        attempt.experiment += 1
 
 
 def claim(n: int, commit: str) -> bool:
-    """Make this commit experiment n, after a note of it; False where another has that number, or git cannot."""
+    """Make this commit experiment n, after a note of it. Raises Refused where git cannot; then the note stays.
+
+    False where another worktree was faster, or something else has that name: note, log and diff are then of n + 1.
+    """
+    ref = f"{REFS}{n}"
     with locks.record():
         remove_stale_locks(list((git.folder() / REFS).glob("*.lock")))
         write_json(run_file(n, "pending"), {"number": n, "commit": commit, "branch": git.branch()})
-        git.call("update-ref", f"{REFS}{n}", commit, git.ABSENT, writes=True)
+        git.call("update-ref", ref, commit, git.ABSENT, writes=True)
     restore()
-    return git.object_id(f"{REFS}{n}") == commit
+    if (found := git.object_id(ref)) == commit:
+        return True
+    if not found and not (git.folder() / ref).exists():
+        raise Refused(f"cannot write {ref} (disk full or read-only?)")
+    for kind in ("log", "diff", "pending"):
+        if run_file(n, kind).exists():
+            run_file(n, kind).rename(run_file(n + 1, kind))
+    return False
 
 
 def message(name: str) -> str:
@@ -242,12 +246,13 @@ def restore() -> None:
     with locks.record():
         listed = git.read("for-each-ref", "--format=%(refname) %(objectname)", REFS).splitlines()
         now = {ref: commit for ref, commit in map(str.split, listed) if ref[len(REFS) :].isdecimal()}
-        for ref in (git.folder() / REFS).glob("*"):  # a power cut leaves some empty
-            if ref.name.isdecimal() and ref.is_file() and not git.object_id(f"{REFS}{ref.name}"):
-                ref.unlink()
+        for broken in (git.folder() / REFS).glob("*"):  # a power cut leaves some empty
+            ref = f"{REFS}{broken.name}"
+            if broken.name.isdecimal() and broken.is_file() and ref not in now and not git.object_id(ref):
+                broken.unlink()
         known = read_json(file, {})
         for ref, commit in known.items():
-            if commit in now.values():
+            if commit in now.values() or not isinstance(commit, str):
                 continue
             if ref in now:
                 if message(ref) == message(commit):
@@ -271,7 +276,9 @@ def remove_stale_locks(files: list[Path]) -> None:
 
 
 def refuse_while_git_is_at_work() -> None:
-    """Raises Refused in the middle of a rebase or the like, and while a git holds a lock that no run of ours left."""
+    """Raises Refused where HEAD is no commit, amid a rebase or the like, and while a git holds a lock of its own."""
+    if not git.object_id("HEAD^{commit}"):
+        raise Refused("git finds no commit at HEAD; commit everything, or see git fsck and git reflog if there was one")
     own, common, branch = git.folder("--git-dir"), git.folder(), git.branch()
     for state, name in IN_THE_MIDDLE.items():
         if (own / state).exists():
@@ -291,7 +298,7 @@ def refuse_while_git_is_at_work() -> None:
 def pending_notes() -> dict[Path, dict]:
     """Of verdicts on this branch that are not carried out; those on others wait for theirs."""
     files = RUNS.glob("*pending*")  # pending.json: an earlier version's
-    notes = {file: read_json(file, {}) for file in files}
+    notes = {file: read_json(file, {}, number=int, commit=str, branch=str) for file in files}
     return {file: note for file, note in notes.items() if note.get("branch") == git.branch()}
 
 
@@ -300,10 +307,14 @@ def finish_interrupted() -> None:
     refuse_while_git_is_at_work()
     restore()
     for file, note in pending_notes().items():
-        edited, n = "", note["number"]
-        if claim(n, note["commit"]):  # as it may be already
+        edited, n, commit = "", note["number"], note["commit"]
+        if message(commit):
+            while not claim(n, commit):  # as it may be already
+                n += 1
             edited = carry_out(n)
             say(f"run.sh: completed experiment {n}, which had been interrupted")
+        else:
+            say(f"run.sh: experiment {n} had been interrupted and is lost: git has no commit {commit}")
         file.unlink(missing_ok=True)
         if edited:
             raise Refused(f"{edited}; then run ./run.sh again")

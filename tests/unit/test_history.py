@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from in_process import DISCARDED, Small
 from keep_rule import pooled_sigma
 from recorded import INCUMBENT, Recorded
 
@@ -215,3 +216,12 @@ def test_without_an_image_it_is_compared_as_the_newest_of_this_branch_was(plan):
     assert plan.history.comparable == "x"
     plan.branch = "third"
     assert plan.history.comparable == "y"  # of none of its own: the newest of all
+
+
+@pytest.mark.parametrize("text", ['{"data": 4}', '{"by": 3}', '{"by": {}}', '{"by": {}, "data": 4}'])
+def test_a_damaged_file_of_what_was_compared_is_none(small: Small, text: str):
+    small.write("runs/compared.json", text)
+    assert "best:     mean_rank 100.0" in small.run("status").stdout
+    small.write("train.py", DISCARDED)
+    assert small.experiment("worse")[1]["verdict"] == "discarded"
+    assert '"data": "data"' in small.read("runs/compared.json")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import record
-from in_process import DISCARDED, VALUES, Point, Scenario, Small, made_up_run, train_py
+from in_process import DISCARDED, KEPT, VALUES, Point, Scenario, Small, made_up_run, train_py, variant
 from measure import Run
 from record import Attempt, Chain
 from repository import CRASH, ROOT, block
@@ -605,8 +605,14 @@ def test_what_a_power_cut_leaves_of_refs_costs_no_training(small: Small):
         done, shown = small.experiment(f"idea {n}")
         assert shown["experiment"] == str(n), done.stderr
     assert small.git("rev-parse", "refs/experiments/1") == first and small.run("log").returncode == 0
-    small.write(".git/refs/heads/main", "")
-    assert "git finds no commit at HEAD" in small.run().stderr
+
+
+@pytest.mark.parametrize("left", ["", "garbage\n", "12" * 20 + "\n"])
+def test_a_head_without_its_commit_is_said_before_anything_else(small: Small, left: str):
+    """A person told to commit would make a new root of it."""
+    small.write(".git/refs/heads/main", left)
+    for words in ((), ("keep", "1"), ("audit",), ("final",)):
+        small.refused("git finds no commit at HEAD", *words)
 
 
 def test_a_request_that_was_logged_in_part_costs_no_training(small: Small):
@@ -615,3 +621,60 @@ def test_a_request_that_was_logged_in_part_costs_no_training(small: Small):
     small.write("train.py", DISCARDED)
     small.experiment("an idea")
     assert small.trailers("refs/experiments/2")["Web"] == "1 requests, 5 characters"
+
+
+def test_a_note_whose_number_was_taken_meanwhile_takes_the_next_free_one(small: Small, tmp_path):
+    """Killed between the note and the ref, and another worktree has both what was to be its number and the next."""
+    other = small.worktree(tmp_path / "second", "second")
+    killed_before(small, "update-ref refs/experiments/2")
+    log = small.read("runs/0002.log")
+    for n in (2, 3):
+        other.write("train.py", variant(DISCARDED, n))
+        assert other.experiment(f"theirs, {n}")[1]["experiment"] == str(n)
+    small.edit("data: prints", "data: nowhere", "program.md")  # so that nothing runs besides
+    done = small.run()
+    assert "completed experiment 4" in done.stderr and small.experiments() == [1, 2, 3, 4], done.stderr
+    assert small.trailers("refs/experiments/4")["Hypothesis"] == "to be kept"
+    assert small.git("show", "HEAD:train.py") + "\n" == KEPT and small.read("runs/0004.log") == log
+    assert not list((small.path / "runs").glob("*.pending"))
+
+
+def test_a_note_stays_until_its_commit_is_in_the_record(small: Small):
+    """What was measured is not measured again where git cannot write, and one that git has lost is given up."""
+    small.git("pack-refs", "--all", "--prune")
+    killed_before(small, "update-ref refs/experiments/2")
+    (refs := small.path / ".git/refs/experiments").rmdir()
+    refs.touch()  # for root, whom permissions do not stop
+    for _ in range(2):
+        small.refused("cannot write refs/experiments/2 (disk full or read-only?)")
+    refs.unlink()
+    small.edit("data: prints", "data: nowhere", "program.md")  # so that nothing runs besides
+    assert "completed experiment 2" in small.run().stderr and small.experiments() == [1, 2]
+    small.write("runs/0003.pending", json.dumps({"number": 3, "commit": "1" * 40, "branch": "main"}))
+    assert "is lost: git has no commit 111" in small.run().stderr and small.experiments() == [1, 2]
+
+
+@pytest.mark.parametrize("note", [{}, {"number": "2", "commit": "1" * 40}, {"number": 2, "commit": 3}])
+def test_a_damaged_note_is_none(small: Small, note: dict):
+    small.write("runs/0002.pending", json.dumps({**note, "branch": "main"}))
+    small.write("train.py", DISCARDED)
+    done, shown = small.experiment("worse")
+    assert shown["experiment"] == "2" and done.stderr == ""
+
+
+def test_an_experiment_whose_commit_is_lost_has_a_remedy(small: Small):
+    small.write("train.py", DISCARDED)
+    small.experiment("worse")
+    commit = small.git("rev-parse", "refs/experiments/2")
+    (small.path / ".git/objects" / commit[:2] / commit[2:]).unlink()
+    small.write("train.py", variant(DISCARDED, 2))
+    remedy = "git update-ref -d refs/experiments/2"
+    small.refused(f"{commit} for refs/experiments/2; if no copy of the repository has it, give it up: {remedy}\n")
+    small.git(*remedy.split()[1:])
+    assert small.experiment("again")[1]["experiment"] == "2"
+
+
+def test_a_damaged_list_of_what_was_known_is_none(small: Small):
+    small.write(".git/autoresearch.experiments", '{"refs/experiments/1": 4}')
+    small.write("train.py", DISCARDED)
+    assert small.experiment("worse")[1]["experiment"] == "2"
