@@ -243,7 +243,8 @@ def restore() -> None:
         listed = git.read("for-each-ref", "--format=%(refname) %(objectname)", REFS).splitlines()
         now = {ref: commit for ref, commit in map(str.split, listed) if ref[len(REFS) :].isdecimal()}
         for ref in (git.folder() / REFS).glob("*"):  # a power cut leaves some empty
-            if ref.name.isdecimal() and ref.is_file() and not git.object_id(f"{REFS}{ref.name}"):
+            unread = ref.name.isdecimal() and f"{REFS}{ref.name}" not in now
+            if unread and ref.is_file() and not git.object_id(f"{REFS}{ref.name}"):
                 ref.unlink()
         known = read_json(file, {})
         for ref, commit in known.items():
