@@ -67,7 +67,7 @@ PRINTS_SEED = 7
 ROWS_PER_TASK = 32  # what a process is handed at a time
 ROWS_PER_BATCH = 256  # of an Arrow file: 7 MB at 96 px
 MAX_PROBLEMS_SHOWN = 20
-FEW_CAPTIONS = 50  # different ones of validation or test: with fewer a search finds what chance put in order
+FEW_CAPTIONS = 4  # different ones of validation or test: with fewer, chance puts all in order once in six times
 HASH_SIDE = 16  # of a perceptual hash: 256 bits
 # Bits by which the hashes of two impressions of a block may differ. Of 1,000 drawn prints, brightened by 20 %, cut by
 # 2 % and stored as JPEG, 999 differ by no more from their originals; of 500,000 pairs of different prints one does.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import subprocess
 from pathlib import Path
 from subprocess import PIPE
@@ -21,10 +20,6 @@ FALLBACK_IDENTITY = ("-c", "user.name=autoresearch", "-c", "user.email=autoresea
 INDEX = RUNS / "work" / "index"  # beside the user's own; the folder is emptied before and after every run
 ABSENT = ""  # what a ref that does not exist yet is expected to hold, in SHA-256 repositories too
 MAX_ERROR = 400  # characters of git's own words
-REMEDIES = {  # for what git says
-    "not a git repository": "get this project with git clone",
-    r"missing object \w+ for (refs/\S+)": r"if no copy of the repository has it, give it up: git update-ref -d \1",
-}
 held_locks: list[int] = []  # files that a git which writes keeps open: our locks last until it has ended
 
 
@@ -49,8 +44,9 @@ def read(*args: str, check: bool = True, **how) -> str:
     done = call(*args, **how)
     if done.returncode and check:
         error = " | ".join(done.stderr.decode("utf-8", "replace").strip().splitlines())[:MAX_ERROR]
-        known = (m.expand(remedy) for words, remedy in REMEDIES.items() if (m := re.search(words, error)))
-        remedy = next(known, "fix that, then try again")
+        remedy = "get this project with git clone" if "not a git repository" in error else "fix that, then try again"
+        if "missing object" in error:
+            remedy = "if no other copy has it, give that ref up: git update-ref -d REF"
         raise Refused(f"git {args[0]} failed: {error or f'it ended with {done.returncode}'}; {remedy}")
     return done.stdout.decode("utf-8", "replace")
 

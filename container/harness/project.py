@@ -51,10 +51,7 @@ def write_whole(file: Path, content: bytes | str) -> None:
 
 
 def read_json(file: Path, default, **kinds: type):
-    """What a JSON file holds; the default where it is missing, damaged, or of another kind than the default.
-
-    kinds: those of the values that it must have, by their keys.
-    """
+    """What a JSON file holds; the default where it is missing, damaged, or of another kind; kinds: of its values too."""
     try:
         found = json.loads(file.read_text())
     except (OSError, ValueError):

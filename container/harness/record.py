@@ -246,10 +246,10 @@ def restore() -> None:
     with locks.record():
         listed = git.read("for-each-ref", "--format=%(refname) %(objectname)", REFS).splitlines()
         now = {ref: commit for ref, commit in map(str.split, listed) if ref[len(REFS) :].isdecimal()}
-        for broken in (git.folder() / REFS).glob("*"):  # a power cut leaves some empty
-            ref = f"{REFS}{broken.name}"
-            if broken.name.isdecimal() and broken.is_file() and ref not in now and not git.object_id(ref):
-                broken.unlink()
+        for ref in (git.folder() / REFS).glob("*"):  # a power cut leaves some empty
+            unread = ref.name.isdecimal() and f"{REFS}{ref.name}" not in now
+            if unread and ref.is_file() and not git.object_id(f"{REFS}{ref.name}"):
+                ref.unlink()
         known = read_json(file, {})
         for ref, commit in known.items():
             if commit in now.values() or not isinstance(commit, str):
