@@ -51,7 +51,7 @@ def write_whole(file: Path, content: bytes | str) -> None:
 
 
 def read_json(file: Path, default, **kinds: type):
-    """What a JSON file holds; the default where it is missing, damaged, or of another kind; kinds: of its values too."""
+    """What a JSON file holds; the default where it is missing, damaged, or of another kind; kinds: of its values."""
     try:
         found = json.loads(file.read_text())
     except (OSError, ValueError):
