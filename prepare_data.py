@@ -56,10 +56,9 @@ import odvg
 import prints
 import ukiyoe
 from odvg import Job, Row
-from project import DATA_NAME, DATA_NAME_HINT
+from project import DATA_FORMAT, DATA_NAME, DATA_NAME_HINT, sha256
 from ukiyoe import DataError
 
-FORMAT = 3  # of info.json; container/harness/dataset.py wants the same
 SPLITS = ("train", "val", "test")
 SIZES = range(16, 1025)  # pixels per side
 PRINTS_COUNTS = {"train": 8000, "val": 2000, "test": 1000}
@@ -153,7 +152,7 @@ def write_data_set(options: argparse.Namespace, folder: Path) -> None:
     report |= {split: len(tables[split]) for split in SPLITS}
     if options.name == "prints":
         report["prints_version"] = prints.VERSION
-    write_info(folder, {"format": FORMAT, "name": options.name, "image_size": size, **report}, source)
+    write_info(folder, {"format": DATA_FORMAT, "name": options.name, "image_size": size, **report}, source)
 
 
 def make_rows(what: str, jobs: list[Job], size: int, processes: int) -> Rows:
@@ -166,10 +165,10 @@ def make_rows(what: str, jobs: list[Job], size: int, processes: int) -> Rows:
 def write_info(folder: Path, info: dict, source: Source) -> None:
     """info.json, which also describes every file that is read later."""
     for file in folder.rglob("state.json"):  # the random mark in it would make the same data differ
-        mark = ukiyoe.sha256(file.with_name("data-00000-of-00001.arrow"))[:16]
+        mark = sha256(file.with_name("data-00000-of-00001.arrow"))[:16]
         file.write_text(json.dumps(json.loads(file.read_text()) | {"_fingerprint": mark}, indent=2) + "\n")
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix != ".png")
-    described = {str(file.relative_to(folder)): (file.stat().st_size, ukiyoe.sha256(file)) for file in files}
+    described = {str(file.relative_to(folder)): (file.stat().st_size, sha256(file)) for file in files}
     made_by = {"python": sys.version.split()[0], **{p: version(p) for p in ("numpy", "pillow", "datasets")}}
     content = hashlib.sha256(json.dumps(described).encode()).hexdigest()
     info |= {"source": source.origin, "licence": source.licence, "hash": content, "made_by": made_by}
@@ -219,7 +218,7 @@ def store_pairs_apart(table: datasets.Dataset, folder: Path, split: str) -> None
 
     The orders come from the content of all pairs, so a program that is given one side only cannot redo them.
     """
-    secret, orders = ukiyoe.sha256(folder / f"{split}.arrow"), {}
+    secret, orders = sha256(folder / f"{split}.arrow"), {}
     for column in ("image", "caption"):
         marks = [hashlib.sha256(f"{secret} {column}s {row}".encode()).digest() for row in range(len(table))]
         orders[column] = np.array(sorted(range(len(table)), key=marks.__getitem__), dtype=np.int64)

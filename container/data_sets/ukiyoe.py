@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import os
 import time
@@ -30,6 +29,7 @@ from tqdm import tqdm
 from urllib3.util import Retry
 
 import odvg
+from project import sha256
 
 DRIVE_FOLDER = "1cLhue-10GYtjybQ5CMPRyFcI_LjgArcE"  # Ukiyo-eVG, to which the authors' selinakhan/vg_art points
 ANNOTATIONS = {
@@ -311,8 +311,3 @@ def download_weights(repo: str, file: str, scratch: Path) -> tuple[Path, dict]:
 
 def read_origins(folder: Path) -> dict[str, dict]:
     return json.loads((folder / "info.json").read_text()) if (folder / "info.json").is_file() else {}
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -74,12 +74,11 @@ VERBS = (
     Verb("help", "", "this", print_help, True),
     Verb("refresh-report", "", "", report.refresh, True),  # started by the agent's ./run.sh too
 )
-ALSO_HELP = ("--help", "-h")
 
 
 def run_verb(name: str, words: list[str]) -> int:
     """Returns the exit status. Raises Refused."""
-    name = "help" if name in ALSO_HELP else name
+    name = "help" if name in ("--help", "-h") else name
     verb = next((verb for verb in VERBS if verb.name == name), None)
     if not verb:
         raise Refused(f"unknown verb '{name}'; ./run.sh help lists them")

@@ -15,9 +15,8 @@ import engine
 import git
 import locks
 from program import Program
-from project import DATA_NAME, DATA_NAME_HINT, ROOT, RUNS, Refused, read_json, write_json
+from project import DATA_FORMAT, DATA_NAME, DATA_NAME_HINT, ROOT, RUNS, Refused, read_json, sha256, write_json
 
-FORMAT = 3  # of info.json, as prepare_data.py writes it
 VERIFIED = RUNS / "data.json"  # the data files whose content was found to be right
 MADE_OF = ("inside/judge.py", "inside/stage.py", "image/seccomp.json")  # what measures, under container/
 MEMORY = "8g"  # for preparing a data set
@@ -45,7 +44,7 @@ def verified_hash(name: str) -> str:
         raise Refused(f"data/{name}/info.json is missing: run ./run.sh data {name} in a terminal")
     info = read_json(data / "info.json", {})
     try:
-        if info["format"] != FORMAT:
+        if info["format"] != DATA_FORMAT:
             raise Refused(f"data/{name} was made by another version of prepare_data.py: {remedy}")
         content, files = info["hash"], [(f, int(size), digest) for f, (size, digest) in info["files"].items()]
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -65,14 +64,6 @@ def verified_hash(name: str) -> str:
         with contextlib.suppress(OSError):  # a full disk: then they are read again the next time
             write_json(VERIFIED, now)
     return content
-
-
-def sha256(file: Path) -> str:
-    h = hashlib.sha256()
-    with file.open("rb") as f:
-        while chunk := f.read(1 << 20):
-            h.update(chunk)
-    return h.hexdigest()
 
 
 def comparable(program: Program, image: str) -> str:

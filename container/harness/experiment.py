@@ -289,10 +289,8 @@ def record_and_carry_out(attempt: Attempt, history: History, planned: History) -
     sizes = [int(size) for size in re.findall(rb"^[^\t]*\t[^\t]*\t(\d+)\t", web, re.M)]  # whole lines
     attempt.web = f"{len(sizes)} requests, {sum(sizes)} characters" if sizes else ""
     with contextlib.suppress(OSError):  # the record has it too
-        write_whole(
-            record.run_file(attempt.experiment, "diff"),
-            git.diff(planned.incumbent_train if moved else f"{head}:train.py", attempt.train),
-        )
+        before = planned.incumbent_train if moved else f"{head}:train.py"
+        write_whole(record.run_file(attempt.experiment, "diff"), git.diff(before, attempt.train))
     commit = record.add(attempt, head, files_of(attempt, history.program.text, web))
     try:
         for file in requests:

@@ -7,9 +7,8 @@ log(metric) of one run, so that 0.04 is about 4 %.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable
-from statistics import geometric_mean
+from statistics import geometric_mean, variance
 
 PRIOR_SIGMA, PRIOR_RUNS = 0.04, 2  # the noise before anything was run twice, and how many runs that is worth
 OUTLIER = 4  # sigmas so far: runs that lie further apart count as this much
@@ -28,8 +27,7 @@ def pooled_sigma(groups: Iterable[list[float]]) -> float:
     for values in groups:
         if len(values) > 1:
             freedom = len(values) - 1
-            variance = statistics.variance(math.log(v) for v in values)
-            total += freedom * min(variance, OUTLIER**2 * total / weight)
+            total += freedom * min(variance(math.log(v) for v in values), OUTLIER**2 * total / weight)
             weight += freedom
     return math.sqrt(total / weight)
 

@@ -123,7 +123,7 @@ class Keeper:
     def experiment(self) -> locks.Running | None:
         """The night's own that runs now: a person's audit is none of its business."""
         now = locks.running()
-        return now if now and now.conversation == self.conversation else None
+        return now if now and self.conversation and now.conversation == self.conversation else None
 
     def end_experiment(self) -> None:
         if now := self.experiment():

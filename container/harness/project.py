@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -11,9 +12,10 @@ ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "runs"  # logs, diffs and state of this worktree; git ignores it, the agent may read some of it
 INSIDE = ROOT / "container" / "inside"  # what is mounted into containers
 # Names of data sets, which are folders in data/. There, weights holds published ones, and a preparation works in the
-# other two; prepare_data.py wants the same.
+# other two.
 DATA_NAME = r"(?!(?i:weights)$|.*\.(?i:partial|download)$)[A-Za-z0-9][A-Za-z0-9_.-]{0,40}"
 DATA_NAME_HINT = "up to 41 letters, digits, dots, dashes and underscores, but not weights, *.partial or *.download"
+DATA_FORMAT = 3  # of a data set's info.json
 
 
 class Refused(Exception):
@@ -33,6 +35,14 @@ def visible(text: str) -> str:
 def number(value: float) -> str:
     """A metric as it is shown."""
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def sha256(file: Path) -> str:
+    h = hashlib.sha256()
+    with file.open("rb") as f:
+        while chunk := f.read(1 << 20):
+            h.update(chunk)
+    return h.hexdigest()
 
 
 def write_whole(file: Path, content: bytes | str) -> None:

@@ -21,8 +21,8 @@ COMPANY = Path("/etc/claude-code")
 EDITED = ("train.py", "scratchpad.md")
 READ = (*EDITED, "program.md", "runs/experiments.tsv", "runs/0001.log")
 FILE_TOOLS = {"Read": READ, "Edit": EDITED, "Write": EDITED}
-PLANNER = {"Agent": ("planner",), "Task": ("planner",)}  # its older name still counts
-CALLS = {"Bash": ("./run.sh",), **PLANNER, **FILE_TOOLS}  # what the agent needs
+# What the agent needs; Task is an older name of Agent, which rules may still have
+CALLS = {"Bash": ("./run.sh",), "Agent": ("planner",), "Task": ("planner",), **FILE_TOOLS}
 MEMORIES = ("CLAUDE.md", ".claude/CLAUDE.md", "CLAUDE.local.md")  # of every folder above the project's
 RULE = re.compile(r"([A-Za-z*]+)(?:\((.*)\))?")
 ADDED_UP = {"$schema", "permissions", "hooks", "env"}  # by the client, over all files

@@ -230,7 +230,9 @@ def test_examples_mark_the_right_one(drawn, page):
     tab = page()
     tab.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true })")
     assert tab.locator(".example").count() == 6
-    for side in tab.locator(".sides > div").all():
+    sides = tab.locator(".example > .side").all()
+    assert len(sides) == 2 * 6
+    for side in sides:
         for title, answers in ((side.locator("> span"), ".thumbs img"), (side.locator("summary"), "li")):
             rank = float(re.search(r"rank ([\d.]+)", title.inner_text())[1])
             marked = ["right" in (x.get_attribute("class") or "") for x in side.locator(answers).all()]

@@ -26,8 +26,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import dataset
 from measure import Run
+from project import DATA_FORMAT, sha256
 from repository import PATH, PROGRAM, ROOT, Project, block
 from sweep import Before, consistent, next_run, numbers
 
@@ -165,8 +165,8 @@ class Small(Project):
         for file, size in DATA.items():
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / file).write_bytes(f"{name}/{file}".encode().ljust(size, b"\0"))
-            files[file] = [size, dataset.sha256(folder / file)]
-        info = {"format": dataset.FORMAT, "hash": files["val.key.npy"][1], "files": files}
+            files[file] = [size, sha256(folder / file)]
+        info = {"format": DATA_FORMAT, "hash": files["val.key.npy"][1], "files": files}
         (folder / "info.json").write_text(json.dumps(info))
 
     def copy(self, path: Path) -> Small:

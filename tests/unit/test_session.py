@@ -561,6 +561,9 @@ def test_a_night_ends_what_it_started_and_nothing_else(keeper, monkeypatch):
     """At the second `night stop`: not a person's audit, not another conversation's experiment, but its own."""
     ended, one = [], keeper("exec sleep 100")
     monkeypatch.setattr(night, "end_process", lambda pid, runs: ended.append(pid) or pid < 0 and os.kill(pid, 9))
+    person = locks.Running(7, 2, "audit", 0, 120)
+    monkeypatch.setattr(locks, "running", lambda: person)
+    assert one.experiment() is None, "before its first conversation"
     one.stops = 2
     for conversation in ("", "another"):
         monkeypatch.setattr(locks, "running", lambda c=conversation: locks.Running(7, 2, "", 0, 120, "", c))
