@@ -136,18 +136,21 @@ class Running:
         return min((number for number, folder in jobs if folder.startswith(str(self.project.path))), key=int)
 
     def launchers(self, stage: str) -> list[int]:
-        """The processes of srun that started this stage."""
-        found = []
+        """The processes of srun that started this stage: first the child, which only watches over the other one.
+
+        Where that dies it ends the step, then the job: killed between the two, it leaves the job to its time limit.
+        """
+        parents = {}
         for p in Path("/proc").glob("[0-9]*"):
             try:
-                session = int((p / "stat").read_text().rpartition(")")[2].split()[3])
+                _, parent, _, session = (p / "stat").read_text().rpartition(")")[2].split()[:4]
                 command = (p / "cmdline").read_bytes().replace(b"\0", b" ").decode()
             except OSError:
                 continue
-            if session == self.process.pid and command.startswith("srun ") and f"-{stage} " in command:
-                found.append(int(p.name))
-        assert found, self.out.read_text()
-        return found
+            if int(session) == self.process.pid and command.startswith("srun ") and f"-{stage} " in command:
+                parents[int(p.name)] = int(parent)
+        assert parents, self.out.read_text()
+        return sorted(parents, key=lambda pid: parents[pid] in parents, reverse=True)
 
     def gone(self, limit_s: float) -> float:
         """Seconds until no container of the project runs.
