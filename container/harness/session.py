@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import re
 import time
 from dataclasses import asdict, dataclass, fields
@@ -21,6 +22,7 @@ SESSIONS = RUNS / "session"
 PLAN, KNOWN_PLAN = ROOT / "program.md", SESSIONS / "program.md"
 NIGHT, NIGHT_LOCK = RUNS / "night.json", RUNS / "night.lock"
 FORMATS = {"experiments": "d", "hours": ".1f", "tokens": ",d", "usd": ".2f"}  # of what program.md's `stop` limits
+SUM_UP = "sum up in scratchpad.md in a few lines what was learned and what to try next, then end your turn"
 TOKENS = ("input_tokens", "output_tokens", "cache_creation_input_tokens")  # what the cache gave is not counted
 
 
@@ -188,6 +190,17 @@ def next_time(clock: str, since: float) -> float:
     day, (hour, minute) = time.localtime(since), map(int, clock.split(":"))
     today, tomorrow = (time.mktime((*day[:2], day.tm_mday + n, hour, minute, 0, 0, 0, -1)) for n in (0, 1))
     return today if today > since else tomorrow
+
+
+def why_ended(history: History) -> str:
+    """Why the loop has ended in the conversation that called ./run.sh; '' while it goes on, and for a person."""
+    return Session.load(os.environ.get("CLAUDE_CODE_SESSION_ID", "")).reason_to_end(history)
+
+
+def used_in_all() -> dict:
+    """{unit: what all conversations here have used}, as far as the client told, which the hooks noted."""
+    found = {unit: [load(Counter, file).risen for file in SESSIONS.glob(f"*.{unit}")] for unit in ("tokens", "usd")}
+    return {unit: sum(risen) for unit, risen in found.items() if any(risen)}
 
 
 def progressed(history: History, after: int) -> bool:
