@@ -10,6 +10,7 @@ in a row that brought no experiment. In a night (./run.sh night) `stop` counts o
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import locks
 import session
 import settings
 from history import History
-from project import visible
+from project import ROOT, visible
 from session import Session
 
 IDLE_TURNS = 3
@@ -40,6 +41,11 @@ def context(call: dict, text: str) -> dict:
 def go_on(history: History, now: Session) -> str:
     planner = display.ASK if history.planner_due() else ""
     return f"Phase {history.phase_line()}.{now.progress(history)} {GO_ON.format(planner)}"
+
+
+def end_chain() -> None:
+    """With the loop; in an environment that run.sh cleans."""
+    subprocess.run([ROOT / "run.sh", "end-chain"], stdin=subprocess.DEVNULL, capture_output=True)
 
 
 def session_start(call: dict, now: Session) -> dict:
@@ -65,6 +71,8 @@ def prompt(call: dict, now: Session) -> dict:
         now.start(session.current_night(), history.newest)
         text = f"The loop is on. {go_on(history, now)}"
     elif word in ("stop", "pause"):
+        if now.on:
+            end_chain()
         now.on, now.stopped, text = False, True, OFF
     else:
         now.stopped, text = False, STILL_ON if now.on else ""
@@ -85,6 +93,8 @@ def stop(call: dict, now: Session) -> dict:
     now.on = not why
     now.save()
     if why:
+        if now.idle < IDLE_TURNS or not session.current_night():  # whose next conversation goes on with it
+            end_chain()
         return {"systemMessage": f"The loop has ended: {why}. Type start to go on, ./run.sh log for what was tried."}
     return {"decision": "block", "reason": go_on(history, now)}
 

@@ -124,11 +124,13 @@ def consequence(attempt: Attempt) -> str:
     if chain and chain.continues:
         return f" (in the record; train.py keeps your edit, build on it: {chain.position} in this chain)"
     ended = ", the chain has ended" if chain else ""
-    ended += " with its phase" if chain and chain.link < chain.limit else ""
+    ended += " with its phase or the loop" if chain and chain.link < chain.limit else ""
     return f" (in the record; train.py is the incumbent again{ended})"
 
 
 def next_step(attempt: Attempt, history: History) -> str:
+    if why := session.why_ended(history):
+        return f"the loop has ended: {why}; {session.SUM_UP}"
     if history.phase is None:
         return "all phases of program.md are done; say so and stop"
     if attempt.verdict == "lost":

@@ -22,9 +22,10 @@ import locks
 import measure
 import program
 import record
+import session
 from history import History
 from project import ROOT, RUNS, Refused, say, visible, write_whole
-from record import Attempt
+from record import Attempt, Record
 
 WORK = RUNS / "work"  # what a run works on; only while it holds the worktree's lock
 PLACEHOLDER = "write one line here"  # of scratchpad.md as it ships
@@ -327,8 +328,11 @@ def complete(attempt: Attempt, history: History) -> None:
         gain = keep_rule.gain(attempt.values(), history.incumbent)
         attempt.percent, attempt.sigmas = round(keep_rule.percent(gain), 1), round(gain / history.sigma, 1)
         attempt.change = f"{attempt.percent:+.1f} % ({attempt.gain})"
-    if not attempt.by_hand and attempt.verdict != "lost":
+    if not attempt.by_hand and attempt.verdict in record.JUDGED:
         attempt.chain = history.chain_after(attempt.verdict)
+    this = Record(attempt.verdict, number=attempt.experiment, branch=history.branch)
+    if attempt.chain and session.why_ended(replace(history, records=[*history.records, this])):
+        attempt.chain = replace(attempt.chain, continues=False)
 
 
 def files_of(attempt: Attempt, plan: str, web: bytes) -> dict[str, str]:
@@ -345,6 +349,16 @@ def files_of(attempt: Attempt, plan: str, web: bytes) -> dict[str, str]:
                 files[f"experiment/{name}{f'-{n}' if n > 1 else ''}.npy"] = blob
     files["experiment/train.log"] = git.blob_of(record.run_file(attempt.experiment, "log")) or git.store(b"")
     return files
+
+
+def end_chain() -> None:
+    """With the loop: train.py is the incumbent again, if it is what an open chain measured last. Raises Refused."""
+    with workspace():
+        history = History.load()
+        if history.link and git.blob_of("train.py") == (last := history.own(history.counted)[-1]).train:
+            dropped = Attempt("dropped", "the chain, with the end of the loop", train=last.train)
+            dropped.scratchpad, dropped.experiment = snapshot("scratchpad.md"), history.newest + 1
+            record_and_carry_out(dropped, history, history)
 
 
 def keep(word: str = "") -> None:

@@ -15,7 +15,7 @@ import program as plan
 import record
 from keep_rule import geometric_mean
 from project import INSIDE, ROOT, RUNS, number, read_json, write_json
-from record import JUDGED, Record
+from record import JUDGED, REVERTED, Record
 
 COMPARED = RUNS / "compared.json"  # what runs here compared with, for whoever cannot ask the engine: see settings()
 PLANNER_EVERY = 5  # discards in a row after which the planner is due again; and at the start of a phase
@@ -122,7 +122,7 @@ class History:
     @property
     def link(self) -> int:
         """How many losers in a row train.py is built on, in a phase with `patience`; 0 outside a chain."""
-        here = self.own(self.counted)
+        here = self.own([r for r in self.compared if r.verdict in REVERTED and not r.by_hand])
         chain = here[-1].chain if here else None
         return chain.link if chain and chain.continues and chain.base == self.incumbent_train[:9] else 0
 

@@ -29,6 +29,7 @@ FETCH = "git fetch --no-prune origin 'refs/experiments/*:refs/experiments/*'"  #
 KNOWN = "autoresearch.experiments"  # in git's folder: {ref: commit} of the whole record, as it was last seen
 OURS = ("train.py", "scratchpad.md")  # the files of a kept attempt's commit
 JUDGED = ("kept", "discarded", "failed")  # verdicts on a candidate: what phases and `stop` count; not "lost"
+REVERTED = (*JUDGED, "dropped")  # after which train.py is the incumbent, unless its chain goes on
 # fields of a Record, and how their trailers are called
 TRAILERS = {
     "number": "Experiment", "verdict": "Verdict", "hypothesis": "Hypothesis", "change": "Change", "seed": "Seed",
@@ -341,11 +342,11 @@ def carry_out(n: int) -> str:
             git.read("update-index", "--add", "--index-info", given=entries.encode(), writes=True)
     # a kept one is in place, unless by hand, or where the incumbent was put back meanwhile
     replaced = before if recorded.verdict == "kept" else recorded.train
-    if recorded.verdict in JUDGED and not continues and git.blob_of("train.py") == replaced:
+    if recorded.verdict in REVERTED and not continues and git.blob_of("train.py") == replaced:
         write_whole(ROOT / "train.py", git.content("HEAD:train.py"))
     run_file(n, "pending").unlink(missing_ok=True)
     expected = recorded.train if continues else git.object_id("HEAD:train.py")
-    if recorded.verdict not in JUDGED or git.blob_of("train.py") == expected:
+    if recorded.verdict not in REVERTED or git.blob_of("train.py") == expected:
         return ""
     if recorded.verdict == "kept":
         return "train.py was edited meanwhile and is not what was kept: read it first"
