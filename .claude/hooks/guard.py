@@ -31,10 +31,8 @@ KEYS = {  # of a call's input
     "WebSearch": {"query", "allowed_domains", "blocked_domains"},
     "Agent": {"description", "prompt", "subagent_type"},
 }
-# What changes nothing here is dropped: run.sh has limits of its own, no file here is a PDF; and switches that are off.
-# Whatever else there may be is refused: a switch that is on, another model for the planner, ...
-DROPPED = {"Bash": {"timeout"}, "Read": {"pages"}}
-SWITCHES = {"dangerouslyDisableSandbox", "allow_large"}
+# Dropped, unless it is switched on: it changes nothing here. Whatever else there may be is refused
+DROPPED = {"Bash": ("timeout", "dangerouslyDisableSandbox"), "Read": ("pages", "allow_large")}
 PLANNER, SUBAGENT_TOOLS = "planner", ("Read", "WebFetch", "WebSearch")  # whatever the subagent's own file says
 # A plain URL: no user, no port, a name for a host (its last label of letters, so no address), RFC 3986's characters
 HOST = r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,63}"
@@ -47,7 +45,7 @@ READ_ONLY = (
     "Only train.py, scratchpad.md, program.md, CLAUDE.md, runs/experiments.tsv, runs/NNNN.log, runs/NNNN.diff and "
     "data/*/preview.png can be read."
 )
-TRANSCRIPT_TAIL, LOOKS = 4 << 20, 25  # bytes of it that are looked at, and how often, within half a second
+TRANSCRIPT_TAIL, LOOKS = 4 << 20, 25  # bytes that are looked at, and how often: the client writes it 70 ms late
 sys.path.append(os.path.join(ROOT, "container", "harness"))  # for the calls that need the record
 
 
@@ -63,8 +61,7 @@ def check(call: dict) -> dict:
     if tool not in SUBAGENT_TOOLS and ("agent_id" in call or call.get("agent_type") == PLANNER):
         raise Denied("A subagent only reads. Return what you found; the agent that asked you edits train.py.")
     unknown = set(given) - KEYS[tool] if isinstance(given, dict) else {"what is not an object"}
-    refused = {key for key in unknown if not (key in DROPPED.get(tool, ()) or key in SWITCHES and given[key] is False)}
-    if refused:
+    if refused := {key for key in unknown if key not in DROPPED.get(tool, ()) or given[key] is True}:
         raise Denied(f"leave out {', '.join(sorted(refused))[:100]} and call {tool} again. {ABILITIES}")
     given = {key: value for key, value in given.items() if key not in unknown}
     if os.path.realpath(call.get("cwd") or "/") != ROOT:  # relative paths would mean other files
@@ -75,10 +72,11 @@ def check(call: dict) -> dict:
         check_file(given.get("file_path"), READABLE, READ_ONLY)
     elif tool in ("Edit", "Write"):
         check_file(given.get("file_path"), EDITABLE, EDIT_ONLY)
+    elif tool in ("WebFetch", "WebSearch"):
+        return web(call, given)
     elif tool == "Bash":
         run(call, given)
-    rewritten = {"updatedInput": given} if unknown else {}
-    return {**rewritten, **web(call, given)} if tool in ("WebFetch", "WebSearch") else rewritten
+    return {"updatedInput": given} if unknown else {}
 
 
 def check_file(path, allowed: str, instead: str) -> None:
@@ -182,7 +180,6 @@ def run(call: dict, given: dict) -> None:
         now = Session.load(conversation)
         if why := now.reason_to_end(History.load() if now.on else None):
             why = f"The loop has ended: {why}. Do not run another experiment: {SUM_UP}."
-    with contextlib.suppress(Exception):  # a transcript of another form, of another version of the client
         why = why or failed_edit(call)
     if why:
         raise Denied(why)
@@ -191,51 +188,42 @@ def run(call: dict, given: dict) -> None:
 
 
 def failed_edit(call: dict) -> str:
-    """What to tell of an Edit or Write that has failed since the last ./run.sh, '' where none has. It refuses one run.
+    """What to tell of edits that failed since the last ./run.sh, '' without one: so a run is refused once.
 
-    The client asks no hook about those that it does not even begin, as where the string is not in the file.
+    No hook is asked about those that the client does not begin, as where the string is not in the file.
     """
-    for _ in range(LOOKS):
-        known = edits(call)
-        if known is not None and all(result for *_, result in known):
-            break
-        time.sleep(0.02)
     failed: dict[str, tuple] = {}
-    for answer, name, result in known or ():
+    for answer, name, result in edits(call):
         if result.get("is_error"):
-            why = re.sub(r"</?tool_use_error>", "", str(result.get("content")))
-            failed[name] = answer, f"{name} ({' '.join(why.split())[:150]})"
-        elif name in failed and failed[name][0] != answer:  # else it was written before the failure was seen
+            failed[name] = answer, re.sub(r"</?tool_use_error>|\s+", " ", str(result.get("content")))[:150].strip()
+        elif name in failed and failed[name][0] != answer:  # else it was made before the failure was seen
             del failed[name]
-    which = ", ".join(what for _, what in failed.values())
+    which = ", ".join(f"{name} ({why})" for name, (_, why) in failed.items())
     return which and f"Nothing ran: since the last run an edit failed, of {which}. Make it again, then run ./run.sh."
 
 
-def edits(call: dict) -> list[tuple] | None:
-    """(answer, file, result) of every Edit and Write of our files between the last ./run.sh and this call.
-
-    From the transcript, which the client writes up to 70 ms late: None where this call is not in it yet, {} for a
-    result that is not.
-    """
-    with open(call["transcript_path"], "rb") as transcript:
-        transcript.seek(max(0, os.fstat(transcript.fileno()).st_size - TRANSCRIPT_TAIL))
-        lines = [line for line in transcript if b'"tool_' in line]
-    blocks, found = [], []
-    for line in lines:
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off, or no message
-            message = json.loads(line)["message"]
-            blocks += [(message.get("id"), block) for block in message["content"] if type(block) is dict]
-    results = {block.get("tool_use_id"): block for _, block in blocks}
-    for answer, block in blocks:
-        given = block.get("input") if isinstance(block.get("input"), dict) else {}
-        name = os.path.basename(str(given.get("file_path", "train.py")).strip())
-        if block.get("id") == call["tool_use_id"]:
-            return found
-        if given.get("command") == "./run.sh":
-            found = []
-        if block.get("name") in ("Edit", "Write") and re.fullmatch(EDITABLE, name):
-            found.append((answer, name, results.get(block["id"], {})))
-    return None
+def edits(call: dict) -> list[tuple]:
+    """(answer, file, result) of every edit between the last ./run.sh and this call, as the transcript tells."""
+    for _ in range(LOOKS):
+        blocks, found = [], []
+        with open(call["transcript_path"], "rb") as transcript:
+            transcript.seek(max(0, os.fstat(transcript.fileno()).st_size - TRANSCRIPT_TAIL))
+            lines = [line for line in transcript if b'"tool_' in line]
+        for line in lines:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off, or no message
+                message = json.loads(line)["message"]
+                blocks += [(message.get("id"), block) for block in message["content"] if type(block) is dict]
+        results = {block.get("tool_use_id"): block for _, block in blocks}
+        for answer, block in blocks:
+            if block.get("id") == call["tool_use_id"] and all(result for *_, result in found):
+                return found
+            given = block.get("input") if type(block.get("input")) is dict else {}
+            found = [] if given.get("command") == "./run.sh" else found
+            name = os.path.basename(str(given.get("file_path", "train.py")).strip())
+            if block.get("name") in ("Edit", "Write") and re.fullmatch(EDITABLE, name):
+                found.append((answer, name, results.get(block["id"], {})))
+        time.sleep(0.02)
+    return []
 
 
 def main() -> None:

@@ -43,11 +43,6 @@ def go_on(history: History, now: Session) -> str:
     return f"Phase {history.phase_line()}.{now.progress(history)} {GO_ON.format(planner)}"
 
 
-def end_chain() -> None:
-    """With the loop; in an environment that run.sh cleans."""
-    subprocess.run([ROOT / "run.sh", "end-chain"], stdin=subprocess.DEVNULL, capture_output=True)
-
-
 def session_start(call: dict, now: Session) -> dict:
     """Tell a conversation that begins, resumes or was compacted where things stand."""
     if now.on:
@@ -71,8 +66,6 @@ def prompt(call: dict, now: Session) -> dict:
         now.start(session.current_night(), history.newest)
         text = f"The loop is on. {go_on(history, now)}"
     elif word in ("stop", "pause"):
-        if now.on:
-            end_chain()
         now.on, now.stopped, text = False, True, OFF
     else:
         now.stopped, text = False, STILL_ON if now.on else ""
@@ -87,14 +80,11 @@ def stop(call: dict, now: Session) -> dict:
     history = History.load()
     now.idle = 0 if session.progressed(history, now.seen) else now.idle + 1
     now.seen, now.fault = history.newest, ""
-    why = now.reason_to_end(history)
-    if now.idle >= IDLE_TURNS:
-        why = why or f"{IDLE_TURNS} turns in a row brought no experiment"
+    idle = f"{IDLE_TURNS} turns in a row brought no experiment" if now.idle >= IDLE_TURNS else ""
+    why = now.reason_to_end(history) or idle
     now.on = not why
     now.save()
     if why:
-        if now.idle < IDLE_TURNS or not session.current_night():  # whose next conversation goes on with it
-            end_chain()
         return {"systemMessage": f"The loop has ended: {why}. Type start to go on, ./run.sh log for what was tried."}
     return {"decision": "block", "reason": go_on(history, now)}
 
@@ -126,7 +116,10 @@ def main() -> None:
         call = dict(json.loads(said or b"{}"))
         now, event = Session.load(call.get("session_id", "")), call.get("hook_event_name", "")
         now.transcript = call.get("transcript_path") or now.transcript
+        was_on = now.on
         answer = status_line(call, now) if sys.argv[1:] else json.dumps(EVENTS[event](call, now))
+        if was_on and not now.on and not session.current_night():  # which goes on in its next conversation
+            subprocess.run([ROOT / "run.sh", "end-chain"], stdin=subprocess.DEVNULL, capture_output=True)
     except Exception as e:  # program.md cannot be read, most often: the loop ends; person and agent both see why
         told = {} if event == "Stop" else context(call, f"{e}. Tell the person; nothing can run before it is fixed.")
         answer = str(e)[:150] if sys.argv[1:] else json.dumps({"systemMessage": f"The loop cannot go on: {e}", **told})

@@ -12,7 +12,7 @@ import session
 from history import History
 from keep_rule import MARGIN, geometric_mean
 from project import ROOT, RUNS, Refused, number, visible, write_whole
-from record import JUDGED, Attempt, Record, run_file
+from record import JUDGED, Attempt, Record, results, run_file
 
 HISTORY_FILE = RUNS / "experiments.tsv"
 MAX_BLOCK = 1990  # bytes of a result block
@@ -20,6 +20,7 @@ LOG_LINES, LOG_WIDTH = 20, 110  # lines of a failed run's log in its block, char
 LOG_BYTES = 6000  # of the log's end in which they are looked for
 MAX_BRIEF = 1300  # bytes
 BRIEF_NEWEST, BRIEF_DEAD_ENDS = 10, 5  # attempts in a brief
+PAUSE_S = 30 * 60  # so long no model thinks
 CLAIMS = {"steps": "{} steps", "loss": "loss {}", "peak_memory": "peak {}"}  # of train.py that are shown, and how
 ASK = "ask the planner (Agent, subagent_type planner), then "
 
@@ -129,10 +130,9 @@ def consequence(attempt: Attempt) -> str:
 
 
 def next_step(attempt: Attempt, history: History) -> str:
-    if why := session.why_ended(history):
-        return f"the loop has ended: {why}; {session.SUM_UP}"
-    if history.phase is None:
-        return "all phases of program.md are done; say so and stop"
+    why = session.Session.load().reason_to_end(history)
+    if why or history.phase is None:
+        return f"the loop has ended: {why or history.phase_line()}; {session.SUM_UP}"
     if attempt.verdict == "lost":
         return "nothing is held against this idea: run ./run.sh again, as it is"
     step = "write the next hypothesis in scratchpad.md, edit train.py, run ./run.sh"
@@ -185,6 +185,20 @@ def log(count: str = "20") -> None:
         print(f"{r.number:>5}  {when}  {r.verdict:<10} {shown_value(history, r):>8}  {r.change:<27} {text}")
 
 
+def spent(history: History) -> list[tuple]:
+    """What the loop took so far, '' where nothing tells. Between two runs the model thinks, unless that is long."""
+    rows, training, total, model, ended = history.own(history.records), 0.0, 0.0, 0.0, 0
+    for r, result in zip(rows, results(rows)):
+        timings = [run["timing"] for run in result.get("runs", []) if r.comparable]
+        seconds = sum(timing.get("total", 0) for timing in timings)
+        training, total = training + sum(timing.get("train", 0) for timing in timings), total + seconds
+        between, ended = r.when - seconds - ended, r.when
+        model += between if seconds and 0 < between < PAUSE_S else 0
+    parts, whole = {"training": training, "harness": total - training, "model": model}, total + model
+    shares = ", ".join(f"{what} {s / whole * 100:.0f} %" for what, s in parts.items() if whole)
+    return [("time", f"{whole / 3600:.1f} h: {shares}" if whole else ""), ("used", session.used_in_all())]
+
+
 def status() -> None:
     history, error = History.load(), RUNS / "report.err"
     counts = ", ".join(f"{sum(r.verdict == v for r in history.counted)} {v}" for v in JUDGED)
@@ -193,6 +207,7 @@ def status() -> None:
         ("best", f"{history.program.metric} {history.best_line()}"),
         ("record", f"{len(history.counted)} experiments: {counts}"),
         ("running", locks.running_line() or "nothing"),
+        *spent(history),
         ("elsewhere", history.better_elsewhere()),
         ("report", f"could not be drawn: {error.read_text().strip()}" if error.exists() else ""),
     ]

@@ -22,10 +22,10 @@ import locks
 import measure
 import program
 import record
-import session
 from history import History
 from project import ROOT, RUNS, Refused, say, visible, write_whole
 from record import Attempt, Record
+from session import Session
 
 WORK = RUNS / "work"  # what a run works on; only while it holds the worktree's lock
 PLACEHOLDER = "write one line here"  # of scratchpad.md as it ships
@@ -331,7 +331,7 @@ def complete(attempt: Attempt, history: History) -> None:
     if not attempt.by_hand and attempt.verdict in record.JUDGED:
         attempt.chain = history.chain_after(attempt.verdict)
     this = Record(attempt.verdict, number=attempt.experiment, branch=history.branch)
-    if attempt.chain and session.why_ended(replace(history, records=[*history.records, this])):
+    if attempt.chain and Session.load().reason_to_end(replace(history, records=[*history.records, this])):
         attempt.chain = replace(attempt.chain, continues=False)
 
 
@@ -355,8 +355,9 @@ def end_chain() -> None:
     """With the loop: train.py is the incumbent again, if it is what an open chain measured last. Raises Refused."""
     with workspace():
         history = History.load()
-        if history.link and git.blob_of("train.py") == (last := history.own(history.counted)[-1]).train:
-            dropped = Attempt("dropped", "the chain, with the end of the loop", train=last.train)
+        train = snapshot("train.py")
+        if history.link and train == history.own(history.counted)[-1].train:
+            dropped = Attempt("dropped", "the chain, with the end of the loop", train=train)
             dropped.scratchpad, dropped.experiment = snapshot("scratchpad.md"), history.newest + 1
             record_and_carry_out(dropped, history, history)
 

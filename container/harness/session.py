@@ -104,9 +104,9 @@ class Session(Span):
     usd_before: float = 0.0  # likewise
 
     @classmethod
-    def load(cls, conversation) -> Session:
-        """By the id that the client gives with every hook call."""
-        ident = re.sub(r"[^A-Za-z0-9_-]", "", str(conversation))[:100]
+    def load(cls, conversation="") -> Session:
+        """By the id that the client gives with every hook call, and to every command that it runs."""
+        ident = re.sub(r"[^A-Za-z0-9_-]", "", str(conversation or os.environ.get("CLAUDE_CODE_SESSION_ID", "")))[:100]
         return load(cls, SESSIONS / f"{ident}.json", id=ident)
 
     def save(self) -> None:
@@ -192,15 +192,10 @@ def next_time(clock: str, since: float) -> float:
     return today if today > since else tomorrow
 
 
-def why_ended(history: History) -> str:
-    """Why the loop has ended in the conversation that called ./run.sh; '' while it goes on, and for a person."""
-    return Session.load(os.environ.get("CLAUDE_CODE_SESSION_ID", "")).reason_to_end(history)
-
-
-def used_in_all() -> dict:
-    """{unit: what all conversations here have used}, as far as the client told, which the hooks noted."""
-    found = {unit: [load(Counter, file).risen for file in SESSIONS.glob(f"*.{unit}")] for unit in ("tokens", "usd")}
-    return {unit: sum(risen) for unit, risen in found.items() if any(risen)}
+def used_in_all() -> str:
+    """By all conversations here, as far as the client told, which the hooks noted."""
+    used = {unit: sum(load(Counter, f).risen for f in SESSIONS.glob(f"*.{unit}")) for unit in ("tokens", "usd")}
+    return ", ".join(amount(unit, n) for unit, n in used.items() if n)
 
 
 def progressed(history: History, after: int) -> bool:

@@ -187,6 +187,25 @@ def test_stop_in_the_plan_ends_it_and_start_goes_on(quick, home):
     assert "2 experiments since start, as program.md's `stop` says" in refusal and "end your turn" in refusal
 
 
+def test_an_open_chain_and_the_last_block_at_the_loops_end(quick, home):
+    """It ends by idle turns, then by `stop`, which run.sh knows by the conversation's id."""
+    quick.edit("until: 40 experiments", "until: 40 experiments\npatience: 3", "program.md")
+
+    def script():
+        yield from [RUN, say("a"), say("b"), say("c"), say("d")]
+        quick.edit("stop: 100 experiments", "stop: 1 experiments", "program.md")
+        yield from [RUN, say("summed up")]
+
+    steps = script()
+    talk = Conversation(quick.path, home, lambda shown: next(steps)).run("start", "start")
+    first, last = (block(r.content) for r in talk.model.results)
+    assert "train.py keeps your edit, build on it: 1 of 3" in first["commit"]
+    assert quick.trailers("refs/experiments/3")["Verdict"] == "dropped" and quick.experiments() == [1, 2, 3, 4]
+    assert last["next"].startswith("the loop has ended: 1 experiments since start, as program.md's `stop` says; sum up")
+    assert "the incumbent again, the chain has ended" in last["commit"]
+    assert quick.git("status", "--short", "train.py") == "" and len(notices(talk)) == 2
+
+
 def test_stop_typed_in_the_middle_and_turns_without_an_experiment(quick, home):
     """Talk, reading and refused calls are no experiments."""
 

@@ -239,9 +239,8 @@ def calls(seed: int, root: str, count: int) -> Iterator[tuple[str, dict]]:
 
 def rewritten(tool: str, given: dict) -> dict:
     """A call without what changes nothing: a time-out of ./run.sh, pages of what is no PDF, a switch that is off."""
-    gone = {"Bash": "timeout", "Read": "pages"}.get(tool)
-    off = {"dangerouslyDisableSandbox", "allow_large"}
-    return {key: value for key, value in given.items() if key != gone and not (key in off and value is False)}
+    gone = {"Bash": {"timeout", "dangerouslyDisableSandbox"}, "Read": {"pages", "allow_large"}}.get(tool, set())
+    return {key: value for key, value in given.items() if key not in gone or value is True}
 
 
 def allowed(tool: str, given: dict, root: str, domains: tuple | list = ()) -> bool:
