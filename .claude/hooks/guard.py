@@ -45,7 +45,6 @@ READ_ONLY = (
     "Only train.py, scratchpad.md, program.md, CLAUDE.md, runs/experiments.tsv, runs/NNNN.log, runs/NNNN.diff and "
     "data/*/preview.png can be read."
 )
-TRANSCRIPT_TAIL, LOOKS = 4 << 20, 25  # bytes that are looked at, and how often: the client writes it 70 ms late
 sys.path.append(os.path.join(ROOT, "container", "harness"))  # for the calls that need the record
 
 
@@ -175,55 +174,16 @@ def run(call: dict, given: dict) -> None:
     conversation, why = name_of(call, "session_id"), ""
     with contextlib.suppress(Exception):  # a mistake in program.md, most often: run.sh says which
         from history import History
-        from session import SUM_UP, Session
+        from session import SUM_UP, Session, failed_edit
 
         now = Session.load(conversation)
         if why := now.reason_to_end(History.load() if now.on else None):
             why = f"The loop has ended: {why}. Do not run another experiment: {SUM_UP}."
-        why = why or failed_edit(call)
+        why = why or failed_edit(call["transcript_path"], call["tool_use_id"])
     if why:
         raise Denied(why)
     os.makedirs(os.path.join(ROOT, "runs", "session"), exist_ok=True)
     open(os.path.join(ROOT, "runs", "session", f"proof.{conversation}"), "w").close()
-
-
-def failed_edit(call: dict) -> str:
-    """What to tell of edits that failed since the last ./run.sh, '' without one: so a run is refused once.
-
-    No hook is asked about those that the client does not begin, as where the string is not in the file.
-    """
-    failed: dict[str, tuple] = {}
-    for answer, name, result in edits(call):
-        if result.get("is_error"):
-            failed[name] = answer, re.sub(r"</?tool_use_error>|\s+", " ", str(result.get("content")))[:150].strip()
-        elif name in failed and failed[name][0] != answer:  # else it was made before the failure was seen
-            del failed[name]
-    which = ", ".join(f"{name} ({why})" for name, (_, why) in failed.items())
-    return which and f"Nothing ran: since the last run an edit failed, of {which}. Make it again, then run ./run.sh."
-
-
-def edits(call: dict) -> list[tuple]:
-    """(answer, file, result) of every edit between the last ./run.sh and this call, as the transcript tells."""
-    for _ in range(LOOKS):
-        blocks, found = [], []
-        with open(call["transcript_path"], "rb") as transcript:
-            transcript.seek(max(0, os.fstat(transcript.fileno()).st_size - TRANSCRIPT_TAIL))
-            lines = [line for line in transcript if b'"tool_' in line]
-        for line in lines:
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off, or no message
-                message = json.loads(line)["message"]
-                blocks += [(message.get("id"), block) for block in message["content"] if type(block) is dict]
-        results = {block.get("tool_use_id"): block for _, block in blocks}
-        for answer, block in blocks:
-            if block.get("id") == call["tool_use_id"] and all(result for *_, result in found):
-                return found
-            given = block.get("input") if type(block.get("input")) is dict else {}
-            found = [] if given.get("command") == "./run.sh" else found
-            name = os.path.basename(str(given.get("file_path", "train.py")).strip())
-            if block.get("name") in ("Edit", "Write") and re.fullmatch(EDITABLE, name):
-                found.append((answer, name, results.get(block["id"], {})))
-        time.sleep(0.02)
-    return []
 
 
 def main() -> None:

@@ -252,7 +252,7 @@ class Transcript:
     def __init__(self, guard: Guard, monkeypatch: pytest.MonkeyPatch):
         self.guard, self.file, self.count = guard, guard.project.path / "t.jsonl", 0
         self.file.write_text('{"type": "mode"}\n')
-        monkeypatch.setattr(guard.module, "LOOKS", 5)
+        monkeypatch.setattr(session, "LOOKS", 5)
 
     def line(self, **message) -> None:
         with self.file.open("a") as f:
@@ -316,11 +316,19 @@ def test_what_is_no_failed_edit(transcript):
     transcript.edit(1, "train.py", NOT_FOUND, tool="Read")
     transcript.edit(1, "train.py")
     assert not transcript.run(2)
-    used = transcript.use(3, "Bash", command="./run.sh")
-    transcript.edit(3, "train.py", NOT_FOUND)  # after the run, of which nothing is known yet
-    asked = {"tool_use_id": used, "transcript_path": str(transcript.file)}
-    assert not transcript.guard.refusal("Bash", {"command": "./run.sh"}, **asked)
-    assert "train.py" in transcript.run(4)
+
+
+def test_two_runs_in_one_answer(transcript):
+    """What comes after a run is none of its business, and all of the next one's."""
+    transcript.edit(3, "scratchpad.md", NOT_FOUND)
+    first = transcript.use(3, "Bash", command="./run.sh")
+    transcript.edit(3, "train.py", NOT_FOUND)
+    second = transcript.use(3, "Bash", command="./run.sh")
+    asked = {"transcript_path": str(transcript.file)}
+    why = [transcript.guard.refusal("Bash", {"command": "./run.sh"}, tool_use_id=i, **asked) for i in (first, second)]
+    assert "of scratchpad.md" in why[0] and "train.py (" not in why[0]
+    assert "of train.py" in why[1] and "scratchpad.md (" not in why[1]
+    assert not transcript.run(4)
 
 
 def test_a_transcript_that_is_late_damaged_or_missing_keeps_nothing_from_running(transcript):
@@ -345,10 +353,11 @@ def test_a_transcript_that_is_late_damaged_or_missing_keeps_nothing_from_running
 
 
 def test_a_long_transcript_is_looked_at_from_its_end(transcript):
+    transcript.edit(1, "scratchpad.md", NOT_FOUND)
     transcript.line(content=[{"type": "text", "text": '"tool_' + "x" * (8 << 20)}])
     transcript.edit(1, "train.py", NOT_FOUND)
-    began = time.monotonic()
-    assert "train.py" in transcript.run(1) and time.monotonic() - began < 0.1
+    began, why = time.monotonic(), transcript.run(1)
+    assert "of train.py" in why and "scratchpad.md" not in why and time.monotonic() - began < 0.1
 
 
 # Addresses, searches, subagents
