@@ -213,7 +213,7 @@ def failed_edit(transcript: str, run: str) -> str:
 
 
 def edits(transcript: str, run: str) -> list[tuple]:
-    """(answer, file, result) of each, also of those that the client does not even begin: no hook is asked about them."""
+    """(answer, file, result) of each, also where the client asked no hook, since the string was not in the file."""
     for _ in range(LOOKS):
         with open(transcript, "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - TRANSCRIPT_TAIL))
