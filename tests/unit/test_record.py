@@ -360,3 +360,15 @@ def test_a_damaged_list_of_what_was_known_is_none(small: Small):
     small.write(".git/autoresearch.experiments", '{"refs/experiments/1": 4}')
     small.write("train.py", DISCARDED)
     assert small.experiment("worse")[1]["experiment"] == "2"
+
+
+def test_what_git_writes_for_us_survives_a_power_cut(small: Small, tmp_path, monkeypatch):
+    """Every object and ref is flushed to the disk; by default git (2.36 and later) leaves its objects to chance."""
+    (tmp_path / ".gitconfig").write_text(f"[trace2]\neventTarget = {tmp_path}/events\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    small.write("train.py", DISCARDED)
+    assert small.experiment("worse")[1]["experiment"] == "2"
+    events = [json.loads(line) for line in (tmp_path / "events").read_text().splitlines()]
+    flushed = {e["sid"] for e in events if e.get("key") == "fsync/hardware-flush"}
+    writers = {e["sid"]: e["argv"] for e in events if e["event"] == "start" and "commit-tree" in e["argv"]}
+    assert writers and set(writers) <= flushed
