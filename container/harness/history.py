@@ -6,7 +6,7 @@ import contextlib
 import os
 import zlib
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import count, takewhile
 from pathlib import Path
 
 import git
@@ -60,6 +60,11 @@ class History:
     @property
     def newest(self) -> int:
         return self.records[-1].number if self.records else 0
+
+    @property
+    def next_number(self) -> int:
+        """Of the next experiment: a killed run on another branch may have left a note under the one after the newest."""
+        return next(n for n in count(self.newest + 1) if not record.run_file(n, "pending").exists())
 
     def values(self, r: Record) -> list[float]:
         """The metric of every run, in the order they ran; [] for a failure."""
