@@ -360,6 +360,29 @@ def test_a_failure_is_lost_when_the_gpu_has_gone_meanwhile(machine, tmp_path: Pa
         assert run.outcome == outcome and ("may be tried again" in run.reason) == (outcome == "lost"), run
 
 
+@pytest.mark.parametrize(
+    ("status", "oom", "outcome", "words"),
+    [
+        (125, False, "lost", "podman failed (its client ended with 125)"),  # the daemon was restarted, conmon died
+        (255, False, "lost", "podman failed"),
+        (137, False, "lost", "the sandbox was killed from outside: not the edit's fault"),  # podman kill, systemd-oomd
+        (137, True, "failed", "killed from outside, or ran out of its 1g of memory"),
+        (1, False, "failed", "killed from outside, or ran"),  # PID 1 itself: what train.py left cannot be handed over
+    ],
+)
+def test_what_an_engine_does_to_a_training(machine, tmp_path, monkeypatch, status, oom, outcome, words):
+    """PID 1 has reported that training may begin, and nothing after that."""
+    ready = """echo '{"up": true}'; echo '{"ready": true, "device": "cpu"}'"""
+    script = f"case $1 in run) {ready}; {'echo >oom' * oom}\nexit {status};; *) echo podman version 4.9.3;; esac"
+    machine(podman=script)
+    for folder in ("train", "val/images", "val/captions"):
+        (tmp_path / "data/x" / folder).mkdir(parents=True)
+    (tmp_path / "work").mkdir()
+    monkeypatch.setattr(measure, "ROOM", 0)
+    found = measure.run(measure.Job(tmp_path / "work", tmp_path / "data/x", 5, "1g", 1, tmp_path / "log", "image"))
+    assert found.outcome == outcome and words in found.reason
+
+
 def test_without_gpus_nothing_can_have_gone(machine, monkeypatch):
     machine(nvidia_smi=smi("a driver that is broken", 9))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
