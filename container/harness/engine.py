@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import git
-from project import ROOT, Refused
+from project import IMAGE_MADE_OF, ROOT, Refused
 
 IMAGE = ROOT / "container" / "image"  # what the image is built from
 ENGINES = ("podman", "docker")  # in the order in which they are tried
@@ -299,7 +299,7 @@ def sweep(shared_as: str = "") -> None:
 
 def image_tag(base: str) -> str:
     """The tag is a hash of everything the image is made of, so an unchanged one is found at once."""
-    content = base.encode() + b"".join((IMAGE / f).read_bytes() for f in ("Containerfile", "requirements.txt"))
+    content = base.encode() + b"".join((ROOT / "container" / f).read_bytes() for f in IMAGE_MADE_OF)
     return f"{IMAGE_NAME}:{hashlib.sha256(content).hexdigest()[:12]}"
 
 
