@@ -19,6 +19,7 @@ from project import ROOT, RUNS, read_json, write_json, write_whole
 
 SESSIONS = RUNS / "session"
 PLAN, KNOWN_PLAN = ROOT / "program.md", SESSIONS / "program.md"
+BOOT = Path("/proc/sys/kernel/random/boot_id")  # another one after every start of the machine
 NIGHT, NIGHT_LOCK = RUNS / "night.json", RUNS / "night.lock"
 FORMATS = {"experiments": "d", "hours": ".1f", "tokens": ",d", "usd": ".2f"}  # of what program.md's `stop` limits
 TOKENS = ("input_tokens", "output_tokens", "cache_creation_input_tokens")  # what the cache gave is not counted
@@ -57,14 +58,21 @@ class Span:
     """From when on a loop counts, and the hour at which it ends."""
 
     since: float = 0.0
-    up: float = 0.0  # seconds_up() at that time; 0: unknown
+    up: float = 0.0  # seconds_up() at that time
+    boot: str = ""  # which start of the machine `up` counts from
     after: int = 0  # experiments with a higher number count
     clock: str = ""  # HH:MM at which the person wants the night to end
 
+    @classmethod
+    def now(cls, **more):
+        return cls(since=time.time(), up=seconds_up(), boot=BOOT.read_text(), **more)
+
     @property
     def began(self) -> float:
-        """`since`, by the clock as it is now: it may have been set back."""
-        return min(self.since, time.time() - max(0, seconds_up() - self.up if self.up else 0))
+        """`since`, by the clock as it is now: it may have been set."""
+        if self.boot == BOOT.read_text():
+            return time.time() - max(0, seconds_up() - self.up)
+        return min(self.since, time.time())
 
 
 @dataclass
@@ -112,9 +120,10 @@ class Session(Span):
 
     def start(self, night: Night | None, newest: int) -> None:
         """The loop is on, and everything counts from here; in a night, from where that began."""
-        night = night or Night(since=time.time(), up=seconds_up(), after=newest)
+        night = night or Night.now(after=newest)
         self.on, self.stopped, self.idle, self.seen = True, False, 0, newest
-        self.since, self.up, self.after, self.clock = night.since, night.up, night.after, night.clock
+        for field in fields(Span):
+            setattr(self, field.name, getattr(night, field.name))
         self.tokens_before, self.usd_before = self.tokens() - night.tokens, self.usd() - night.usd
 
     def usd(self) -> float:
