@@ -224,8 +224,13 @@ def measure_and_decide(attempt: Attempt, planned: History, device: int) -> Histo
 
 
 def as_it_is_now(planned: History) -> History:
-    """With other worktrees' results, and with the incumbent that was planned against, whatever HEAD is by now."""
-    return replace(History.load(planned.program, planned.image), incumbent_train=planned.incumbent_train)
+    """With other worktrees' results, and with the incumbent that was planned against, whatever HEAD is by now.
+
+    Its results may have been deleted meanwhile.
+    """
+    now = replace(History.load(planned.program, planned.image), incumbent_train=planned.incumbent_train)
+    now.values_by_train.setdefault(planned.incumbent_train, planned.incumbent)
+    return now
 
 
 def job(history: History, work: Path, source: bytes, device: int, **how) -> measure.Job:

@@ -71,6 +71,8 @@ class Trainings:
         else:
             shutil.rmtree(folder if self.runs else self.work, ignore_errors=True)  # of another audit
             run = measure.run(experiment.job(self.history, folder, source, self.device, **self.how))
+        if run.outcome == "lost":
+            raise Refused(f"{side}: {run.reason.rpartition(':')[0]}; the same command again goes on from here")
         if run.outcome == "ok":
             write_json(folder / FINISHED, {"what": what, "run": asdict(run)})
         self.runs.append({"side": side, **asdict(run)})

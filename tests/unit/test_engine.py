@@ -163,6 +163,17 @@ def test_a_gpu_that_does_not_answer_is_no_cpu(machine, monkeypatch, listed: str,
     assert engine.device_kind() == "cpu"
 
 
+def test_a_driver_without_its_tool_is_no_cpu(machine, tmp_path: Path, monkeypatch):
+    machine(podman="exit 0")
+    assert engine.device_kind() == "cpu"
+    engine.all_gpus.cache_clear()
+    monkeypatch.setattr(engine, "NVIDIA", tmp_path)
+    with pytest.raises(Refused, match="there is an NVIDIA GPU .*, but no nvidia-smi: install it"):
+        engine.device_kind()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert engine.device_kind() == "cpu"
+
+
 def test_a_launch_command_looks_after_its_own_gpus(machine):
     machine(nvidia_smi=smi("broken", 9))
     assert engine.slots(program.Program([], launch=["srun"])) == [0]
@@ -217,8 +228,28 @@ def test_an_image_that_is_missing_is_built_by_setup_alone(machine, monkeypatch):
     assert install.need_image() == "built"
 
 
+def test_a_pull_that_fails_says_why(machine, monkeypatch, capsys):
+    full = "Error: writing blob: storing blob to file: no space left on device"
+    machine(
+        podman=f"case $1 in pull) echo '{full}' >&2; exit 125;; images) exit 0;; *) echo podman version 4.9.3;; esac"
+    )
+    monkeypatch.setattr(install, "run", lambda *words, **how: None)
+    monkeypatch.setattr(install, "install_packages", lambda *words: None)
+    assert install.make_base() == engine.DEBIAN_BASE
+    assert f"cannot be pulled ({full}): making a base image" in capsys.readouterr().err
+
+
 def as_user(monkeypatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
+
+
+@pytest.mark.parametrize("kind", engine.ENGINES)
+def test_an_engine_that_does_not_say_what_it_can_hold_starts_nothing(machine, monkeypatch, kind: str):
+    """Without limits a training could take the machine."""
+    machine(**{kind: "case $1 in info) echo 'Error: database is locked' >&2; exit 125;; *) echo ok;; esac"})
+    as_user(monkeypatch)
+    with pytest.raises(Refused, match=f"{kind} fails: Error: database is locked; ./run.sh doctor"):
+        engine.arguments(engine.Container("name", "image", ["true"], "1g", {}))
 
 
 @pytest.mark.parametrize(
