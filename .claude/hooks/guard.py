@@ -89,9 +89,10 @@ def check_file(path, allowed: str, instead: str) -> None:
     name = str(path)[len(prefix) :]
     if not isinstance(path, str) or not re.fullmatch(allowed, name):
         raise Denied(instead)
+    full = os.path.join(ROOT, name)
     if name.startswith("data/"):
         bring_preview(name)
-    full = os.path.join(ROOT, name)
+        full = os.path.join(os.path.realpath(os.path.join(ROOT, "data")), name[len("data/") :])  # on another disk
     if os.path.realpath(full) != full or not os.path.isfile(full) or os.stat(full).st_nlink != 1:
         raise Denied(f"{name} is missing, or no ordinary file (a link, a folder); tell the person. {instead}")
 

@@ -117,6 +117,8 @@ def main(words: list[str]) -> int:
         for s in ENDING:
             signal.signal(s, end)
     try:
+        if (path := os.fsencode(ROOT).decode("utf-8", "replace")) != str(ROOT):
+            raise Refused(f"the path of this folder, {path}, is not UTF-8, which engines cannot mount; rename it")
         return run_verb(verb, words[1:])
     except Refused as error:
         say(f"run.sh: {error}")

@@ -10,11 +10,11 @@ from subprocess import PIPE
 
 from project import ROOT, RUNS, Refused
 
-# Off: hooks, monitors, pagers, signature programs, fetches of missing objects, a file that may be missing; and messages
-# are UTF-8
+# Off: hooks, monitors, pagers, signature programs, fetches of missing objects, a file that may be missing. Messages are
+# UTF-8, and what is written survives a power cut
 QUIET = ("core.hooksPath=/dev/null", "core.fsmonitor=false", "commit.gpgSign=false", "log.showSignature=false",
          "protocol.allow=never", "gc.auto=0", "core.filesRefLockTimeout=5000", "diff.orderFile=/dev/null",
-         "i18n.commitEncoding=UTF-8", "i18n.logOutputEncoding=UTF-8")  # fmt: skip
+         "i18n.commitEncoding=UTF-8", "i18n.logOutputEncoding=UTF-8", "core.fsync=committed")  # fmt: skip
 GIT = ("git", *(word for setting in QUIET for word in ("-c", setting)), "--no-pager")
 FALLBACK_IDENTITY = ("-c", "user.name=autoresearch", "-c", "user.email=autoresearch@localhost")
 INDEX = RUNS / "work" / "index"  # beside the user's own; the folder is emptied before and after every run

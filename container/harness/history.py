@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import zlib
 from dataclasses import dataclass, field
-from itertools import takewhile
-from pathlib import Path
+from itertools import count, takewhile
 
 import git
 import keep_rule
 import program as plan
 import record
 from keep_rule import geometric_mean
-from project import INSIDE, ROOT, RUNS, number, read_json, write_json
+from project import IMAGE_MADE_OF, MEASURES, ROOT, number, read_json, write_json
 from record import JUDGED, REVERTED, Record
 
-COMPARED = RUNS / "compared.json"  # what runs here compared with, for whoever cannot ask the engine: see settings()
+COMPARED = "autoresearch.compared"  # in git's folder: what runs compared with, for whoever cannot ask the engine
 PLANNER_EVERY = 5  # discards in a row after which the planner is due again; and at the start of a phase
 
 
@@ -49,7 +47,7 @@ class History:
             import dataset  # here, so that hooks stay fast
 
             comparable = dataset.comparable(program, image)
-            remember(program, dataset.folder(""), comparable)
+            remember(program, comparable)
         else:
             comparable = last_comparable(program, branch, records)
         history = cls(program, image, comparable, branch, records, git.object_id("HEAD:train.py"))
@@ -60,6 +58,11 @@ class History:
     @property
     def newest(self) -> int:
         return self.records[-1].number if self.records else 0
+
+    @property
+    def next_number(self) -> int:
+        """Of the next experiment: for the one after the newest a killed run on another branch may have left a note."""
+        return next(n for n in count(self.newest + 1) if not record.run_file(n, "pending").exists())
 
     def values(self, r: Record) -> list[float]:
         """The metric of every run, in the order they ran; [] for a failure."""
@@ -187,26 +190,26 @@ def discards_in_a_row(records: list[Record]) -> int:
 # What is comparable, for hooks and displays
 
 
-def settings(program: plan.Program, data: Path) -> str:
-    """What decides what is comparable and can be read at once: all but the image and the device."""
-    content = read_json(data / program.data / "info.json", {}).get("hash")
-    judge = zlib.crc32((INSIDE / "judge.py").read_bytes())
-    return f"{program.data} {content} {program.budget} {' '.join(program.launch)} {judge}"
+def settings(program: plan.Program) -> str:
+    """What decides what is comparable and can be read at once: all but the device."""
+    content = read_json(git.main_worktree() / "data" / program.data / "info.json", {}).get("hash")
+    code = zlib.crc32(b"".join((ROOT / "container" / f).read_bytes() for f in (*MEASURES, *IMAGE_MADE_OF)))
+    return f"{program.data} {content} {program.budget} {' '.join(program.launch)} {code}"
 
 
-def remember(program: plan.Program, data: Path, comparable: str) -> None:
-    """data: the folder of the data sets."""
-    known = read_json(COMPARED, {"by": {}}, data=str, by=dict)
-    new = {"data": os.path.relpath(data, ROOT), "by": {**known["by"], settings(program, data): comparable}}
+def remember(program: plan.Program, comparable: str) -> None:
+    file = git.folder() / COMPARED
+    known = read_json(file, {})
+    new = {**known, settings(program): comparable}
     if new != known:
         with contextlib.suppress(OSError):  # a full disk: then hooks go by what they know
-            write_json(COMPARED, new)
+            write_json(file, new)
 
 
 def last_comparable(program: plan.Program, branch: str, records: list[Record]) -> str:
-    """What the last run here with these settings had; with new ones nothing is comparable, as a run will find."""
-    if known := read_json(COMPARED, {}, data=str, by=dict):
-        return known["by"].get(settings(program, ROOT / known["data"]), "new")
-    compared = [r for r in records if r.comparable]  # nothing ran in this worktree yet
+    """What the last run with these settings had; with new ones nothing is comparable, as a run will find."""
+    if known := read_json(git.folder() / COMPARED, {}):
+        return str(known.get(settings(program), "new"))
+    compared = [r for r in records if r.comparable]  # nothing ran in this clone yet
     own = [r for r in compared if r.branch in ("", branch)]
     return (own or compared)[-1].comparable if compared else ""

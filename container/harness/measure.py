@@ -112,7 +112,8 @@ def stage_mounts(job: Job) -> dict[str, Path]:
 
 def train_mounts(job: Job) -> dict[str, Path]:
     weights = job.data.parent / "weights"  # published ones, which ./run.sh data ukiyo-e fetches; others need none
-    published = {"/weights": weights} if weights.is_dir() else {}
+    theirs = weights.is_dir() and not (weights / "val.key.npy").exists()  # a data set's name once, with its key
+    published = {"/weights": weights} if theirs else {}
     return {**stage_mounts(job), "/data": job.data / job.table, **published}
 
 

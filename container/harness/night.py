@@ -25,7 +25,7 @@ import locks
 from history import History
 from project import ROOT, RUNS, Refused, visible, write_json
 from record import JUDGED
-from session import NIGHT, NIGHT_LOCK, Night, Session, current_night, load, progressed, seconds_up
+from session import NIGHT, NIGHT_LOCK, Night, Session, current_night, load, progressed
 
 LOG, OUTPUT = RUNS / "night.log", RUNS / "night.out"  # OUTPUT: the client's, which says how the conversation ended
 FIRST_WAIT = 10  # s until the client is started again; doubled after each conversation without an experiment
@@ -208,7 +208,7 @@ def begin(clock: str) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Refused("another night has just begun here; ./run.sh night shows it") from None
-        keeper = Keeper(Night(time.time(), seconds_up(), History.load().newest, clock, log=log.tell()))
+        keeper = Keeper(Night.now(after=History.load().newest, clock=clock, log=log.tell()))
         if why := keeper.check():
             raise Refused(f"there is nothing to do: {why}")
         if NIGHT.exists() and load(Night, NIGHT).status is None:

@@ -59,7 +59,7 @@ class Trainings:
         """One training with a fresh seed, or what the same audit, which was killed, had of it. Raises Refused."""
         budget = self.how.get("budget", self.history.program.budget)
         activity = f"training {len(self.runs) + 1} of {self.total}, {side}"
-        locks.announce(self.history.newest + 1, activity, budget)
+        locks.announce(self.history.next_number, activity, budget)
         seconds = [run["timing"]["total"] for run in self.runs] or [budget + AROUND_S]
         minutes = (self.total - len(self.runs)) * statistics.mean(seconds) / 60
         say(f"{activity}: {'' if self.runs else 'at most '}{minutes:.0f} min left")
@@ -71,6 +71,8 @@ class Trainings:
         else:
             shutil.rmtree(folder if self.runs else self.work, ignore_errors=True)  # of another audit
             run = measure.run(experiment.job(self.history, folder, source, self.device, **self.how))
+        if run.outcome == "lost":
+            raise Refused(f"{side}: {run.reason.rpartition(':')[0]}; the same command again goes on from here")
         if run.outcome == "ok":
             write_json(folder / FINISHED, {"what": what, "run": asdict(run)})
         self.runs.append({"side": side, **asdict(run)})
@@ -159,7 +161,7 @@ def publication(verb: str, title: str, trainings: Trainings, best: Attempt, foun
     """What is recorded of the best, and what else its result.json holds."""
     history, split = trainings.history, trainings.how["split"]
     told = replace(best, kind=verb, verdict=verb, hypothesis=title, train=history.incumbent_train, split=split)
-    told.experiment, told.when = history.newest + 1, int(time.time())
+    told.experiment, told.when = history.next_number, int(time.time())
     if split == "test":
         told.test_evaluation = 1 + sum(r.test_evaluation > 0 for r in history.records)
     return told, {"values": best.values(), "runs": trainings.runs, verb: {"split": split, **found}}

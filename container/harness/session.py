@@ -21,6 +21,7 @@ from record import OURS
 
 SESSIONS = RUNS / "session"
 PLAN, KNOWN_PLAN = ROOT / "program.md", SESSIONS / "program.md"
+BOOT = Path("/proc/sys/kernel/random/boot_id")  # another one after every start of the machine
 NIGHT, NIGHT_LOCK = RUNS / "night.json", RUNS / "night.lock"
 FORMATS = {"experiments": "d", "hours": ".1f", "tokens": ",d", "usd": ".2f"}  # of what program.md's `stop` limits
 SUM_UP = "sum up in scratchpad.md in a few lines what was learned and what to try next, then end your turn"
@@ -61,14 +62,21 @@ class Span:
     """From when on a loop counts, and the hour at which it ends."""
 
     since: float = 0.0
-    up: float = 0.0  # seconds_up() at that time; 0: unknown
+    up: float = 0.0  # seconds_up() at that time
+    boot: str = ""  # which start of the machine `up` counts from
     after: int = 0  # experiments with a higher number count
     clock: str = ""  # HH:MM at which the person wants the night to end
 
+    @classmethod
+    def now(cls, **more):
+        return cls(since=time.time(), up=seconds_up(), boot=BOOT.read_text(), **more)
+
     @property
     def began(self) -> float:
-        """`since`, by the clock as it is now: it may have been set back."""
-        return min(self.since, time.time() - max(0, seconds_up() - self.up if self.up else 0))
+        """`since`, by the clock as it is now: it may have been set."""
+        if self.boot == BOOT.read_text():
+            return time.time() - max(0, seconds_up() - self.up)
+        return min(self.since, time.time())
 
 
 @dataclass
@@ -116,9 +124,10 @@ class Session(Span):
 
     def start(self, night: Night | None, newest: int) -> None:
         """The loop is on, and everything counts from here; in a night, from where that began."""
-        night = night or Night(since=time.time(), up=seconds_up(), after=newest)
+        night = night or Night.now(after=newest)
         self.on, self.stopped, self.idle, self.seen = True, False, 0, newest
-        self.since, self.up, self.after, self.clock = night.since, night.up, night.after, night.clock
+        for field in fields(Span):
+            setattr(self, field.name, getattr(night, field.name))
         self.tokens_before, self.usd_before = self.tokens() - night.tokens, self.usd() - night.usd
 
     def usd(self) -> float:

@@ -378,9 +378,12 @@ BROKEN = [
     (lambda f: (f.path / "train.jsonl").chmod(0), "train.jsonl may not be read by the container; chmod -R a.rX /"),
     (lambda f: f.images.chmod(0), "png may not be read by the container; chmod -R a.rX .*/odvg$"),
     (lambda f: f.image("val", 2).chmod(0), "hidden-3496-1-0.png may not be read by the container; chmod -R"),
-    (lambda f: f.outside(link=False), "val.jsonl line 1: image '../outside.png' leaves the folder images/"),
-    (lambda f: f.outside(link=True), "val.jsonl line 1: image .* leaves the folder images/; put it there"),
-    (lambda f: f.change("val", 1, filename="/etc/passwd"), "val.jsonl line 1: image '/etc/passwd' leaves the folder"),
+    (lambda f: f.outside(link=False), "val.jsonl line 1: image '../outside.png' lies outside of the folder images/"),
+    (
+        lambda f: f.outside(link=True),
+        "val.jsonl line 1: image .* lies outside of the folder images/; put the file itself",
+    ),
+    (lambda f: f.change("val", 1, filename="/etc/passwd"), "val.jsonl line 1: image '/etc/passwd' lies outside of"),
     (lambda f: f.change("val", 1, filename=None), "val.jsonl line 1: image None is not in images/"),
     (lambda f: f.change("val", 1, filename="."), "val.jsonl line 1: image '.' is not in images/"),
     (
@@ -398,6 +401,24 @@ def test_a_problem_is_named_with_its_line_and_nothing_is_written(spoil, message:
     problem, summary = folder.failure(capsys)
     assert re.search(message, problem)
     assert summary == "error: 1 problem; nothing was written"
+
+
+@pytest.mark.parametrize(("unit", "name"), prepare_data.odvg.UNITS.items())
+def test_boxes_in_other_units_than_pixels(unit: int, name: str, tmp_path: Path) -> None:
+    """Label Studio writes per cent, some language models thousandths. One line alone may well have such boxes."""
+    (tmp_path / "a.png").touch()
+    problems: list[str] = []
+    for count, side, most in ((20, 2 * unit, unit), (19, 2 * unit, unit), (20, unit, unit), (20, 2 * unit, unit + 1)):
+        regions = [{"phrase": "a thing", "bbox": [9, 9, most - n, 50]} for n in range(count)]
+        entry = {"filename": "a.png", "width": side, "height": side}
+        entry["grounding"] = {"caption": "a picture", "regions": regions}
+        (tmp_path / "train.jsonl").write_text(json.dumps(entry))
+        list(prepare_data.odvg.read(tmp_path / "train.jsonl", prepare_data.odvg.Images(tmp_path), problems))
+    (problem,) = problems
+    assert problem == (
+        f"train.jsonl: none of 20 boxes goes beyond {unit}, in images of {2 * unit} pixels and more: "
+        f"they look like {name} of the image; write pixels"
+    )
 
 
 def test_a_small_validation_is_taken_with_a_warning(folder: Folder, capsys) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 import git
-import history
 import program
 import record
 from history import History
@@ -40,7 +39,7 @@ class Recorded:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, text: str = PLAN):
         self.text, self.records = text, []
         self.branch, self.incumbent, self.comparable = "main", INCUMBENT, "x"
-        monkeypatch.setattr(history, "COMPARED", Path("/dev/null/compared.json"))  # root cannot write it either
+        monkeypatch.setattr(git, "folder", lambda *_: Path("/dev/null"))  # root cannot write there either
         monkeypatch.setattr(record, "load_all", lambda: list(self.records))
         monkeypatch.setattr(git, "branch", lambda: self.branch)
         monkeypatch.setattr(git, "object_id", lambda name: self.incumbent)

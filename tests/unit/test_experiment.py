@@ -176,12 +176,12 @@ def test_data_that_are_not_there_are_compared_with_nothing(small: Small):
     assert "not measured yet" not in small.run("status").stdout
 
 
-def test_a_worktree_in_which_nothing_ran_goes_by_the_record(small: Small):
-    (small.path / "runs/compared.json").unlink()
+def test_a_clone_in_which_nothing_ran_goes_by_the_record(small: Small):
+    (small.path / ".git/autoresearch.compared").unlink()
     assert "not measured yet" not in small.run("status").stdout
     small.hypothesis("an idea")
     small.write("train.py", KEPT)
-    assert small.run().returncode == 0 and (small.path / "runs/compared.json").exists()
+    assert small.run().returncode == 0 and (small.path / ".git/autoresearch.compared").exists()
 
 
 def proof(small: Small) -> str:

@@ -218,10 +218,28 @@ def test_without_an_image_it_is_compared_as_the_newest_of_this_branch_was(plan):
     assert plan.history.comparable == "y"  # of none of its own: the newest of all
 
 
-@pytest.mark.parametrize("text", ['{"data": 4}', '{"by": 3}', '{"by": {}}', '{"by": {}, "data": 4}'])
+@pytest.mark.parametrize("text", ["{", "[4]", "{}", ""])
 def test_a_damaged_file_of_what_was_compared_is_none(small: Small, text: str):
-    small.write("runs/compared.json", text)
+    small.write(".git/autoresearch.compared", text)
     assert "best:     mean_rank 100.0" in small.run("status").stdout
     small.write("train.py", DISCARDED)
     assert small.experiment("worse")[1]["verdict"] == "discarded"
-    assert '"data": "data"' in small.read("runs/compared.json")
+    assert '"prints ' in small.read(".git/autoresearch.compared")
+
+
+@pytest.mark.parametrize("kind", ["worktree", "clean", "stage", "image"])
+def test_hooks_compare_with_what_a_run_would(small: Small, tmp_path, kind: str):
+    """So that a loop whose phases are all done may start anew with another budget, a new stage.py, another image."""
+    small.git("commit", "-qm", "a plan")
+    here = small.worktree(tmp_path / "second", "second") if kind == "worktree" else small
+    if kind == "clean":
+        small.git("clean", "-qfdx", "-e", "data")
+    changed = {"stage": "container/inside/stage.py", "image": "container/image/requirements.txt"}.get(kind)
+    if changed:
+        here.write(changed, here.read(changed) + "\n# new\n")
+    else:
+        here.edit("budget: 120", "budget: 60", "program.md")
+    image = "another" if kind == "image" else "image"
+    load = "history.History.load"
+    told = here.python(f"import history; print({load}().incumbent, {load}(image={image!r}).incumbent)")
+    assert told == "[] []"

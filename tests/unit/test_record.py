@@ -204,6 +204,17 @@ def test_what_was_recorded_on_another_branch_is_left_to_that_branch(small: Small
     assert small.git("show", "HEAD:train.py") + "\n" == train_py(VALUES["kept"])
 
 
+def test_a_number_that_another_branch_waits_for_is_not_given_away(small: Small):
+    """Its experiment, which is not in the record yet, would be lost."""
+    killed_before(small, "update-ref refs/experiments/2")
+    small.git("switch", "-qc", "other")
+    small.write("train.py", DISCARDED)
+    assert small.experiment("something else, on that branch")[1]["experiment"] == "3"
+    small.git("switch", "-q", "main")
+    assert "completed experiment 2" in small.run().stderr
+    assert small.git("show", "HEAD:train.py") + "\n" == KEPT
+
+
 def test_what_another_process_is_writing_is_left_alone(small: Small):
     """A night's keeper writes its runs/night.json while an experiment cleans up."""
     ended = subprocess.Popen(["true"])
@@ -342,7 +353,7 @@ def test_a_damaged_note_is_none(small: Small, note: dict):
     small.write("runs/0002.pending", json.dumps({**note, "branch": "main"}))
     small.write("train.py", DISCARDED)
     done, shown = small.experiment("worse")
-    assert shown["experiment"] == "2" and done.stderr == ""
+    assert shown["verdict"] == "discarded" and done.stderr == ""
 
 
 def test_an_experiment_whose_commit_is_lost_has_a_remedy(small: Small):
@@ -360,3 +371,15 @@ def test_a_damaged_list_of_what_was_known_is_none(small: Small):
     small.write(".git/autoresearch.experiments", '{"refs/experiments/1": 4}')
     small.write("train.py", DISCARDED)
     assert small.experiment("worse")[1]["experiment"] == "2"
+
+
+def test_what_git_writes_for_us_survives_a_power_cut(small: Small, tmp_path, monkeypatch):
+    """Every object and ref is flushed to the disk; by default git (2.36 and later) leaves its objects to chance."""
+    (tmp_path / ".gitconfig").write_text(f"[trace2]\neventTarget = {tmp_path}/events\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    small.write("train.py", DISCARDED)
+    assert small.experiment("worse")[1]["experiment"] == "2"
+    events = [json.loads(line) for line in (tmp_path / "events").read_text().splitlines()]
+    flushed = {e["sid"] for e in events if e.get("key") == "fsync/hardware-flush"}
+    writers = {e["sid"]: e["argv"] for e in events if e["event"] == "start" and "commit-tree" in e["argv"]}
+    assert writers and set(writers) <= flushed
