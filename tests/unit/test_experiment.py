@@ -122,7 +122,7 @@ def test_refusals_name_the_next_step(small: Small):
     small.git("commit", "-qm", "gone")
     small.refused("train.py is not committed")
     assert "unknown verb" in small.run("fly").stderr and "exit status" in small.run("help").stdout
-    for verb, words in (("log", ("0",)), ("log", ("1", "2")), ("keep", ()), ("status", ("x",))):
+    for verb, words in (("log", ("0",)), ("log", ("x",)), ("log", ("1", "2")), ("keep", ()), ("status", ("x",))):
         assert f"usage: ./run.sh {verb}" in small.run(verb, *words).stderr
 
 
