@@ -11,7 +11,7 @@ import pytest
 
 import experiment
 import repository
-from in_process import DISCARDED, INCUMBENT_TEXT, KEPT, VALUES, Point, Small, made_up_run, train_py, variant
+from in_process import DISCARDED, INCUMBENT_TEXT, KEPT, LOSER, VALUES, Point, Small, made_up_run, train_py, variant
 from measure import Run
 from record import Attempt
 from recorded import INCUMBENT, Recorded
@@ -469,10 +469,10 @@ def bold(small: Small) -> Small:
 
 def test_a_chain_is_kept_whole(bold: Small):
     head = bold.git("rev-parse", "HEAD")
-    bold.write("train.py", variant(DISCARDED, 1))
+    bold.write("train.py", variant(LOSER, 1))
     _, first = bold.experiment("worse")
     assert first["verdict"] == "discarded" and "train.py keeps your edit, build on it: 1 of 3" in first["commit"]
-    assert bold.read("train.py") == variant(DISCARDED, 1) and bold.git("rev-parse", "HEAD") == head
+    assert bold.read("train.py") == variant(LOSER, 1) and bold.git("rev-parse", "HEAD") == head
     assert "chain 1 of at most 3" in first["phase"]
     bold.hypothesis("worse, unchanged")
     bold.refused("already judged")
@@ -494,17 +494,17 @@ def test_a_chain_is_kept_whole(bold: Small):
 def test_a_chain_that_loses_is_reverted_whole(bold: Small):
     bold.edit("until: 3 experiments", "until: 5 experiments", "program.md")
     for n in (1, 2, 3):
-        bold.write("train.py", variant(bold.read("train.py") if n > 1 else DISCARDED, n))
+        bold.write("train.py", variant(bold.read("train.py") if n > 1 else LOSER, n))
         _, shown = bold.experiment(f"worse {n}")
     assert "train.py is the incumbent again, the chain has ended)" in shown["commit"]
     assert bold.read("train.py") == INCUMBENT_TEXT and "chain" not in shown["phase"]
-    bold.write("train.py", variant(DISCARDED, 4))
+    bold.write("train.py", variant(LOSER, 4))
     assert "1 of 3 in this chain" in bold.experiment("the next begins at one")[1]["commit"]
 
 
 def test_a_chain_ends_with_its_phase_and_the_new_one_is_named(bold: Small):
     bold.edit("until: 3 experiments", "until: 1 experiment", "program.md")
-    bold.write("train.py", DISCARDED)
+    bold.write("train.py", LOSER)
     done, shown = bold.experiment("worse")
     assert "train.py is the incumbent again, the chain has ended with its phase)" in shown["commit"]
     assert bold.read("train.py") == INCUMBENT_TEXT and shown["phase"] == "2 of 2 (careful), 0 of 9 experiments"
@@ -515,7 +515,7 @@ def test_a_chain_ends_with_its_phase_and_the_new_one_is_named(bold: Small):
 def test_a_plan_that_is_edited_during_a_run_is_for_the_next_one_and_the_agent_is_told(bold: Small):
     (bold.path / "runs/session").mkdir(exist_ok=True)
     bold.write("runs/session/program.md", bold.read("program.md"))  # as the client's start does
-    bold.write("train.py", variant(DISCARDED, 1))
+    bold.write("train.py", variant(LOSER, 1))
     bold.hypothesis("worse")
     shown = block(
         bold.run(point=Point("measure", "meanwhile", "sed -i 's/patience: 3/patience: 2/' program.md")).stdout
@@ -523,18 +523,18 @@ def test_a_plan_that_is_edited_during_a_run_is_for_the_next_one_and_the_agent_is
     assert shown["plan"] == "program.md has changed since you last read it: read it"
     assert "build on it: 1 of 3" in shown["commit"]  # what was decided by the plan of then
     assert "patience: 3" in bold.git("show", "refs/experiments/2:experiment/program.md")
-    bold.write("train.py", variant(DISCARDED, 2))
+    bold.write("train.py", variant(LOSER, 2))
     done, shown = bold.experiment("worse still")
     assert "plan" not in shown and "the chain has ended" in done.stdout
     assert "patience: 2" in bold.git("show", "refs/experiments/3:experiment/program.md")
 
 
 def test_a_plan_with_a_mistake_made_during_the_run(bold: Small):
-    bold.write("train.py", variant(DISCARDED, 1))
+    bold.write("train.py", variant(LOSER, 1))
     bold.hypothesis("worse")
     done = bold.run(point=Point("measure", "meanwhile", "sed -i 's/until: 9 experiments/until: never/' program.md"))
     assert (done.returncode, block(done.stdout)["verdict"]) == (0, "discarded")
-    bold.write("train.py", variant(DISCARDED, 2))
+    bold.write("train.py", variant(LOSER, 2))
     bold.hypothesis("worse still")
     bold.refused("program.md line 15: until: never")
 

@@ -163,7 +163,7 @@ def test_the_incumbent_is_what_was_measured_for_heads_train_py(plan):
     history = plan.history
     assert history.incumbent == [100.0, 110.0, 90.0]
     assert history.sigma == pooled_sigma([[100.0, 110.0, 90.0], [150.0]]) > 0.04
-    assert history.best_line().startswith("99.7 (-5.0 % since the baseline 104.9; noise ")
+    assert history.best_line().startswith("99.7 ± 4.5 (-5.0 % since the baseline 104.9; noise ")
     plan.incumbent = f"{3:040d}"
     assert plan.history.incumbent == [150.0]
 
