@@ -363,7 +363,8 @@ def complete(attempt: Attempt, history: History) -> None:
         gain = keep_rule.gain(attempt.values(), history.incumbent)
         attempt.percent, attempt.sigmas = round(keep_rule.percent(gain), 1), round(gain / history.sigma, 1)
         attempt.change = f"{attempt.percent:+.1f} % ({attempt.gain})"
-        if attempt.verdict == "kept" and attempt.saved and gain < keep_rule.MARGIN * history.sigma:
+        anchor = history.values_by_train[history.anchor]
+        if attempt.verdict == "kept" and keep_rule.gain(attempt.values(), anchor) < keep_rule.MARGIN * history.sigma:
             attempt.anchor = history.anchor
     if not attempt.by_hand and attempt.verdict in record.JUDGED:
         attempt.chain = history.chain_after(attempt.verdict, attempt.sigmas)

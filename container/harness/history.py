@@ -89,7 +89,7 @@ class History:
 
     @property
     def anchor(self) -> str:
-        """The blob that simplifications may not be worse than: the last incumbent that was not kept as one itself."""
+        """The blob that simplifications may not be worse than: the last incumbent that won against the one of then."""
         own = (r for r in reversed(self.compared) if r.verdict == "kept" and r.train == self.incumbent_train)
         anchor = next((r.anchor for r in own), "")
         return anchor if self.values_by_train.get(anchor) else self.incumbent_train

@@ -61,9 +61,9 @@ def decide(
 
     Discard below 0.25 sigma; keep at once at `confirm_below` sigmas; in between run it once more and keep it when the
     mean of the two still wins by 0.25 sigma.
-    anchor: of a simplification that saves something, the last incumbent that was not kept as one. Such a candidate is
-    kept too when the mean of its two runs is hardly worse than the incumbent's and the anchor's: a bound to the former
-    alone would let many of them add up.
+    anchor: given with a simplification that saves something, the last incumbent that won by the rule above. It is kept
+    too when the mean of two runs is hardly worse than the incumbent's and the anchor's: were it the incumbent's alone,
+    the losses of many would add up.
     """
     sigmas = gain(candidate, incumbent) / sigma
     if sigmas >= MARGIN:

@@ -87,7 +87,7 @@ class Outcome:
     chain: Chain | None = None
     web: str = ""
     saved: str = ""  # by a simplification: "training time -23 %, lines of code -1 %"
-    anchor: str = ""  # of one that was kept as such: the blob that it was not to be worse than
+    anchor: str = ""  # of one that was kept without a gain over it: the blob that none may be worse than
     by_hand: bool = False
     split: str = ""  # of an audit or a final: what it was evaluated on
     test_evaluation: int = 0  # the how manieth time anybody looked at the test split

@@ -46,7 +46,8 @@ DATA = {  # the files of the made-up data, and their sizes in bytes
     "test.key.npy": 928,
 }
 TIMING = {"total": 3.2, "train": 1.5}  # seconds
-VALUES = {"incumbent": 100, "kept": 50, "discarded": 150, "small gain": 97, "small loss": 105}  # mean ranks of made-up train.py
+# mean ranks of made-up train.py
+VALUES = {"incumbent": 100, "kept": 50, "discarded": 150, "small gain": 97, "small loss": 105}
 
 MADE_UP = """
 recall = {{"i2t": [1.0, 5.0, 10.0], "t2i": [1.0, 5.0, 10.0]}}

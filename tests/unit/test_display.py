@@ -124,7 +124,8 @@ def test_the_history_file_log_and_status(small: Small):
     assert "crash 4 — crash after 1.5 s: raise SystemExit" in lines[1]
     status = small.run("status").stdout.splitlines()
     assert status[0] == "phase:    1 of 2 (first), 3 of 40 experiments" and status[3] == "running:  nothing"
-    assert re.fullmatch(r"best:     mean_rank 50.0 ± 1.6 \(-50.0 % since the baseline 100.0; noise .* % a run\)", status[1])
+    best = r"best:     mean_rank 50.0 ± 1.6 \(-50.0 % since the baseline 100.0; noise .* % a run\)"
+    assert re.fullmatch(best, status[1])
     assert status[2] == "record:   3 experiments: 1 kept, 1 discarded, 1 failed, 0 control"
     small.edit("budget: 120", "budget: 119", "program.md")
     small.run()
