@@ -1,6 +1,6 @@
 """The tables of the keep rule in tests/README.md: whole searches, and simplifications in a row, simulated.
 
-usage: PYTHONPATH=container/harness:tests/unit:tests/support tests/.venv/bin/python tests/bench/keep_rule_tables.py [SEARCHES]
+usage: PYTHONPATH=container/harness:tests/unit:tests/support tests/.venv/bin/python tests/bench/keep_rule_tables.py 4000
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import random
 import statistics
 import sys
 
-import keep_rule
 import test_keep_rule as simulator
+
+import keep_rule
 
 RULES = {"any lower number": ("any lower", math.inf), "before": ("ten alone", math.inf), "now": ("ours", 10)}
 
@@ -22,7 +23,8 @@ def searches(count: int) -> None:
         for runs in (50, 150):
             for name, (rule, keep_rule.HALF_LIFE) in RULES.items():
                 end, bias, sigma = simulator.results(kind, runs, rule, count)
-                print(f"| {kind} | {runs} | {name} | {keep_rule.percent(-end):.1f} % | {100 * bias:.1f} % | {sigma:.2f} |")
+                found = f"{keep_rule.percent(-end):.1f} % | {100 * bias:.1f} % | {sigma:.2f}"
+                print(f"| {kind} | {runs} | {name} | {found} |", flush=True)
 
 
 def simplifications(count: int) -> None:
@@ -37,7 +39,8 @@ def simplifications(count: int) -> None:
             lost, kept, _ = zip(*(simulator.simplifications(rng, with_anchor) for _ in range(count)))
             shares = ", ".join(f"{100 * share:.0f} %" for share in firsts)
             mean, most = statistics.fmean(lost), sorted(lost)[int(0.95 * count)]
-            print(f"| {keep_rule.SAME} | {name} | {mean:.1f} ({most:.1f}) sigma | {statistics.fmean(kept):.0f} | {shares} |")
+            found = f"{mean:.1f} ({most:.1f}) sigma | {statistics.fmean(kept):.0f}"
+            print(f"| {keep_rule.SAME} | {name} | {found} | {shares} |")
 
 
 if __name__ == "__main__":

@@ -457,6 +457,58 @@ def test_runs_of_the_same_train_py_are_compared_over_the_whole_record(small: Sma
     assert small.run("status").stdout == before and small.git("log", "-1", "--format=%s").startswith("better")
 
 
+# Kinds of experiments
+
+FASTER, SHORTER = "SECONDS = 1.2\n", ""  # than the incumbent's 1.5, and than its lines
+
+
+def test_a_simplification_that_loses_nothing_is_kept(small: Small):
+    small.write("train.py", train_py(100.5, FASTER))
+    done, shown = small.experiment("Simplify: half precision, exactly the same")
+    assert shown["verdict"] == "kept" and shown["saved"] == "training time -20 %, lines of code +50 %", done.stderr
+    assert "mean of 2 runs" in shown["mean_rank"] and small.git("log", "-1", "--format=%s").endswith("(100.0 → 100.6)")
+    trailers = small.trailers("HEAD")
+    assert trailers["Anchor"] == small.git("rev-parse", "HEAD^:train.py") and trailers["Saved"] == shown["saved"]
+    small.write("train.py", train_py(101.2))
+    _, shown = small.experiment("simplify: a line less")
+    assert shown["verdict"] == "kept" and shown["saved"].endswith("against what was there before all simplifications")
+    small.write("train.py", train_py(102.3, FASTER))  # 1.1 % worse than the incumbent, 2.3 % than the anchor
+    _, shown = small.experiment("simplify: another")
+    assert shown["verdict"] == "discarded" and "+1.1 %" in shown["change"] and "; +2.3 % against" in shown["saved"]
+
+
+def test_a_simplification_that_saves_too_little_or_loses_too_much_is_not(small: Small):
+    small.write("train.py", train_py(100.5, "# a comment\n\n"))
+    _, shown = small.experiment("simplify: nothing")
+    assert shown["verdict"] == "discarded" and "(too little: 10 % less time" in shown["saved"]
+    assert "mean of" not in shown["mean_rank"]
+    small.write("train.py", train_py(104, FASTER))
+    _, shown = small.experiment("simplify: half precision")
+    assert shown["verdict"] == "discarded" and "mean of 2 runs" in shown["mean_rank"]
+    small.write("train.py", KEPT)
+    assert small.experiment("simplify: and much better")[1]["verdict"] == "kept"
+    assert "Anchor" not in small.trailers("HEAD")
+
+
+def test_an_incumbent_of_one_run_runs_again_before_a_simplification(small: Small):
+    small.write("train.py", KEPT)
+    small.experiment("better")
+    small.write("train.py", train_py(50.1, FASTER))
+    done, shown = small.experiment("simplify: half precision")
+    assert "measured the incumbent first" in done.stderr and "(2 runs)" in shown["before"]
+
+
+def test_a_control_is_measured_and_never_kept(small: Small):
+    small.write("train.py", KEPT)
+    done, shown = small.experiment("control: without the expert")
+    assert (done.returncode, shown["verdict"]) == (0, "control") and "sigma better" in shown["change"]
+    assert small.read("train.py") == INCUMBENT_TEXT and "the incumbent again)" in shown["commit"]
+    assert "2\tcontrol\t50.0\t-50.0 %" in small.read("runs/experiments.tsv") and " control " in small.run("log").stdout
+    assert "1 experiments: 0 kept, 0 discarded, 0 failed, 1 control" in small.run("status").stdout
+    small.write("train.py", KEPT)  # what it taught may be used
+    assert small.experiment("without the expert")[1]["verdict"] == "kept"
+
+
 # Chains and plans
 
 
@@ -500,6 +552,31 @@ def test_a_chain_that_loses_is_reverted_whole(bold: Small):
     assert bold.read("train.py") == INCUMBENT_TEXT and "chain" not in shown["phase"]
     bold.write("train.py", variant(LOSER, 4))
     assert "1 of 3 in this chain" in bold.experiment("the next begins at one")[1]["commit"]
+
+
+def test_the_agent_can_drop_a_chain(bold: Small):
+    bold.hypothesis("drop the chain")
+    bold.refused("no chain is open")
+    bold.write("train.py", LOSER)
+    _, shown = bold.experiment("worse")
+    assert shown["commit"].endswith("; or write 'drop the chain' as the next experiment, then run ./run.sh)")
+    bold.write("train.py", variant(LOSER, 2))
+    done, shown = bold.experiment("Drop the chain.")
+    assert (done.returncode, shown["verdict"], bold.read("train.py")) == (0, "dropped", INCUMBENT_TEXT), done.stderr
+    assert "the incumbent again, the chain has ended)" in shown["commit"] and "write the next" in shown["next"]
+    assert "1 of 3 experiments" in shown["phase"] and "chain" not in shown["phase"] and "mean_rank" not in shown
+    assert bold.git("show", "refs/experiments/3:train.py") + "\n" == variant(LOSER, 2)
+    bold.write("train.py", variant(LOSER, 3))
+    assert "1 of 3 in this chain" in bold.experiment("the next")[1]["commit"]
+
+
+def test_what_loses_by_far_ends_a_chain(bold: Small):
+    bold.write("train.py", LOSER)
+    bold.experiment("worse")
+    bold.write("train.py", DISCARDED)
+    _, shown = bold.experiment("far worse")
+    assert "the chain has ended: nothing is built on a control, or on what loses by 4 sigma" in shown["commit"]
+    assert bold.read("train.py") == INCUMBENT_TEXT and "chain" not in shown["phase"]
 
 
 def test_a_chain_ends_with_its_phase_and_the_new_one_is_named(bold: Small):
