@@ -127,7 +127,7 @@ def consequence(attempt: Attempt) -> str:
         return f" (in the record; train.py keeps your edit, build on it: {chain.position} in this chain; or {drop})"
     ended = ", the chain has ended" if chain or attempt.verdict == "dropped" else ""
     if attempt.verdict == "control" or (attempt.sigmas or 0) < -HOPELESS:
-        ended += f": nothing is built on a control, or on what loses by {HOPELESS} sigma" if chain else ""
+        ended += f": nothing is built on a control, or on what loses by over {HOPELESS} sigma" if chain else ""
     elif chain and chain.link < chain.limit:
         ended += " with its phase"
     return f" (in the record; train.py is the incumbent again{ended})"
