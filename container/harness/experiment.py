@@ -291,9 +291,9 @@ def simplified(attempt: Attempt, history: History) -> list[float] | None:
     blobs = (history.incumbent_train, attempt.train)
     texts = [git.content(blob).decode("utf-8", "replace").splitlines() for blob in blobs]
     lines_before, lines = (sum(line.strip()[:1] not in ("", "#") for line in text) for text in texts)
-    time_saved, lines_saved = 1 - now / min(before, default=now), 1 - lines / max(lines_before, 1)
-    attempt.saved = f"training time {-100 * time_saved:+.0f} %, lines of code {-100 * lines_saved:+.0f} %"
-    if time_saved < keep_rule.LESS_TIME and lines_saved < keep_rule.FEWER_LINES:
+    time_change, lines_change = now / min(before, default=now) - 1, lines / max(lines_before, 1) - 1
+    attempt.saved = f"training time {100 * time_change:+.0f} %, lines of code {100 * lines_change:+.0f} %"
+    if time_change > -keep_rule.LESS_TIME and lines_change > -keep_rule.FEWER_LINES:
         attempt.saved += " (too little: 10 % less time or 5 % fewer lines)"
         return None
     anchor = history.values_by_train[history.anchor]
