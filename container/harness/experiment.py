@@ -48,8 +48,9 @@ def run(incumbent_only: bool = False) -> int:
         history, attempts = make_plan(incumbent_only)
         last = attempts[-1]
         locks.announce(history.newest + 1, "begins", history.program.budget, last.train)
-        time.sleep(history.program.cooldown)
-        with device_for(history, last.train) as device:
+        measured = last.verdict != "dropped"
+        time.sleep(history.program.cooldown * measured)
+        with device_for(history, last.train) if measured else contextlib.nullcontext(0) as device:
             for attempt in attempts:
                 decided_by = measure_and_decide(attempt, history, device)
                 commit, edited = record_and_carry_out(attempt, decided_by, history)

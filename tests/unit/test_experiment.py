@@ -570,6 +570,21 @@ def test_the_agent_can_drop_a_chain(bold: Small):
     assert "1 of 3 in this chain" in bold.experiment("the next")[1]["commit"]
 
 
+def test_a_drop_that_is_killed_is_completed_and_waits_for_no_device(bold: Small):
+    bold.edit("data: prints", "data: prints\ncooldown: 60", "program.md")
+    bold.write("train.py", LOSER)
+    assert "chain" in bold.experiment("worse", given="experiment.time.sleep = lambda seconds: None")[1]["phase"]
+    bold.hypothesis("drop the chain")
+    bold.run(
+        given="def device_for(*how): raise OSError\nexperiment.device_for = device_for",
+        point=Point("update-ref", "after"),
+    )
+    assert bold.read("train.py") == LOSER
+    done = bold.run()
+    assert "completed experiment 3" in done.stderr and "no chain is open" in done.stderr
+    assert bold.read("train.py") == INCUMBENT_TEXT
+
+
 def test_what_loses_by_far_ends_a_chain(bold: Small):
     bold.write("train.py", LOSER)
     bold.experiment("worse")
