@@ -9,10 +9,10 @@ import time
 import locks
 import program
 import session
-from history import History
-from keep_rule import MARGIN, geometric_mean
+from history import History, with_error
+from keep_rule import HOPELESS, MARGIN, geometric_mean
 from project import ROOT, RUNS, Refused, number, visible, write_whole
-from record import JUDGED, Attempt, Record, run_file
+from record import JUDGED, REVERTED, Attempt, Record, run_file
 
 HISTORY_FILE = RUNS / "experiments.tsv"
 MAX_BLOCK = 1990  # bytes of a result block
@@ -85,10 +85,11 @@ def metric_rows(attempt: Attempt) -> list[tuple]:
     rows = [(attempt.metric, f"{value}   (validation, {size}, lower is better{twice})")]
     if attempt.percent is not None:
         runs = "1 run" if len(attempt.before) == 1 else f"{len(attempt.before)} runs"
-        rows.append(("before", f"{number(geometric_mean(attempt.before))}   ({runs})"))
+        rows.append(("before", f"{with_error(attempt.before, attempt.sigma)}   ({runs})"))
         lucky = attempt.verdict == "discarded" and 0 < attempt.sigmas < MARGIN
         note = f"; below {MARGIN} sigma nothing is kept" if lucky else ""
         rows.append(("change", f"{attempt.percent:+.1f} %   ({attempt.gain}, sigma {attempt.sigma * 100:.1f} %){note}"))
+    rows.append(("saved", attempt.saved))
     other = "median_rank" if attempt.metric == "mean_rank" else "mean_rank"
     rows.append((other, number(geometric_mean(attempt.values(other)))))
     return [*rows, ("recall", recall(measured))]
@@ -119,12 +120,16 @@ def consequence(attempt: Attempt) -> str:
     chain = attempt.chain
     if attempt.verdict == "lost":
         return " (in the record, and counted for nothing; train.py is as it was)"
-    if attempt.verdict not in ("discarded", "failed"):
+    if attempt.verdict not in REVERTED or attempt.verdict == "kept":
         return f" (the whole chain of {chain.link})" if chain else ""
     if chain and chain.continues:
-        return f" (in the record; train.py keeps your edit, build on it: {chain.position} in this chain)"
-    ended = ", the chain has ended" if chain else ""
-    ended += " with its phase" if chain and chain.link < chain.limit else ""
+        drop = "write 'drop the chain' as the next experiment, then run ./run.sh"
+        return f" (in the record; train.py keeps your edit, build on it: {chain.position} in this chain; or {drop})"
+    ended = ", the chain has ended" if chain or attempt.verdict == "dropped" else ""
+    if attempt.verdict == "control" or (attempt.sigmas or 0) < -HOPELESS:
+        ended += f": nothing is built on a control, or on what loses by over {HOPELESS} sigma" if chain else ""
+    elif chain and chain.link < chain.limit:
+        ended += " with its phase"
     return f" (in the record; train.py is the incumbent again{ended})"
 
 
@@ -141,7 +146,9 @@ def next_step(attempt: Attempt, history: History) -> str:
     if attempt.verdict == "failed":
         diff = run_file(attempt.experiment, "diff").relative_to(ROOT)
         return f"your edit is in {diff}: make it again, fixed, or drop the idea; then {step}"
-    return f"note in scratchpad.md what this taught; then {step}" if attempt.verdict == "discarded" else step
+    return (
+        f"note in scratchpad.md what this taught; then {step}" if attempt.verdict in ("discarded", "control") else step
+    )
 
 
 def log_end(n: int) -> list[str]:

@@ -46,7 +46,8 @@ DATA = {  # the files of the made-up data, and their sizes in bytes
     "test.key.npy": 928,
 }
 TIMING = {"total": 3.2, "train": 1.5}  # seconds
-VALUES = {"incumbent": 100, "kept": 50, "discarded": 150, "small gain": 97}  # mean ranks of made-up train.py
+# mean ranks of made-up train.py
+VALUES = {"incumbent": 100, "kept": 50, "discarded": 150, "small gain": 97, "small loss": 105}
 
 MADE_UP = """
 recall = {{"i2t": [1.0, 5.0, 10.0], "t2i": [1.0, 5.0, 10.0]}}
@@ -71,6 +72,7 @@ def variant(text: str, n: int) -> str:
 
 
 KEPT, DISCARDED, INCUMBENT_TEXT = (train_py(VALUES[verdict]) for verdict in ("kept", "discarded", "incumbent"))
+LOSER = train_py(VALUES["small loss"])  # that may be built upon
 
 
 for name in MODULES:
@@ -258,6 +260,7 @@ def measured(measure, job):
     """A made-up measure.Run of a train.py: the same value every time, and a little more in its second run."""
     source = (job.work / "train.py").read_bytes()
     value = re.search(rb"^VALUE = ([\d.]+)\r?$", source, re.M)
+    seconds = re.search(rb"^SECONDS = ([\d.]+)$", source, re.M)
     with job.log.open("a") as log:
         log.write(f"step 1/1\nSEED {job.seed} budget {job.budget} sha256 {hashlib.sha256(source).hexdigest()}\n")
     if not value:
@@ -266,7 +269,9 @@ def measured(measure, job):
     for array in ("ranks", "examples"):
         with open(job.work / f"{array}.npy", "w") as file:
             file.write(f"{array} of {job.work.name}, {float(value[1])}")
-    return made_up_run(float(value[1]) * (1 if job.work.name == "run-1" else 1.001), job.seed, measure.Run)
+    run = made_up_run(float(value[1]) * (1 if job.work.name == "run-1" else 1.001), job.seed, measure.Run)
+    run.timing["train"] = float(seconds[1]) if seconds else TIMING["train"]
+    return run
 
 
 def made_up_run(rank: float, seed: int = 7, kind: type = Run) -> Run:

@@ -63,7 +63,7 @@ def test_a_block_has_these_lines_in_this_order(shown):
     assert text.startswith("---\n") and [line.split(":")[0] for line in text.splitlines()[1:]] == KEYS
     found = block(text)
     assert found["mean_rank"] == "80.0   (validation, gallery 200, random 100.5, lower is better)"
-    assert found["before"] == "100.5   (2 runs)" and found["median_rank"] == "40.0"
+    assert found["before"] == "100.5 ± 2.8   (2 runs)" and found["median_rank"] == "40.0"
     assert found["change"] == "-20.2 %   (5.6 sigma better, sigma 4.0 %)" and found["train"].startswith(
         "2 s of 120, cpu"
     )
@@ -124,8 +124,9 @@ def test_the_history_file_log_and_status(small: Small):
     assert "crash 4 — crash after 1.5 s: raise SystemExit" in lines[1]
     status = small.run("status").stdout.splitlines()
     assert status[0] == "phase:    1 of 2 (first), 3 of 40 experiments" and status[3] == "running:  nothing"
-    assert re.fullmatch(r"best:     mean_rank 50.0 \(-50.0 % since the baseline 100.0; noise .* % a run\)", status[1])
-    assert status[2] == "record:   3 experiments: 1 kept, 1 discarded, 1 failed"
+    best = r"best:     mean_rank 50.0 ± 1.6 \(-50.0 % since the baseline 100.0; noise .* % a run\)"
+    assert re.fullmatch(best, status[1])
+    assert status[2] == "record:   3 experiments: 1 kept, 1 discarded, 1 failed, 0 control"
     small.edit("budget: 120", "budget: 119", "program.md")
     small.run()
     assert "3\tdiscarded (not comparable)\t150.0" in small.read("runs/experiments.tsv")

@@ -332,7 +332,7 @@ def test_the_status_line_reports_the_cost(loop):
     def status(usd: float | None) -> str:
         return loop.call("statusline", cost={"total_cost_usd": usd})
 
-    line = "#1 | mean_rank 100.0 (+0.0 % since the baseline 100.0; noise 4.0 % a run) | phase 1 of 2 (first), 0 of"
+    line = "#1 | mean_rank 100.0 ± 4.0 (+0.0 % since the baseline 100.0; noise 4.0 % a run) | phase 1 of 2 (first)"
     assert status(1.5).startswith(line), status(1.5)
     loop.type("start")
     status(3.49)
