@@ -79,8 +79,60 @@ def test_claims_of_train_py_are_shown_as_such(shown):
     run = made_up_run(80)
     run.train["claims"] = {"steps": "300", "loss": "4.1 -> 2.3", "peak_memory": "1.3 GB", "mean_rank": "1"}
     assert block(shown(attempt("kept", runs=[run])))["train"] == (
-        "2 s of 120, 300 steps, loss 4.1 -> 2.3, peak 1.3 GB, cpu, 2 s around it"
+        "2 s of 120, 300 steps, peak 1.3 GB, cpu, 2 s around it"
     )
+
+
+def printing(value: float, *lines: str) -> str:
+    return train_py(value, "".join(f"# prints {line}\n" for line in lines))
+
+
+def test_a_block_shows_both_losses_and_what_was_changed(small: Small):
+    """Of the candidate's last run, and within a chain what this link changed."""
+    small.edit("until: 40 experiments", "until: 40 experiments\npatience: 3", "program.md")
+    falls = [f"step {n * 5}/100 loss {5 - n / 10:.3f}" for n in range(1, 21)]
+    small.write("train.py", printing(97, *falls))
+    _, found = small.experiment("two runs")
+    assert found["verdict"] == "kept" and found["mean_rank"].endswith("lower is better, mean of 2 runs: 97.0, 97.1)")
+    assert found["train"].startswith("2 s of 120, 15 ms a step, ") and "incumbent's" not in found
+    assert found["loss"] == "4.80  4.60  4.20  3.80  3.40  3.00   (at 10 20 40 60 80 100 % of steps)"
+    assert found["changed"] == "22 lines, such as"
+    stuck = printing(99, "step 150/1500 loss 9e-05", "step 600/1500 loss nan", *["step 3/0 loss 1"] * 9)
+    small.write("train.py", stuck)
+    done, found = small.experiment("another")
+    assert found["loss"] == "9.00e-05 -     nan   -     -     -      (at 10 20 40 60 80 100 % of steps)"
+    assert found["incumbent's"] == "4.80  4.60  4.20  3.80  3.40  3.00" and "2 ms a step" in found["train"]
+    small.write("train.py", stuck + "b = 2  # a comment\n\x1b]0;" + "é" * 99)
+    done, found = small.experiment("a third")
+    assert f"changed:      2 lines\n| + b = 2\n| + ]0;{'é' * 26}\nmean_rank" in done.stdout
+    assert found["incumbent's"].startswith("4.80") and "build on it: 2 of 3 in this chain" in found["commit"]
+
+
+def test_an_ordinary_block_is_small(shown, monkeypatch):
+    """However much train.py printed and however much was changed in it."""
+    log = b"".join(b"step %d/20 loss 4.567\n" % n for n in range(1, 21))
+    monkeypatch.setattr(display.git, "contents", lambda names: {"refs/experiments/1:experiment/train.log": log})
+    monkeypatch.setattr(
+        display.git, "diff", lambda *blobs: "\n@@ -1\n" + "".join(f"-{'x' * 200}\n+{n}{'y' * 200}\n" for n in range(99))
+    )
+    claims = {"steps": "300", "peak_memory": "12.34 GB"}
+    runs = [made_up_run(8123.4), made_up_run(8123.5)]
+    runs[1].train["claims"], runs[1].train["device"] = claims, "NVIDIA H100 80GB HBM3"
+    text = shown(attempt("discarded", runs=runs), log).replace("an idea", "w" * 100)
+    assert "incumbent's" in text and "changed:      198 lines, such as\n| - xxx" in text
+    assert len(text.replace(display.ASK, "").encode()) <= 1228, text
+
+
+@pytest.mark.parametrize("line", ["step 1/2 loss 1", "step 1/2 loss 1e-3 lr 4", "step 1/2 loss -0.5"])
+def test_lines_with_a_loss(line: str):
+    assert [step for step, *_ in display.losses(f"x\n{line}\nstep 2/2 loss inf".encode())] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "line", ["step 1/0 loss 1", "step 0/2 loss 1", "step 1/2 loss x", "step 1/2", f"step {'9' * 10}/1 loss 1"]
+)
+def test_lines_without_one(line: str):
+    assert display.losses(line.encode()) == []
 
 
 HOSTILE = (
