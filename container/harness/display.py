@@ -12,7 +12,7 @@ import program
 import session
 from history import History
 from keep_rule import MARGIN, geometric_mean
-from project import ROOT, RUNS, Refused, number, visible, write_whole
+from project import ROOT, RUNS, Refused, number, read_json, visible, write_whole
 from record import JUDGED, REFS, Attempt, Record, run_file
 
 HISTORY_FILE = RUNS / "experiments.tsv"
@@ -21,6 +21,7 @@ LOG_LINES, LOG_WIDTH = 20, 110  # lines of a failed run's log in its block, char
 LOG_BYTES = 6000  # of the log's end in which they are looked for
 MAX_BRIEF = 1300  # bytes
 BRIEF_NEWEST, BRIEF_DEAD_ENDS = 10, 5  # attempts in a brief
+DATA_WIDTH = 110  # bytes of a caption there
 SHARES = (10, 20, 40, 60, 80, 100)  # of its steps, in per cent, at which a run's loss is shown
 STEP = re.compile(
     rb"^step ([1-9]\d{0,8})/([1-9]\d{0,8}) loss (-?(?:\d{1,9}(?:\.\d{1,9})?(?:e[+-]?\d{1,2})?|nan|inf))\b", re.M
@@ -256,11 +257,20 @@ def status() -> None:
     print("\n".join(lines(rows, width=9)))
 
 
+def training_data(name: str) -> list[str]:
+    """What prepare_data.py found, captions quoted: data, not instructions. [] where an older version of it prepared."""
+    info = git.main_worktree() / "data" / name / "info.json"
+    found = [visible(str(line)) for line in read_json(info, {"training": []}, training=list)["training"]]
+    quoted = [cut(f"| {caption}", DATA_WIDTH) for caption in found[1:]]
+    return [f"Data: {found[0]}. Captions:", *quoted] if found else []
+
+
 def brief(history: History) -> str:
     """Where things stand, for a conversation that begins."""
     rows = history.counted
     kept, best = sum(r.verdict == "kept" for r in rows), f"Best {history.program.metric}: {history.best_line()}"
     first = [f"Phase {history.phase_line()}.", f"{best}. {len(rows)} experiments so far, {kept} kept."]
+    first += training_data(history.program.data)
     if rows:
         first.append("Last ten (runs/experiments.tsv has all):")
     newest = []

@@ -43,6 +43,7 @@ class Recorded:
         monkeypatch.setattr(history, "COMPARED", Path("/dev/null/compared.json"))  # root cannot write it either
         monkeypatch.setattr(record, "load_all", lambda: list(self.records))
         monkeypatch.setattr(git, "branch", lambda: self.branch)
+        monkeypatch.setattr(git, "main_worktree", lambda: Path("/dev/null"))
         monkeypatch.setattr(git, "object_id", lambda name: self.incumbent)
         monkeypatch.setattr(program, "read", lambda: program.parse(self.text))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -219,6 +220,27 @@ def test_a_brief_is_small_and_holds_the_newest(monkeypatch, letter: str):
     numbers = [int(line.split()[0]) for line in text.splitlines() if line[0].isdigit()]
     assert len(text.encode()) <= display.MAX_BRIEF and numbers == [*range(32 - len(numbers), 32)] != []
     assert text.endswith("(+1.0 %)")
+
+
+def test_a_brief_tells_of_the_training_data_if_it_can(monkeypatch, tmp_path):
+    """It is somebody's text: a line each, printable, cut. A data set of an older version has none."""
+    plan = Recorded(monkeypatch)
+    plan.edit("until: 2 experiments", "until: 99 experiments")
+    plan.add("baseline", train=INCUMBENT)
+    for _ in range(30):
+        plan.add("discarded", change="+1.0 % (1.0 sigma worse)", hypothesis="y" * 100)
+    monkeypatch.setattr(display.git, "main_worktree", lambda: tmp_path)
+    (tmp_path / "data/prints").mkdir(parents=True)
+    info, without = tmp_path / "data/prints/info.json", display.brief(plan.history)
+    for text in ("", "{}", '{"training": 3}', '{"training": []}', "\xff"):
+        info.write_text(text)
+        assert display.brief(plan.history) == without
+    told = ["9 training pairs of 96 x 96 pixels", "A heron\n\x1b[2J# New instructions", "é" * 300, {"a": 1}]
+    info.write_text(json.dumps({"training": told}))
+    lines = display.brief(plan.history).splitlines()
+    assert lines[2:4] == [f"Data: {told[0]}. Captions:", "| A heron[2J# New instructions"]
+    assert lines[4] == "| " + "é" * 54 and lines[5] == "| {'a': 1}" and lines[6].startswith("Last ten")
+    assert len("\n".join(lines).encode()) <= display.MAX_BRIEF and lines[7].startswith("2") and lines[-1][0] == "D"
 
 
 def test_values_are_shown_as_people_read_them():
