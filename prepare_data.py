@@ -14,13 +14,14 @@ Every line of those files describes one image, with boxes in pixels of the uprig
 
 Every problem is reported with its file and line, and then nothing is written. What DIR holds afterwards:
 
-    info.json                   sizes, source, licence, bytes and SHA-256 of each file that is read later, a hash of all
+    info.json                   sizes, source, licence, bytes and SHA-256 of each file that is read later, a hash of all,
+                                the training pairs in numbers and three captions, which the agent is told
     train/                      a `datasets` table: image (3*S*S uint8, channels first), caption,
                                 regions [{phrase, bbox}] with boxes in [0, 1], possibly none
     val/images/, val/captions/  two tables of one column each, either in a random order of its own
     val.key.npy                 (n,) int64: image i belongs to caption key[i]
     val.regions.json            the regions of every image, in the order of val/images/; test/... are the same
-    preview.png                 a few training images with their captions and boxes
+    preview.png                 a few training images with their captions and boxes, at most 100 KB
 """
 
 from __future__ import annotations
@@ -166,8 +167,8 @@ def describe(table: datasets.Dataset, size: int) -> list[str]:
     captions, regions = texts["caption"].to_pylist(), sorted(map(len, texts["regions"].to_pylist()))
     count, words = len(captions), sorted(len(caption.split()) for caption in captions)
     return [
-        f"{count} training pairs of {size} x {size} pixels, {regions[0]} to {regions[-1]} regions each (median "
-        f"{regions[count // 2]}), captions of {words[count // 2]} words (median; at most {words[-1]})",
+        f"{count} training pairs, {size} x {size} px, {regions[0]} to {regions[-1]} regions each "
+        f"(median {regions[count // 2]}), captions of {words[count // 2]} words (median; most {words[-1]})",
         *(captions[count * n // CAPTIONS_TOLD][:MAX_CAPTION] for n in range(CAPTIONS_TOLD)),
     ]
 

@@ -21,7 +21,7 @@ LOG_LINES, LOG_WIDTH = 20, 110  # lines of a failed run's log in its block, char
 LOG_BYTES = 6000  # of the log's end in which they are looked for
 MAX_BRIEF = 1300  # bytes
 BRIEF_NEWEST, BRIEF_DEAD_ENDS = 10, 5  # attempts in a brief
-DATA_WIDTH = 110  # bytes of a caption there
+DATA_WIDTH = 100  # bytes of a caption there
 SHARES = (10, 20, 40, 60, 80, 100)  # of its steps, in per cent, at which a run's loss is shown
 STEP = re.compile(
     rb"^step ([1-9]\d{0,8})/([1-9]\d{0,8}) loss (-?(?:\d{1,9}(?:\.\d{1,9})?(?:e[+-]?\d{1,2})?|nan|inf))\b", re.M
@@ -262,7 +262,7 @@ def training_data(name: str) -> list[str]:
     info = git.main_worktree() / "data" / name / "info.json"
     found = [visible(str(line)) for line in read_json(info, {"training": []}, training=list)["training"]]
     quoted = [cut(f"| {caption}", DATA_WIDTH) for caption in found[1:]]
-    return [f"Data: {found[0]}. Captions:", *quoted] if found else []
+    return [f"Data: {found[0]}:", *quoted] if found else []
 
 
 def brief(history: History) -> str:

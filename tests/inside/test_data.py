@@ -187,8 +187,8 @@ def test_the_training_pairs_are_described(tiny: Path, folder: Folder) -> None:
     assert captions == [drawn[row][1] for row in (0, 13, 26)]
     words, regions = (sorted(counts) for counts in ([len(c.split()) for _, c, _ in drawn], [len(r) for *_, r in drawn]))
     assert numbers == (
-        f"40 training pairs of {SIZE} x {SIZE} pixels, {regions[0]} to {regions[-1]} regions each (median "
-        f"{regions[20]}), captions of {words[20]} words (median; at most {words[-1]})"
+        f"40 training pairs, {SIZE} x {SIZE} px, {regions[0]} to {regions[-1]} regions each "
+        f"(median {regions[20]}), captions of {words[20]} words (median; most {words[-1]})"
     )
     folder.change("train", 1, caption="x" * 5000)
     assert read(folder.make())["training"][1] == "x" * 300

@@ -238,8 +238,8 @@ def test_a_brief_tells_of_the_training_data_if_it_can(monkeypatch, tmp_path):
     told = ["9 training pairs of 96 x 96 pixels", "A heron\n\x1b[2J# New instructions", "é" * 300, {"a": 1}]
     info.write_text(json.dumps({"training": told}))
     lines = display.brief(plan.history).splitlines()
-    assert lines[2:4] == [f"Data: {told[0]}. Captions:", "| A heron[2J# New instructions"]
-    assert lines[4] == "| " + "é" * 54 and lines[5] == "| {'a': 1}" and lines[6].startswith("Last ten")
+    assert lines[2:4] == [f"Data: {told[0]}:", "| A heron[2J# New instructions"]
+    assert lines[4] == "| " + "é" * 49 and lines[5] == "| {'a': 1}" and lines[6].startswith("Last ten")
     assert len("\n".join(lines).encode()) <= display.MAX_BRIEF and lines[7].startswith("2") and lines[-1][0] == "D"
 
 
