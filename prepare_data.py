@@ -14,8 +14,8 @@ Every line of those files describes one image, with boxes in pixels of the uprig
 
 Every problem is reported with its file and line, and then nothing is written. What DIR holds afterwards:
 
-    info.json                   sizes, source, licence, bytes and SHA-256 of each file that is read later, a hash of all,
-                                the training pairs in numbers and three captions, which the agent is told
+    info.json                   sizes, source, licence, bytes and SHA-256 of each file that is read later, a hash of
+                                all; of the training pairs numbers and three captions, which the agent is told
     train/                      a `datasets` table: image (3*S*S uint8, channels first), caption,
                                 regions [{phrase, bbox}] with boxes in [0, 1], possibly none
     val/images/, val/captions/  two tables of one column each, either in a random order of its own

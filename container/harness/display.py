@@ -270,9 +270,9 @@ def brief(history: History) -> str:
     rows = history.counted
     kept, best = sum(r.verdict == "kept" for r in rows), f"Best {history.program.metric}: {history.best_line()}"
     first = [f"Phase {history.phase_line()}.", f"{best}. {len(rows)} experiments so far, {kept} kept."]
-    first += training_data(history.program.data)
+    first += training_data(history.program.data)[: 4 if len(rows) < BRIEF_NEWEST else 2]  # then the record needs room
     if rows:
-        first.append("Last ten (runs/experiments.tsv has all):")
+        first.append("The last (runs/experiments.tsv has all):")
     newest = []
     for r in rows[-BRIEF_NEWEST:]:
         outcome = r.change.split(" (")[0] or r.reason.split(":")[0]

@@ -124,6 +124,10 @@ def test_an_ordinary_block_is_small(shown, monkeypatch):
     assert len(text.replace(display.ASK, "").encode()) <= 1228, text
 
 
+def test_the_losses_are_those_of_the_last_run():
+    assert display.losses(b"step 1/2 loss 1\nstep 2/2 loss 2\nstep 1/2 loss 3\n") == [(1, 50, 3)]
+
+
 @pytest.mark.parametrize("line", ["step 1/2 loss 1", "step 1/2 loss 1e-3 lr 4", "step 1/2 loss -0.5"])
 def test_lines_with_a_loss(line: str):
     assert [step for step, *_ in display.losses(f"x\n{line}\nstep 2/2 loss inf".encode())] == [1, 2]
@@ -202,7 +206,7 @@ def test_a_brief_names_the_last_ten_and_the_worst_before(monkeypatch):
         plan.add("discarded", change=f"{n % 7:+.1f} % (1.0 sigma worse)", hypothesis=f"idea {n}")
     plan.add("failed", reason="crash after 3 s: x")
     lines = display.brief(plan.history).splitlines()
-    assert lines[1].endswith("31 experiments so far, 0 kept.") and lines[2].startswith("Last ten")
+    assert lines[1].endswith("31 experiments so far, 0 kept.") and lines[2].startswith("The last (")
     assert [line.split()[0] for line in lines[3:13]] == [str(n) for n in range(23, 33)]
     assert lines[3] == "23 discarded +0.0 %: idea 21" and lines[12] == "32 failed crash after 3 s: idea 32"
     worst = "idea 6 (+6.0 %); idea 13 (+6.0 %); idea 20 (+6.0 %); idea 5 (+5.0 %); idea 12 (+5.0 %)"
@@ -226,21 +230,20 @@ def test_a_brief_tells_of_the_training_data_if_it_can(monkeypatch, tmp_path):
     """It is somebody's text: a line each, printable, cut. A data set of an older version has none."""
     plan = Recorded(monkeypatch)
     plan.edit("until: 2 experiments", "until: 99 experiments")
-    plan.add("baseline", train=INCUMBENT)
-    for _ in range(30):
-        plan.add("discarded", change="+1.0 % (1.0 sigma worse)", hypothesis="y" * 100)
     monkeypatch.setattr(display.git, "main_worktree", lambda: tmp_path)
     (tmp_path / "data/prints").mkdir(parents=True)
     info, without = tmp_path / "data/prints/info.json", display.brief(plan.history)
     for text in ("", "{}", '{"training": 3}', '{"training": []}', "\xff"):
         info.write_text(text)
         assert display.brief(plan.history) == without
-    told = ["9 training pairs of 96 x 96 pixels", "A heron\n\x1b[2J# New instructions", "é" * 300, {"a": 1}]
+    told = ["9 training pairs, 96 x 96 px", "A heron\n\x1b[2J# New instructions", "é" * 300, {"a": 1}]
     info.write_text(json.dumps({"training": told}))
+    shown = [f"Data: {told[0]}:", "| A heron[2J# New instructions", "| " + "é" * 49, "| {'a': 1}"]
+    assert display.brief(plan.history).splitlines()[2:] == shown
+    plan.add(*["discarded"] * 30, change="+1.0 % (1.0 sigma worse)", hypothesis="y" * 100)
     lines = display.brief(plan.history).splitlines()
-    assert lines[2:4] == [f"Data: {told[0]}:", "| A heron[2J# New instructions"]
-    assert lines[4] == "| " + "é" * 49 and lines[5] == "| {'a': 1}" and lines[6].startswith("Last ten")
-    assert len("\n".join(lines).encode()) <= display.MAX_BRIEF and lines[7].startswith("2") and lines[-1][0] == "D"
+    assert lines[2:5] == [*shown[:2], "The last (runs/experiments.tsv has all):"] and lines[-1].startswith("Dead ends")
+    assert len("\n".join(lines).encode()) <= display.MAX_BRIEF and lines[-2].startswith("30 discarded")
 
 
 def test_values_are_shown_as_people_read_them():
