@@ -42,6 +42,7 @@ class Recorded:
         monkeypatch.setattr(git, "folder", lambda *_: Path("/dev/null"))  # root cannot write there either
         monkeypatch.setattr(record, "load_all", lambda: list(self.records))
         monkeypatch.setattr(git, "branch", lambda: self.branch)
+        monkeypatch.setattr(git, "main_worktree", lambda: Path("/dev/null"))
         monkeypatch.setattr(git, "object_id", lambda name: self.incumbent)
         monkeypatch.setattr(program, "read", lambda: program.parse(self.text))
 
