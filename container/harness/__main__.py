@@ -73,6 +73,7 @@ VERBS = (
     Verb("doctor", "", "what this machine can hold, and what it cannot", install.doctor, True),
     Verb("help", "", "this", print_help, True),
     Verb("refresh-report", "", "", report.refresh, True),  # started by the agent's ./run.sh too
+    Verb("end-chain", "", "", experiment.end_chain, True),  # and this by its hooks
 )
 
 

@@ -13,7 +13,7 @@ import session
 from history import History, with_error
 from keep_rule import HOPELESS, MARGIN, geometric_mean
 from project import ROOT, RUNS, Refused, number, read_json, visible, write_whole
-from record import JUDGED, REFS, REVERTED, Attempt, Record, run_file
+from record import JUDGED, REFS, REVERTED, Attempt, Record, results, run_file
 
 HISTORY_FILE = RUNS / "experiments.tsv"
 MAX_BLOCK = 1990  # bytes of a result block
@@ -27,6 +27,7 @@ STEP = re.compile(
     rb"^step ([1-9]\d{0,8})/([1-9]\d{0,8}) loss (-?(?:\d{1,9}(?:\.\d{1,9})?(?:e[+-]?\d{1,2})?|nan|inf))\b", re.M
 )
 CHANGED, CHANGED_WIDTH = {"-": 1, "+": 2}, 60  # lines of train.py that a block shows; bytes of one
+PAUSE_S = 30 * 60  # so long no model thinks
 CLAIMS = {"steps": "{} steps", "peak_memory": "peak {}"}  # of train.py that are shown, and how
 ASK = "ask the planner (Agent, subagent_type planner), then "
 
@@ -189,13 +190,14 @@ def consequence(attempt: Attempt) -> str:
     if attempt.verdict == "control" or (attempt.sigmas or 0) < -HOPELESS:
         ended += f": nothing is built on a control, or on what loses by over {HOPELESS} sigma" if chain else ""
     elif chain and chain.link < chain.limit:
-        ended += " with its phase"
+        ended += " with its phase or the loop"
     return f" (in the record; train.py is the incumbent again{ended})"
 
 
 def next_step(attempt: Attempt, history: History) -> str:
-    if history.phase is None:
-        return "all phases of program.md are done; say so and stop"
+    why = session.Session.load().reason_to_end(history)
+    if why or history.phase is None:
+        return f"the loop has ended: {why or history.phase_line()}; {session.SUM_UP}"
     if attempt.verdict == "lost":
         return "nothing is held against this idea: run ./run.sh again, as it is"
     step = "write the next hypothesis in scratchpad.md, edit train.py, run ./run.sh"
@@ -250,6 +252,20 @@ def log(count: str = "20") -> None:
         print(f"{r.number:>5}  {when}  {r.verdict:<10} {shown_value(history, r):>8}  {r.change:<27} {text}")
 
 
+def spent(history: History) -> list[tuple]:
+    """What the loop took so far, '' where nothing tells. Between two runs the model thinks, unless that is long."""
+    rows, training, total, model, ended = history.own(history.records), 0.0, 0.0, 0.0, 0
+    for r, result in zip(rows, results(rows)):
+        timings = [run["timing"] for run in result.get("runs", []) if r.comparable]
+        seconds = sum(timing.get("total", 0) for timing in timings)
+        training, total = training + sum(timing.get("train", 0) for timing in timings), total + seconds
+        between, ended = r.when - seconds - ended, r.when
+        model += between if seconds and 0 < between < PAUSE_S else 0
+    parts, whole = {"training": training, "harness": total - training, "model": model}, total + model
+    shares = ", ".join(f"{what} {s / whole * 100:.0f} %" for what, s in parts.items() if whole)
+    return [("time", f"{whole / 3600:.1f} h: {shares}" if whole else ""), ("used", session.used_in_all())]
+
+
 def status() -> None:
     history, error = History.load(), RUNS / "report.err"
     counts = ", ".join(f"{sum(r.verdict == v for r in history.counted)} {v}" for v in JUDGED)
@@ -258,6 +274,7 @@ def status() -> None:
         ("best", f"{history.program.metric} {history.best_line()}"),
         ("record", f"{len(history.counted)} experiments: {counts}"),
         ("running", locks.running_line() or "nothing"),
+        *spent(history),
         ("elsewhere", history.better_elsewhere()),
         ("report", f"could not be drawn: {error.read_text().strip()}" if error.exists() else ""),
     ]

@@ -24,7 +24,8 @@ import program
 import record
 from history import History
 from project import ROOT, RUNS, Refused, say, visible, write_whole
-from record import Attempt
+from record import Attempt, Record
+from session import Session
 
 WORK = RUNS / "work"  # what a run works on; only while it holds the worktree's lock
 PLACEHOLDER = "write one line here"  # of scratchpad.md as it ships
@@ -374,6 +375,9 @@ def complete(attempt: Attempt, history: History) -> None:
             attempt.anchor = history.anchor
     if not attempt.by_hand and attempt.verdict in record.JUDGED:
         attempt.chain = history.chain_after(attempt.verdict, attempt.sigmas)
+    this = Record(attempt.verdict, number=attempt.experiment, branch=history.branch)
+    if attempt.chain and Session.load().reason_to_end(replace(history, records=[*history.records, this])):
+        attempt.chain = replace(attempt.chain, continues=False)
 
 
 def files_of(attempt: Attempt, plan: str, web: bytes) -> dict[str, str]:
@@ -390,6 +394,17 @@ def files_of(attempt: Attempt, plan: str, web: bytes) -> dict[str, str]:
                 files[f"experiment/{name}{f'-{n}' if n > 1 else ''}.npy"] = blob
     files["experiment/train.log"] = git.blob_of(record.run_file(attempt.experiment, "log")) or git.store(b"")
     return files
+
+
+def end_chain() -> None:
+    """With the loop: train.py is the incumbent again, if it is what an open chain measured last. Raises Refused."""
+    with workspace():
+        history = History.load()
+        train = snapshot("train.py")
+        if history.link and train == history.own(history.counted)[-1].train:
+            dropped = Attempt("dropped", "the chain, with the end of the loop", train=train)
+            dropped.scratchpad, dropped.experiment = snapshot("scratchpad.md"), history.next_number
+            record_and_carry_out(dropped, history, history)
 
 
 def keep(word: str = "") -> None:

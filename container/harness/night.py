@@ -113,6 +113,7 @@ class Keeper:
         while self.experiment() and self.stops < 2:  # its client was killed
             time.sleep(POLL)
         self.end_experiment()
+        run([ROOT / "run.sh", "end-chain"], stdin=DEVNULL, capture_output=True)
         self.check()
         in_vain = f"{fruitless} conversations in a row brought no experiment; the last said: {self.message}"
         self.log_summary(why or in_vain)
@@ -176,6 +177,7 @@ class Keeper:
         self.message = visible(" ".join(words).split(". ")[0])[:150]
         self.night.tokens += session.tokens()
         self.night.usd += result.get("total_cost_usd") or 0
+        session.note_cost(result.get("total_cost_usd") or 0)
         self.night.cost_unknown += "total_cost_usd" not in result
         self.save()
         in_order = code == 0 and not result.get("is_error") and not session.on  # switched off by its Stop hook

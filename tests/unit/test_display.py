@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -13,9 +14,10 @@ import project
 import session
 from in_process import Small, made_up_run, train_py
 from measure import Run
-from record import Attempt
+from record import Attempt, Record
 from recorded import INCUMBENT, Recorded
 from repository import CRASH, PROGRAM, block
+from session import Session
 
 KEYS = [
     "experiment",
@@ -187,6 +189,29 @@ def test_the_history_file_log_and_status(small: Small):
     small.edit("budget: 120", "budget: 119", "program.md")
     small.run()
     assert "3\tdiscarded (not comparable)\t150.0" in small.read("runs/experiments.tsv")
+
+
+def test_what_the_loop_took_so_far(monkeypatch, tmp_path):
+    """Shares of the wall clock by the record, tokens and cost by what the client told; neither where nothing tells."""
+    monkeypatch.setattr(session, "SESSIONS", tmp_path)
+    plan = Recorded(monkeypatch)
+    assert display.spent(plan.history) == [("time", ""), ("used", "")]
+    found = []
+    monkeypatch.setattr(display, "results", lambda records: found[: len(records)])
+    timing = {"timing": {"total": 100, "train": 90}}
+    for when, runs in ((0, [timing]), (150, [timing]), (9000, [timing, timing]), (9400, []), (9500, [{"timing": {}}])):
+        plan.records.append(replace(Record("kept", comparable="x", branch="main"), number=len(found) + 1, when=when))
+        found.append({"runs": runs})
+    plan.records.append(replace(plan.records[0], branch="other"))
+    plan.records.append(replace(plan.records[0], number=9, when=9600, comparable=""))  # an audit
+    found += [{"runs": [timing]}]
+    # 400 s of runs, 50 s between the first two; then a pause, which is nobody's
+    assert display.spent(plan.history)[0] == ("time", "0.1 h: training 80 %, harness 9 %, model 11 %")
+    session.Counter.update(tmp_path / "a.tokens", 1_200_000)
+    session.Counter.update(tmp_path / "b.tokens", 34_567)
+    assert display.spent(plan.history)[1] == ("used", "1,234,567 tokens")
+    Session(id="a").note_cost(1.5)
+    assert display.spent(plan.history)[1] == ("used", "1,234,567 tokens, 1.50 USD")
 
 
 def test_what_the_agent_reads_holds_no_audit_and_no_final(monkeypatch, tmp_path):

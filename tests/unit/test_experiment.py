@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -598,10 +600,57 @@ def test_a_chain_ends_with_its_phase_and_the_new_one_is_named(bold: Small):
     bold.edit("until: 3 experiments", "until: 1 experiment", "program.md")
     bold.write("train.py", LOSER)
     done, shown = bold.experiment("worse")
-    assert "train.py is the incumbent again, the chain has ended with its phase)" in shown["commit"]
+    assert "train.py is the incumbent again, the chain has ended with its phase or the loop)" in shown["commit"]
     assert bold.read("train.py") == INCUMBENT_TEXT and shown["phase"] == "2 of 2 (careful), 0 of 9 experiments"
     assert shown["new phase"] == "careful: read its section in program.md"
     assert "Agent, subagent_type planner" in shown["next"] and len(done.stdout.encode()) < 2048
+
+
+LOOP = {"CLAUDE_CODE_SESSION_ID": "s"}
+
+
+def loop_on(project: Small, **state) -> None:
+    (project.path / "runs/session").mkdir(exist_ok=True)
+    project.write("runs/session/s.json", json.dumps({"on": True, "since": time.time(), "after": 1, **state}))
+
+
+def test_the_last_block_says_that_the_loop_has_ended_and_its_chain_ends_with_it(bold: Small):
+    loop_on(bold)
+    bold.edit("until: 3 experiments", "until: 5 experiments", "program.md")
+    bold.edit("stop: 100 experiments", "stop: 2 experiments", "program.md")
+    bold.write("train.py", variant(DISCARDED, 1))
+    _, shown = bold.experiment("worse", env=LOOP)
+    assert "build on it: 1 of 3" in shown["commit"] and "write the next hypothesis" in shown["next"]
+    bold.write("train.py", variant(DISCARDED, 2))
+    done, shown = bold.experiment("worse still", env=LOOP)
+    assert "the incumbent again, the chain has ended with its phase or the loop)" in shown["commit"]
+    assert bold.read("train.py") == INCUMBENT_TEXT
+    why = "the loop has ended: 2 experiments since start, as program.md's `stop` says; sum up in scratchpad.md in a few"
+    assert shown["next"].startswith(why) and "next hypothesis" not in done.stdout
+    loop_on(bold, on=False, stopped=True)
+    bold.write("train.py", variant(DISCARDED, 3))
+    _, shown = bold.experiment("of a person, whose loop is another's")
+    assert "build on it: 1 of 3" in shown["commit"] and "write the next hypothesis" in shown["next"]
+
+
+def test_an_open_chain_is_reverted_when_the_loop_ends_and_an_edit_on_top_is_not_touched(bold: Small):
+    before = bold.experiments()
+    assert (done := bold.run("end-chain")).returncode == 0 and bold.experiments() == before, done
+    bold.write("train.py", variant(DISCARDED, 1))
+    bold.experiment("worse")
+    bold.write("train.py", edit := variant(DISCARDED, 1) + "# of a person\n")
+    bold.run("end-chain")
+    assert bold.read("train.py") == edit and "chain 1 of at most 3" in bold.run("status").stdout
+    bold.write("train.py", variant(DISCARDED, 1))
+    for _ in range(2):
+        done = bold.run("end-chain")
+        assert (done.returncode, done.stdout) == (0, ""), done
+        assert bold.read("train.py") == INCUMBENT_TEXT and bold.experiments() == [1, 2, 3]
+    told = bold.trailers("refs/experiments/3")
+    assert told["Verdict"] == "dropped" and "Chain" not in told and "chain" not in bold.run("status").stdout
+    assert "2 of 2" not in bold.run("status").stdout, "it counts for nothing"
+    bold.write("train.py", variant(DISCARDED, 4))
+    assert "1 of 3 in this chain" in bold.experiment("the next begins at one")[1]["commit"]
 
 
 def test_a_plan_that_is_edited_during_a_run_is_for_the_next_one_and_the_agent_is_told(bold: Small):

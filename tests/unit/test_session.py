@@ -47,7 +47,12 @@ class Loop:
         monkeypatch.setattr(locks, "running", lambda: None)
         spec = importlib.util.spec_from_file_location("loop", ROOT / ".claude/hooks/loop.py")
         spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-        self.main = module.main
+        self.main, self.chains_ended = module.main, 0
+        monkeypatch.setattr(module.subprocess, "run", self.end_chain)
+
+    def end_chain(self, command: list, **_) -> None:
+        assert [str(word) for word in command] == [f"{ROOT}/run.sh", "end-chain"]
+        self.chains_ended += 1
 
     def call(self, *words: str, **given) -> str:
         """What loop.py prints."""
@@ -191,6 +196,25 @@ def test_turns_without_an_experiment(loop):
     assert "3 turns in a row brought no experiment. Type start to go on" in ended and not loop.session.on
     loop.type("start")
     assert loop.turn()["decision"] == "block"
+
+
+def test_an_open_chain_ends_with_the_loop(loop):
+    loop.type("stop", session_id="other")
+    loop.type("start")
+    loop.turn()
+    assert loop.chains_ended == 0
+    loop.type("stop")
+    assert loop.chains_ended == 1
+    loop.stop_at("1 experiments")
+    loop.type("start")
+    loop.plan.add("discarded")
+    assert loop.end() and loop.chains_ended == 2
+    loop.stop_at("9 experiments")
+    with loop.night(since=time.time(), after=1):
+        loop.type("start")
+        assert [loop.end() != "" for _ in range(3)] == [False, False, True] and loop.chains_ended == 2
+    loop.type("start")
+    assert [loop.end() != "" for _ in range(3)] == [False, False, True] and loop.chains_ended == 3
 
 
 def test_another_branchs_experiments_are_not_its_own(loop):
