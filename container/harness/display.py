@@ -85,7 +85,7 @@ def metric_rows(attempt: Attempt) -> list[tuple]:
     rows = [(attempt.metric, f"{value}   (validation, {size}, lower is better{twice})")]
     if fits := [run.fit for run in attempt.runs if run.fit]:
         fit = number(geometric_mean([fit[attempt.metric] for fit in fits]))
-        rows.append(("fit", f"{fit}   (the same of {fits[0]['gallery']} training pairs; it decides nothing)"))
+        rows.append(("fit", f"{fit}   ({fits[0]['gallery']} training pairs; decides nothing)"))
     if attempt.percent is not None:
         runs = "1 run" if len(attempt.before) == 1 else f"{len(attempt.before)} runs"
         rows.append(("before", f"{number(geometric_mean(attempt.before))}   ({runs})"))

@@ -76,7 +76,7 @@ def test_training_pairs_are_shown_beside_the_metric(shown):
         run.fit = {"mean_rank": 2 * fit, "median_rank": fit, "gallery": 150}
     found = block(shown(attempt("kept", runs=runs)))  # the third: a fit that could not be judged
     assert list(found)[4:6] == ["mean_rank", "fit"]
-    assert found["fit"] == "56.6   (the same of 150 training pairs; it decides nothing)"
+    assert found["fit"] == "56.6   (150 training pairs; decides nothing)"
     assert block(shown(attempt("kept", runs=runs, metric="median_rank")))["fit"].startswith("28.3 ")
 
 
