@@ -96,6 +96,9 @@ def metric_rows(attempt: Attempt) -> list[tuple]:
     twice = f", mean of {len(measured)} runs: {each}" if len(measured) > 1 else ""
     value = number(geometric_mean(attempt.values()))
     rows = [(attempt.metric, f"{value}   (validation, {size}, lower is better{twice})")]
+    if fits := [run.fit for run in attempt.runs if run.fit]:
+        fit = number(geometric_mean([fit[attempt.metric] for fit in fits]))
+        rows.append(("fit", f"{fit}   ({fits[0]['gallery']} training pairs; decides nothing)"))
     if attempt.percent is not None:
         runs = "1 run" if len(attempt.before) == 1 else f"{len(attempt.before)} runs"
         rows.append(("before", f"{with_error(attempt.before, attempt.sigma)}   ({runs})"))

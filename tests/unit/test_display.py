@@ -73,6 +73,16 @@ def test_a_block_has_these_lines_in_this_order(shown):
     assert found["recall"] == "i2t 1.0 / 5.0 / 10.0   t2i 1.0 / 5.0 / 10.0   (R@1 / 5 / 10, %)"
 
 
+def test_training_pairs_are_shown_beside_the_metric(shown):
+    runs = [made_up_run(80), made_up_run(81), made_up_run(82)]
+    for run, fit in zip(runs, (20.0, 40.0)):
+        run.fit = {"mean_rank": 2 * fit, "median_rank": fit, "gallery": 150}
+    found = block(shown(attempt("kept", runs=runs)))  # the third: a fit that could not be judged
+    assert list(found)[4:6] == ["mean_rank", "fit"]
+    assert found["fit"] == "56.6   (150 training pairs; decides nothing)"
+    assert block(shown(attempt("kept", runs=runs, metric="median_rank")))["fit"].startswith("28.3 ")
+
+
 def test_a_gain_below_the_margin_says_why_it_is_not_kept(shown):
     assert "below 0.25 sigma nothing is kept" in shown(attempt("discarded", percent=-0.4, sigmas=0.1))
     assert "nothing is kept" not in shown(attempt("discarded", percent=0.4, sigmas=-0.1))
