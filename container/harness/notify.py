@@ -1,0 +1,64 @@
+"""Tells a person what happened: program.md's `notify` is a command of theirs, which gets a line on standard input.
+
+It runs in the background and in run.sh's clean environment; nothing waits for it, and nothing fails with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import time
+from subprocess import DEVNULL
+
+import program
+from history import History
+from keep_rule import geometric_mean
+from project import ROOT, RUNS, Refused, number, read_json, say, visible, write_json
+from record import Attempt
+
+STATE, LOG = RUNS / "notify.json", RUNS / "notify.log"  # what was told last; what the command said then
+LIMIT_S = 30  # for the command, with what it started
+AGAIN_S = 3600  # until the same is told once more: the agent may try again and again
+MAX_LINE = 300  # characters
+
+
+def tell(text: str) -> None:
+    """Start the command, where program.md names one, with the beginning of this text as its line."""
+    line = visible(" ".join(f"{ROOT.name}: {text}".split()))[:MAX_LINE]
+    with contextlib.suppress(program.ProgramError, OSError):
+        if program.read().notify:
+            command = ["env", "-u", "CLAUDECODE", ROOT / "run.sh", "notify", line]  # it is not the agent's to call
+            subprocess.Popen(command, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL, start_new_session=True)
+
+
+def tell_result(attempt: Attempt, history: History) -> None:
+    """A large improvement, and the end of a phase. history: by which the experiment was planned."""
+    if (state := read_json(STATE, {})).get("fault") == "new":
+        write_json(STATE, {**state, "fault": "said"})  # and not how: the agent reads this too
+        say("run.sh: warning: program.md's `notify` fails; ./run.sh notify, in a terminal, shows how")
+    plan, percent = history.program, attempt.percent or 0
+    if attempt.verdict == "kept" and -percent > plan.notify_gain:
+        value = f"{plan.metric} {number(geometric_mean(attempt.values()))}"
+        tell(f"experiment {attempt.experiment} is kept, {value} ({percent:+.1f} %): {attempt.hypothesis}")
+    phase = History.load(plan).phase
+    if attempt.phase and attempt.phase != (phase.name if phase else ""):
+        tell(f"phase '{attempt.phase}' has ended; {f'next: {phase.name}' if phase else 'it was the last'}")
+
+
+def notify(line: str = "") -> None:
+    """Run the command to its end; without a line, for a person who tries it. Raises Refused when it fails."""
+    words, before, now = program.read().notify, read_json(STATE, {}, told=str, when=float, fault=str), time.time()
+    if not words:
+        raise Refused("program.md has no `notify` under Settings; .claude/README.md says what it may be")
+    told = re.sub(r"\d", "", line)
+    if line and told == before.get("told") and 0 <= now - before["when"] < AGAIN_S:
+        return
+    given = (line or f"{ROOT.name}: a line to try `notify`") + "\n"
+    with LOG.open("wb") as log:
+        command = ["timeout", "-k", "5", str(LIMIT_S), *words]
+        status = subprocess.run(command, input=given.encode(), stdout=log, stderr=log, cwd=ROOT).returncode
+    write_json(STATE, {"told": told, "when": now, "fault": (before.get("fault") or "new") if status else ""})
+    if status:
+        said = visible(" ".join(LOG.read_text(errors="replace").split()))[-200:] or "it said nothing"
+        raise Refused(f"program.md's `notify` failed ({f'after {LIMIT_S} s' if status == 124 else status}): {said}")
