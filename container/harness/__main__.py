@@ -41,7 +41,7 @@ def one_experiment() -> int:
         try:
             return experiment.run()
         except (Broken, OSError) as error:
-            notify.tell(f"nothing runs, please see to it: {error}")
+            notify.tell(f"{notify.NOTHING_RUNS}: {error}")
             raise
     return experiment.run()
 

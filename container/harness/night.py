@@ -109,7 +109,7 @@ class Keeper:
             if not ended and fruitless < FRUITLESS:
                 log_line(f"{fault or f'the conversation has ended: {self.message}'}; again in {wait} s")
                 if wait == LONGEST_WAIT:
-                    notify.tell(f"the night waits for Claude Code: {fault or self.message}")
+                    notify.tell(f"{notify.NOTHING_RUNS}: {fault or self.message}")
                 until, wait = time.monotonic() + wait, min(2 * wait, LONGEST_WAIT)
                 while (time.monotonic() < until or locks.running()) and not self.check():
                     time.sleep(POLL)

@@ -19,7 +19,8 @@ from record import Attempt
 
 STATE, LOG = RUNS / "notify.json", RUNS / "notify.log"  # what was told last; what the command said then
 LIMIT_S = 30  # for the command, with what it started
-AGAIN_S = 3600  # until the same is told once more: the agent may try again and again
+NOTHING_RUNS = "nothing runs, please see to it"
+AGAIN_S = 3600  # until that is told once more for the same reason: the agent tries again and again
 MAX_LINE = 300  # characters
 
 
@@ -52,7 +53,7 @@ def notify(line: str = "") -> None:
     if not words:
         raise Refused("program.md has no `notify` under Settings; .claude/README.md says what it may be")
     told = re.sub(r"\d", "", line)
-    if line and told == before.get("told") and 0 <= now - before["when"] < AGAIN_S:
+    if NOTHING_RUNS in line and told == before.get("told") and 0 <= now - before["when"] < AGAIN_S:
         return
     given = (line or f"{ROOT.name}: a line to try `notify`") + "\n"
     with LOG.open("wb") as log:
