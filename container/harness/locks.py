@@ -74,7 +74,7 @@ def running_line() -> str:
 
 
 def progress(now: Running) -> list[str]:
-    """Step, loss and seconds left of a training, or the name of another stage."""
+    """Step, seconds left and loss of a training, or the name of another stage."""
     if now.stage != TRAINS:
         return [now.stage] if now.stage else []
     passed, found, written = max(0, time.time() - now.started), [], 0.0  # the clock may have been set back
@@ -87,7 +87,7 @@ def progress(now: Running) -> list[str]:
     step, steps, loss = (number.decode() for number in found[-1])
     share = min(1, int(step) / int(steps))
     left = max(0, min(limit, (written - now.started) / share - passed))
-    return [f"step {step}/{steps} ({share * 100:.0f} %)", *[f"loss {loss}"] * bool(loss), f"{left:.0f} s left"]
+    return [f"step {step}/{steps} ({share * 100:.0f} %)", f"{left:.0f} s left", *[f"loss {loss}"] * bool(loss)]
 
 
 @contextlib.contextmanager
