@@ -108,14 +108,12 @@ def status_line(call: dict, now: Session) -> str:
     cost = (call.get("cost") or {}).get("total_cost_usd")
     if cost is not None:
         now.note_cost(cost)
-    history, runs = History.load(), locks.running()
+    history = History.load()
     halted = f"THE LOOP STANDS STILL, type anything to go on: {now.fault}" if now.on and now.fault else ""
-    runs_now = (
-        [f"#{runs.number} {runs.activity}".replace("candidate, ", ""), *locks.progress(runs)]
-        if runs
-        else [f"#{history.newest}"]
-    )
-    line = (halted or ", ".join(part for part in runs_now if "loss" not in part))[:STATUS_WIDTH]
+    first = [halted or f"#{history.newest}"]
+    if (runs := locks.running()) and not halted:
+        first = [f"#{runs.number} {runs.activity.replace('candidate, ', '')}", *locks.progress(runs)[:2]]
+    line = ", ".join(first)[:STATUS_WIDTH]
     best = re.sub(r" since[^)]*", "", f"{history.program.metric} {history.best_line()}")
     phase = re.sub(r" \(.*\)| experiments| at most", "", f"phase {history.phase_line()}").replace(" of ", "/")
     for part in (best, phase):

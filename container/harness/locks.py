@@ -22,7 +22,6 @@ RUNNING = Path("runs/running.json")  # in every worktree: what runs there now
 TRAINS, EMBEDS = "trains", "embedding and judging"  # stages of a run
 # train.py's own claim, a whole line: nothing but digits is shown of it
 STEP = re.compile(rb"^step ([1-9]\d{0,8})/([1-9]\d{0,8})(?: loss (-?\d{1,6}(?:\.\d{1,9})?)(?![\w.]))?\b.*\n", re.M)
-CLEAR = "\r\x1b[K"  # a line of a terminal
 LOG_END = 4096  # bytes of the log in which it is looked for
 
 
@@ -90,25 +89,13 @@ def progress(now: Running) -> list[str]:
     return [f"step {step}/{steps} ({share * 100:.0f} %)", f"{left:.0f} s left", *[f"loss {loss}"] * bool(loss)]
 
 
-@contextlib.contextmanager
-def live_line() -> Iterator[None]:
-    """While the block runs, a terminal shows what runs now, in one line that is drawn anew."""
-    done = threading.Event()
-
-    def draw() -> None:
-        with contextlib.suppress(OSError):  # the terminal is gone
-            while sys.stderr.isatty() and not done.wait(1):
-                width = shutil.get_terminal_size().columns - 1
-                print(f"{running_line()[:width]:{width}}", end="\r", file=sys.stderr, flush=True)
-            print(CLEAR * sys.stderr.isatty(), end="", file=sys.stderr, flush=True)
-
-    drawer = threading.Thread(target=draw, daemon=True)
-    drawer.start()
-    try:
-        yield
-    finally:
-        done.set()
-        drawer.join()
+def draw_live_line(done: threading.Event) -> None:
+    """On a terminal: what runs now, in one line that is drawn anew every second and gone at the end."""
+    with contextlib.suppress(OSError):  # the terminal is gone
+        while sys.stderr.isatty() and not done.wait(1):
+            width = shutil.get_terminal_size().columns - 1
+            print(f"{running_line()[:width]:{width}}", end="\r", file=sys.stderr, flush=True)
+        print("\x1b[K" * sys.stderr.isatty(), end="", file=sys.stderr, flush=True)
 
 
 def worktree_that_judges(train: str) -> str:

@@ -11,6 +11,7 @@ import re
 import secrets
 import select
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -80,10 +81,9 @@ def run(job: Job) -> Run:
         say(f"run.sh: warning: this engine enforces no {', '.join(ignored)} limits; see ./run.sh doctor")
     measurement, result = Measurement(job), Run("ok", job.seed)
     try:
-        with locks.live_line():
-            measurement.train()
-            measurement.embed()
-            result.metrics = measurement.judge()
+        measurement.train()
+        measurement.embed()
+        result.metrics = measurement.judge()
     except Failed as e:
         result.outcome, result.reason = "failed", str(e)
         if not job.launch and (fault := engine.gpu_fault()):
@@ -135,6 +135,9 @@ class Measurement:
         self.ready = self.trained = self.embedded = 0.0  # when training began, and when these stages ended
         self.report: dict = {}  # what PID 1 says of the training
         self.sandboxes: dict[str, Sandbox] = {}
+        self.ended = threading.Event()
+        self.drawer = threading.Thread(target=locks.draw_live_line, args=(self.ended,), daemon=True)
+        self.drawer.start()
 
     def start(self, stage: str, seconds: int, mounts: dict, log: Log | None = None, **more) -> Sandbox:
         """seconds: that its work gets; more: other fields of engine.Container."""
@@ -244,6 +247,8 @@ class Measurement:
             if sandbox.process.poll() != 0:
                 sandbox.kill()
         self.log.close()
+        self.ended.set()
+        self.drawer.join()
 
     def timing(self) -> dict[str, float]:
         """Seconds of each stage; training is what PID 1 measured after its imports, the rest is the harness's own."""

@@ -13,8 +13,7 @@ from subprocess import DEVNULL
 
 import program
 from history import History
-from keep_rule import geometric_mean
-from project import ROOT, RUNS, Refused, number, read_json, say, visible, write_json
+from project import ROOT, RUNS, Refused, read_json, say, visible, write_json
 from record import Attempt
 
 STATE, LOG = RUNS / "notify.json", RUNS / "notify.log"  # what was told last; what the command said then
@@ -38,13 +37,12 @@ def tell_result(attempt: Attempt, history: History) -> None:
     if (state := read_json(STATE, {})).get("fault") == "new":
         write_json(STATE, {**state, "fault": "said"})  # and not how: the agent reads this too
         say("run.sh: warning: program.md's `notify` fails; ./run.sh notify, in a terminal, shows how")
-    plan, percent = history.program, attempt.percent or 0
-    if attempt.verdict == "kept" and -percent > plan.notify_gain:
-        value = f"{plan.metric} {number(geometric_mean(attempt.values()))}"
-        tell(f"experiment {attempt.experiment} is kept, {value} ({percent:+.1f} %): {attempt.hypothesis}")
-    phase = History.load(plan).phase
-    if attempt.phase and attempt.phase != (phase.name if phase else ""):
-        tell(f"phase '{attempt.phase}' has ended; {f'next: {phase.name}' if phase else 'it was the last'}")
+    now = History.load(history.program)
+    best, phase = f"{now.program.metric} {now.best_line()}", now.phase.name if now.phase else ""
+    if attempt.verdict == "kept" and -(attempt.percent or 0) > now.program.notify_gain:
+        tell(f"experiment {attempt.experiment} is kept ({attempt.percent:+.1f} %): {attempt.hypothesis}; {best}")
+    if attempt.phase not in ("", phase):
+        tell(f"phase '{attempt.phase}' has ended; next: {phase or 'none'}; {best}")
 
 
 def notify(line: str = "") -> None:

@@ -322,10 +322,10 @@ def test_in_a_terminal(quick, home, tmp_path):
     terminal = Terminal(tmp_path, [CLIENT], environment(home, model))
     try:
         terminal.wait_for(r"@research")
-        terminal.wait_for(r"#1 \| mean_rank \d+.*phase 1 of 2 \(first\), 0 of 40 experiments")
+        terminal.wait_for(r"#1 \| mean_rank \d+.*phase 1/2, 0/40")
         terminal.type("start")
         terminal.wait_for("The loop has ended: 3 experiments since start")
-        terminal.wait_for(r"#4 \| mean_rank .*3 of 40 experiments")
+        terminal.wait_for(r"#4 \| mean_rank .*phase 1/2, 3/40")
         assert len(quick.experiments()) == 1 + 3
         assert [r.is_error for r in model.results] == [False] * 3
         terminal.type("!./run.sh")  # the person's own shell: no hook is asked
