@@ -248,7 +248,7 @@ class Measurement:
                 sandbox.kill()
         self.log.close()
         self.ended.set()
-        self.drawer.join()
+        self.drawer.join(5)  # a terminal that is held up holds up nothing else
 
     def timing(self) -> dict[str, float]:
         """Seconds of each stage; training is what PID 1 measured after its imports, the rest is the harness's own."""
