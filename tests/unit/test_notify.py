@@ -119,6 +119,14 @@ def test_that_nothing_runs_is_told_once_an_hour(told, monkeypatch, tmp_path):
     assert (tmp_path / "told").read_text().splitlines()[-2:] == [full, full]
 
 
+@pytest.mark.parametrize(("words", "fault"), [(["a line"], "new"), ([], "said")])
+def test_a_person_who_tries_it_is_not_told_twice(told, words, fault):
+    (repo := told("false")).run("notify", *words)
+    assert f'"fault": "{fault}"' in repo.read("runs/notify.json")
+    (repo := told("true")).run("notify", *words)
+    assert '"fault": ""' in repo.read("runs/notify.json")
+
+
 def test_a_failure_is_said_once(small: Small):
     """Without what the command said: the agent reads this too."""
     small.write("runs/notify.json", '{"told": "", "when": 1.5, "fault": "new"}')
@@ -228,9 +236,9 @@ def test_a_night_that_waits_or_ends(keeper, lines, monkeypatch):  # noqa: F811
     monkeypatch.setattr(night, "FIRST_WAIT", 0.1)
     monkeypatch.setattr(night, "LONGEST_WAIT", 0.2)
     monkeypatch.setattr(night.signal, "signal", lambda *_: None)
-    one = keeper("echo overloaded; exit 1")
+    one, until = keeper("echo overloaded; exit 1"), time.monotonic() + 20
     look = one.check
-    monkeypatch.setattr(one, "check", lambda: look() or "it is late" * len(lines))
+    monkeypatch.setattr(one, "check", lambda: look() or "it is late" * (lines != [] or time.monotonic() > until))
     monkeypatch.setattr(night, "run", lambda *_, **__: CompletedProcess([], 0, "", ""))
     one.keep()
     assert lines[0] == f"{notify.NOTHING_RUNS}: the client ended with status 1: overloaded", lines

@@ -97,8 +97,8 @@ def test_a_live_line_in_a_terminal_alone(monkeypatch, tmp_path, terminal):
     (drawer := threading.Thread(target=locks.draw_live_line, args=(done,))).start()
     if terminal:
         assert os.read(here, 99) == b"experiment 17 (cand\r"
-    done.set()
-    drawer.join(10)
+        done.set()
+    drawer.join(10)  # without a terminal it has ended by itself
     assert os.read(here, 99) == b"\x1b[K" if terminal else (tmp_path / "stderr").read_text() == ""
     assert not drawer.is_alive()
 
