@@ -25,7 +25,7 @@ from project import visible
 from session import Session
 
 IDLE_TURNS = 3
-STATUS_WIDTH = 100  # columns
+STATUS_WIDTH = 96  # columns: the client takes four of a terminal for its margins
 GO_ON = (
     "Next experiment: {}read what the last result taught, write one line under '## Next experiment' in scratchpad.md, "
     "edit train.py, run ./run.sh. Do not ask the person; nobody is watching."

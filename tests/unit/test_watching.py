@@ -112,8 +112,8 @@ def test_the_status_line_fits_and_begins_with_what_runs(loop, monkeypatch, log, 
     monkeypatch.setattr(locks, "running", lambda: runs)
     loop.plan.add("discarded")
     line = loop.call("statusline").rstrip("\n")
-    assert len(line) <= 100 and line.startswith(
-        f"#1000 {activity}, step 123456789/987654321 (12 %), "[:100].replace("candidate, ", "")
+    assert len(line) <= 96 and line.startswith(
+        f"#1000 {activity}, step 123456789/987654321 (12 %), "[:96].replace("candidate, ", "")
     ), line
     runs.log = str(log.with_name("missing"))
     if activity == "candidate, run 2":
