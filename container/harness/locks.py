@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import git
@@ -51,8 +51,8 @@ def enter(stage: str, log: Path) -> None:
     """Say how far the run has come that was announced; for whoever watches alone, so a full disk is no trouble."""
     with contextlib.suppress(OSError):
         if now := running():
-            where = {"stage": stage, "log": str(log), "skip": log.stat().st_size}
-            write_json(ROOT / RUNNING, asdict(replace(now, started=time.time(), **where)))
+            now.stage, now.started, now.log, now.skip = stage, time.time(), str(log), log.stat().st_size
+            write_json(ROOT / RUNNING, asdict(now))
 
 
 def running(root: Path = ROOT) -> Running | None:

@@ -35,8 +35,9 @@ def tell(text: str) -> None:
 def tell_result(attempt: Attempt, history: History) -> None:
     """A large improvement, and the end of a phase. history: by which the experiment was planned."""
     if (state := read_json(STATE, {})).get("fault") == "new":
-        write_json(STATE, {**state, "fault": "said"})  # and not how: the agent reads this too
         say("run.sh: warning: program.md's `notify` fails; ./run.sh notify, in a terminal, shows how")
+        with contextlib.suppress(OSError):  # a full disk
+            write_json(STATE, {**state, "fault": "said"})
     now = History.load(history.program)
     best, phase = f"{now.program.metric} {now.best_line()}", now.phase.name if now.phase else ""
     if attempt.verdict == "kept" and -(attempt.percent or 0) > now.program.notify_gain:
@@ -62,3 +63,4 @@ def notify(line: str = "") -> None:
     if status:
         said = visible(" ".join(LOG.read_text(errors="replace").split()))[-200:] or "it said nothing"
         raise Refused(f"program.md's `notify` failed ({f'after {LIMIT_S} s' if status == 124 else status}): {said}")
+    say("`notify` ended well; look whether the line has arrived")

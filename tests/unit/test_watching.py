@@ -72,8 +72,8 @@ def test_a_stage_begins_where_the_log_ends(monkeypatch, tmp_path, log):
     """Also on a full disk, where nothing is said of it."""
     monkeypatch.setattr(locks, "ROOT", tmp_path)
     locks.announce(17, "candidate, run 2", 120)
-    before = Running(**locks.read_json(tmp_path / locks.RUNNING, {}))
-    monkeypatch.setattr(locks, "running", lambda: before)
+    monkeypatch.setattr(locks, "running", lambda: Running(**locks.read_json(tmp_path / locks.RUNNING, {})))
+    before = locks.running()
     log.write_text("step 400/400\n")
     locks.enter(locks.TRAINS, log)
     now = Running(**locks.read_json(tmp_path / locks.RUNNING, {}))
