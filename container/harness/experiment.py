@@ -20,10 +20,11 @@ import git
 import keep_rule
 import locks
 import measure
+import notify
 import program
 import record
 from history import History
-from project import ROOT, RUNS, Refused, say, visible, write_whole
+from project import ROOT, RUNS, Broken, Refused, say, visible, write_whole
 from record import Attempt, Record
 from session import Session
 
@@ -60,6 +61,7 @@ def run(incumbent_only: bool = False) -> int:
                 if attempt is not last:
                     say(f"run.sh: experiment {attempt.experiment} measured the incumbent first; yours is the next")
         print(display.block(attempt, commit, history.program, edited))
+        notify.tell_result(attempt, history)
         if attempt.verdict == "unmeasured":
             say("run.sh: HEAD's own train.py does not run here; fix that first")
         return int(attempt.verdict in ("failed", "unmeasured", "lost"))
@@ -128,14 +130,14 @@ def refuse_this_machine(history: History, incumbent_only: bool) -> None:
     then = history.measured_on
     new_baseline = then and not history.incumbent and not incumbent_only and not history.program.launch
     if new_baseline and then != (now := engine.device_kind()):
-        raise Refused(
+        raise Broken(
             f"HEAD's train.py was measured on {then}, and this machine trains on {now}: nothing ran. If that is a "
             "fault, ./run.sh doctor says more; if not, ./run.sh setup in a terminal measures a new baseline"
         )
     if os.environ.get("CLAUDECODE") and len(history.lost) >= LOST_MOST:
         left = history.lost[0].when + LOST_PAUSE_S - time.time()
         if 0 < left <= LOST_PAUSE_S:
-            raise Refused(
+            raise Broken(
                 f"the last {len(history.lost)} experiments were lost ({history.lost[0].reason}): not again for "
                 f"{left / 60:.0f} minutes. Tell the person, who may see more with ./run.sh doctor, and end your turn"
             )
@@ -216,11 +218,7 @@ def measure_and_decide(attempt: Attempt, planned: History, device: int) -> Histo
     refresh_report()
     while attempt.verdict == "again":
         run = len(attempt.runs) + 1
-        activity = f"{attempt.kind}, run {run}"
-        locks.announce(attempt.experiment, activity, budget, attempt.train)
-        if sys.stderr.isatty():
-            limit = f"training for at most {budget} s; tail -f {log.relative_to(ROOT)}"
-            say(f"experiment {attempt.experiment} ({activity}): {limit}")
+        locks.announce(attempt.experiment, f"{attempt.kind}, run {run}", budget, attempt.train)
         training = job(history, WORK / f"run-{run}", texts[attempt.train], device, log=log)
         attempt.runs.append(measure.run(training))
         record.restore()

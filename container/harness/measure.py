@@ -12,13 +12,15 @@ import re
 import secrets
 import select
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import engine
-from project import INSIDE, Refused, say
+import locks
+from project import INSIDE, Broken, say
 from sandbox import MESSAGE_BYTES, NOT_YOURS, QUEUE_LIMIT_S, Failed, Log, Lost, Sandbox
 
 STAGE, JUDGE = INSIDE / "stage.py", INSIDE / "judge.py"
@@ -89,7 +91,7 @@ def run(job: Job) -> Run:
             result.outcome, result.reason = "lost", f"{fault}: {NOT_YOURS}"
     except Lost as e:
         if not measurement.ready:
-            raise Refused(f"{e}; nothing ran") from None
+            raise Broken(f"{e}; nothing ran") from None
         result.outcome, result.reason = "lost", str(e)
     finally:
         measurement.end()
@@ -103,7 +105,7 @@ def require_room(folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < ROOM:
         least = f"a run may need {ROOM / 1e9:.1f} GB of disk, and there are {free / 1e9:.1f} GB at {folder}"
-        raise Refused(f"{least}; nothing ran: make room (./run.sh doctor names old images), then run it again")
+        raise Broken(f"{least}; nothing ran: make room (./run.sh doctor names old images), then run it again")
 
 
 def stage_mounts(job: Job) -> dict[str, Path]:
@@ -136,6 +138,9 @@ class Measurement:
         self.report: dict = {}  # what PID 1 says of the training
         self.loads = True  # whether training rows can be embedded with what it left
         self.sandboxes: dict[str, Sandbox] = {}
+        self.ended = threading.Event()
+        self.drawer = threading.Thread(target=locks.draw_live_line, args=(self.ended,), daemon=True)
+        self.drawer.start()
 
     def start(self, stage: str, seconds: int, mounts: dict, log: Log | None = None, **more) -> Sandbox:
         """seconds: that its work gets; more: other fields of engine.Container."""
@@ -156,6 +161,7 @@ class Measurement:
         trainer.send()
         self.check_device(trainer.wait_until_ready())
         self.ready = time.monotonic()
+        locks.enter(locks.TRAINS, job.log)
         for side in SIDES:
             self.start(side, EMBED_S, side_mounts(job, side))
         end = trainer.message(job.budget + GRACE_S)
@@ -166,11 +172,12 @@ class Measurement:
         trainer.copy_to(job.work / "out.tar", ARCHIVE_BYTES, EMBED_S, end["bytes"])
         self.trained = time.monotonic()
         self.embed_fit(trainer)
+        locks.enter(locks.EMBEDS, job.log)
 
     def check_device(self, ready: dict) -> None:
         """What the training would run on is what it should. Raises Refused: a CPU in a GPU's place would train on."""
         if "fault" in ready:
-            raise Refused(f"the GPU does not work in the sandbox ({ready['fault']}): nothing ran; see ./run.sh doctor")
+            raise Broken(f"the GPU does not work in the sandbox ({ready['fault']}): nothing ran; see ./run.sh doctor")
         there = self.report["device"] = ready.get("device", "cpu")
         if self.job.launch:
             wanted, remedy = self.job.measured_on or there, "ask for it in `launch`, or change `budget` to begin anew"
@@ -179,7 +186,7 @@ class Measurement:
             wanted, remedy = engine.device_kind(), "see ./run.sh doctor"
             same = (there == "cpu") == (wanted == "cpu")  # torch may call a GPU otherwise than nvidia-smi does
         if not same:
-            raise Refused(f"results so far are of {wanted}, and the sandbox has {there}: nothing ran; {remedy}")
+            raise Broken(f"results so far are of {wanted}, and the sandbox has {there}: nothing ran; {remedy}")
 
     def embed(self) -> None:
         """Both sides. One has ended before the other gets train.py's model, so they cannot talk."""
@@ -248,6 +255,8 @@ class Measurement:
             if sandbox.process.poll() != 0:
                 sandbox.kill()
         self.log.close()
+        self.ended.set()
+        self.drawer.join(5)  # a terminal that is held up holds up nothing else
 
     def timing(self) -> dict[str, float]:
         """Seconds of each stage; training is what PID 1 measured after its imports, the rest is the harness's own."""

@@ -25,7 +25,7 @@ from pathlib import Path
 from subprocess import PIPE
 
 import engine
-from project import Refused, say
+from project import Broken, say
 
 QUEUE_LIMIT_S = 23 * 3600  # until a launch command has found a node; Claude Code waits 24 hours for ./run.sh
 IMPORT_S = 120  # until a sandbox has imported torch
@@ -129,7 +129,7 @@ class Sandbox:
         error = f"the sandbox of {self.stage} did not start: {error or 'no message in time'}"
         if launch:
             raise Lost(error)
-        raise Refused(f"{engine.name()}: {error}; nothing is recorded, and ./run.sh doctor says more")
+        raise Broken(f"{engine.name()}: {error}; nothing is recorded, and ./run.sh doctor says more")
 
     def message(self, limit_s: float) -> dict:
         """The next JSON line; {} when it ended, sent nothing in time, or something else. Raises Lost."""

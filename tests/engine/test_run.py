@@ -211,6 +211,20 @@ def test_two_runs_at_once_and_a_killed_one(fast: Project):
     assert fast.containers() == "" and "fatal" not in fast.git("fsck")
 
 
+def test_a_terminal_shows_what_runs(fast: Project):
+    """A live line, which leaves nothing behind; nothing of it without a terminal, as everywhere else here."""
+    fast.write("train.py", CANDIDATES["discarded"])
+    inject(fast, '    print("step 1/4 loss 2.5", flush=True); import time; time.sleep(2.5)')
+    fast.hypothesis("wait a while")
+    here, there = os.openpty()
+    run = fast.start(stderr=there)
+    os.close(there)
+    assert block(run.communicate()[0])["verdict"] == "discarded"
+    shown = os.read(here, 1 << 16).decode()
+    assert re.search(r"experiment 3 \(candidate, run 1\), step 1/4 \(25 %\), \d+ s left, loss 2\.5 +\r", shown), shown
+    assert shown.endswith("\r\x1b[K") and "\n" not in shown
+
+
 @pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGKILL])
 def test_when_run_sh_alone_is_ended_its_containers_go_too(fast: Project, tmp_path, signal_: int):
     fast.given += stand_ins.stage(tmp_path, f"stage.LIFELINE_S = {LIFELINE_S}")
