@@ -23,9 +23,6 @@ MAX_BRIEF = 1300  # bytes
 BRIEF_NEWEST, BRIEF_DEAD_ENDS = 10, 5  # attempts in a brief
 DATA_WIDTH = 100  # bytes of a caption there
 SHARES = (10, 20, 40, 60, 80, 100)  # of its steps, in per cent, at which a run's loss is shown
-STEP = re.compile(
-    rb"^step ([1-9]\d{0,8})/([1-9]\d{0,8}) loss (-?(?:\d{1,9}(?:\.\d{1,9})?(?:e[+-]?\d{1,2})?|nan|inf))\b", re.M
-)
 CHANGED, CHANGED_WIDTH = {"-": 1, "+": 2}, 60  # lines of train.py that a block shows; bytes of one
 PAUSE_S = 30 * 60  # so long no model thinks
 CLAIMS = {"steps": "{} steps", "peak_memory": "peak {}"}  # of train.py that are shown, and how
@@ -139,7 +136,7 @@ def changed(attempt: Attempt, history: History, before: str) -> str:
 def losses(log: bytes) -> list[tuple[int, float, float]]:
     """Steps, per cent of all steps and loss in the lines of a log's last run: train.py's own claims."""
     found: list = []
-    for step, steps, loss in STEP.findall(log):
+    for step, steps, loss in (claim for claim in locks.STEP.findall(log) if claim[2]):
         if found and int(step) <= found[-1][0]:
             found = []  # the next run begins
         found.append((int(step), 100 * int(step) / int(steps), float(loss)))

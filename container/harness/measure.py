@@ -301,7 +301,7 @@ def why_embedding_failed(end: dict, killed: bool, limit_s: float) -> str:
 
 def last_step(log: Path) -> str:
     """train.py's own progress: '143 of 300 steps', or '' when it printed none."""
-    found = re.findall(rb"^step (\d{1,9})/(\d{1,9})\b", log.read_bytes(), re.M)
+    found = locks.STEP.findall(log.read_bytes())
     return f"{int(found[-1][0])} of {int(found[-1][1])} steps" if found else ""
 
 

@@ -131,7 +131,9 @@ def test_the_figures_are_those_of_the_record(drawn, page):
         assert count and tab.locator(f".row.{verdict}:not(.old)").count() == count
         assert tab.locator(f"#curve-v-{verdict} a").count() == count
         assert f"{count} {verdict}" in tab.locator(".tiles").first.inner_text()
-    assert re.search(r"Time: \d\.\d h: training 1\d %, harness \d %, model 8\d %\. *$", tab.locator("p").first.inner_text())
+    assert re.search(
+        r"Time: \d\.\d h: training 1\d %, harness \d %, model 8\d %\. *$", tab.locator("p").first.inner_text()
+    )
     text = tab.locator("body").inner_text()
     for shown in (
         "Audit: fresh seeds",
