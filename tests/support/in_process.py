@@ -267,7 +267,7 @@ def measured(measure, job):
     seconds = re.search(rb"^SECONDS = ([\d.]+)$", source, re.M)
     with job.log.open("a") as log:
         log.write(f"step 1/1\nSEED {job.seed} budget {job.budget} sha256 {hashlib.sha256(source).hexdigest()}\n")
-        log.writelines(f"{line}\n" for line in re.findall(r"^# prints (.*)$", source.decode(), re.M))
+        log.writelines(f"{line}\n" for line in re.findall(r"^# prints (.*)$", source.decode("utf-8", "replace"), re.M))
     if not value:
         reason = f"crash after 1.5 s: {source.decode().strip()[:60]}"
         return measure.Run("failed", job.seed, reason, timing=TIMING)
