@@ -398,8 +398,7 @@ def end_chain() -> None:
     """With the loop: train.py is the incumbent again, if it is what an open chain measured last. Raises Refused."""
     with workspace():
         history = History.load()
-        train = snapshot("train.py")
-        if history.link and train == history.own(history.counted)[-1].train:
+        if history.link and snapshot("train.py") == (train := history.own(history.counted)[-1].train):
             dropped = Attempt("dropped", "the chain, with the end of the loop", train=train)
             dropped.scratchpad, dropped.experiment = snapshot("scratchpad.md"), history.next_number
             record_and_carry_out(dropped, history, history)
