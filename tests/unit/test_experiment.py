@@ -621,17 +621,17 @@ def test_the_last_block_says_that_the_loop_has_ended_and_its_chain_ends_with_it(
     loop_on(bold)
     bold.edit("until: 3 experiments", "until: 5 experiments", "program.md")
     bold.edit("stop: 100 experiments", "stop: 2 experiments", "program.md")
-    bold.write("train.py", variant(DISCARDED, 1))
+    bold.write("train.py", variant(LOSER, 1))
     _, shown = bold.experiment("worse", env=LOOP)
     assert "build on it: 1 of 3" in shown["commit"] and "write the next hypothesis" in shown["next"]
-    bold.write("train.py", variant(DISCARDED, 2))
+    bold.write("train.py", variant(LOSER, 2))
     done, shown = bold.experiment("worse still", env=LOOP)
     assert "the incumbent again, the chain has ended with its phase or the loop)" in shown["commit"]
     assert bold.read("train.py") == INCUMBENT_TEXT
     why = "the loop has ended: 2 experiments since start, as program.md's `stop` says; sum up in scratchpad.md in a few"
     assert shown["next"].startswith(why) and "next hypothesis" not in done.stdout
     loop_on(bold, on=False, stopped=True)
-    bold.write("train.py", variant(DISCARDED, 3))
+    bold.write("train.py", variant(LOSER, 3))
     _, shown = bold.experiment("of a person, whose loop is another's")
     assert "build on it: 1 of 3" in shown["commit"] and "write the next hypothesis" in shown["next"]
 
@@ -639,12 +639,12 @@ def test_the_last_block_says_that_the_loop_has_ended_and_its_chain_ends_with_it(
 def test_an_open_chain_is_reverted_when_the_loop_ends_and_an_edit_on_top_is_not_touched(bold: Small):
     before = bold.experiments()
     assert (done := bold.run("end-chain")).returncode == 0 and bold.experiments() == before, done
-    bold.write("train.py", variant(DISCARDED, 1))
+    bold.write("train.py", variant(LOSER, 1))
     bold.experiment("worse")
-    bold.write("train.py", edit := variant(DISCARDED, 1) + "# of a person\n")
+    bold.write("train.py", edit := variant(LOSER, 1) + "# of a person\n")
     bold.run("end-chain")
     assert bold.read("train.py") == edit and "chain 1 of at most 3" in bold.run("status").stdout
-    bold.write("train.py", variant(DISCARDED, 1))
+    bold.write("train.py", variant(LOSER, 1))
     for _ in range(2):
         done = bold.run("end-chain")
         assert (done.returncode, done.stdout) == (0, ""), done
@@ -652,7 +652,7 @@ def test_an_open_chain_is_reverted_when_the_loop_ends_and_an_edit_on_top_is_not_
     told = bold.trailers("refs/experiments/3")
     assert told["Verdict"] == "dropped" and "Chain" not in told and "chain" not in bold.run("status").stdout
     assert "2 of 2" not in bold.run("status").stdout, "it counts for nothing"
-    bold.write("train.py", variant(DISCARDED, 4))
+    bold.write("train.py", variant(LOSER, 4))
     assert "1 of 3 in this chain" in bold.experiment("the next begins at one")[1]["commit"]
 
 
