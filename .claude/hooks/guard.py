@@ -22,7 +22,7 @@ ROOT = os.path.realpath(os.path.join(os.path.dirname(os.path.abspath(__file__)),
 EDITABLE = r"train\.py|scratchpad\.md"
 PREVIEW = r"data/[^/]+/preview\.png"  # of a data set: see bring_preview
 READABLE = rf"{EDITABLE}|program\.md|CLAUDE\.md|runs/experiments\.tsv|runs/[0-9]{{4,9}}\.(log|diff)|{PREVIEW}"
-KEYS = {  # of a call's input; whatever else there may be (timeout, run_in_background, ...) is refused
+KEYS = {  # of a call's input
     "Bash": {"command", "description"},
     "Edit": {"file_path", "old_string", "new_string", "replace_all"},
     "Write": {"file_path", "content"},
@@ -31,6 +31,8 @@ KEYS = {  # of a call's input; whatever else there may be (timeout, run_in_backg
     "WebSearch": {"query", "allowed_domains", "blocked_domains"},
     "Agent": {"description", "prompt", "subagent_type"},
 }
+# Dropped, unless it is switched on: it changes nothing here. Whatever else there may be is refused
+DROPPED = {"Bash": ("timeout", "dangerouslyDisableSandbox"), "Read": ("pages", "allow_large")}
 PLANNER, SUBAGENT_TOOLS = "planner", ("Read", "WebFetch", "WebSearch")  # whatever the subagent's own file says
 # A plain URL: no user, no port, a name for a host (its last label of letters, so no address), RFC 3986's characters
 HOST = r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,63}"
@@ -43,7 +45,6 @@ READ_ONLY = (
     "Only train.py, scratchpad.md, program.md, CLAUDE.md, runs/experiments.tsv, runs/NNNN.log, runs/NNNN.diff and "
     "data/*/preview.png can be read."
 )
-SUM_UP = "sum up in scratchpad.md in a few lines what was learned and what to try next, then end your turn."
 sys.path.append(os.path.join(ROOT, "container", "harness"))  # for the calls that need the record
 
 
@@ -59,8 +60,9 @@ def check(call: dict) -> dict:
     if tool not in SUBAGENT_TOOLS and ("agent_id" in call or call.get("agent_type") == PLANNER):
         raise Denied("A subagent only reads. Return what you found; the agent that asked you edits train.py.")
     unknown = set(given) - KEYS[tool] if isinstance(given, dict) else {"what is not an object"}
-    if unknown:
-        raise Denied(f"leave out {', '.join(sorted(unknown))[:100]} and call {tool} again. {ABILITIES}")
+    if refused := {key for key in unknown if key not in DROPPED.get(tool, ()) or given[key] is True}:
+        raise Denied(f"leave out {', '.join(sorted(refused))[:100]} and call {tool} again. {ABILITIES}")
+    given = {key: value for key, value in given.items() if key not in unknown}
     if os.path.realpath(call.get("cwd") or "/") != ROOT:  # relative paths would mean other files
         raise Denied(f"the shell is not in {ROOT}; tell the person to start claude there. {ABILITIES}")
     if tool == "Agent" and (given.get("subagent_type") != PLANNER or len(str(given.get("prompt"))) > MAX_PROMPT):
@@ -72,8 +74,8 @@ def check(call: dict) -> dict:
     elif tool in ("WebFetch", "WebSearch"):
         return web(call, given)
     elif tool == "Bash":
-        return run(call, given)
-    return {}
+        run(call, given)
+    return {"updatedInput": given} if unknown else {}
 
 
 def check_file(path, allowed: str, instead: str) -> None:
@@ -87,9 +89,10 @@ def check_file(path, allowed: str, instead: str) -> None:
     name = str(path)[len(prefix) :]
     if not isinstance(path, str) or not re.fullmatch(allowed, name):
         raise Denied(instead)
+    full = os.path.join(ROOT, name)
     if name.startswith("data/"):
         bring_preview(name)
-    full = os.path.join(ROOT, name)
+        full = os.path.join(os.path.realpath(os.path.join(ROOT, "data")), name[len("data/") :])  # on another disk
     if os.path.realpath(full) != full or not os.path.isfile(full) or os.stat(full).st_nlink != 1:
         raise Denied(f"{name} is missing, or no ordinary file (a link, a folder); tell the person. {instead}")
 
@@ -161,7 +164,7 @@ def name_of(call: dict, key: str) -> str:
     return name
 
 
-def run(call: dict, given: dict) -> dict:
+def run(call: dict, given: dict) -> None:
     """Lets ./run.sh through while the loop goes on, and leaves the one-time proof that it asks for. Raises Denied.
 
     The proof bears the conversation's id, which the client tells every command that it runs. So it also holds where
@@ -172,15 +175,16 @@ def run(call: dict, given: dict) -> dict:
     conversation, why = name_of(call, "session_id"), ""
     with contextlib.suppress(Exception):  # a mistake in program.md, most often: run.sh says which
         from history import History
-        from session import Session
+        from session import SUM_UP, Session, failed_edit
 
         now = Session.load(conversation)
-        why = now.reason_to_end(History.load() if now.on else None)
+        if why := now.reason_to_end(History.load() if now.on else None):
+            why = f"The loop has ended: {why}. Do not run another experiment: {SUM_UP}."
+        why = why or failed_edit(call["transcript_path"], call["tool_use_id"])
     if why:
-        raise Denied(f"The loop has ended: {why}. Do not run another experiment: {SUM_UP}")
+        raise Denied(why)
     os.makedirs(os.path.join(ROOT, "runs", "session"), exist_ok=True)
     open(os.path.join(ROOT, "runs", "session", f"proof.{conversation}"), "w").close()
-    return {}
 
 
 def main() -> None:

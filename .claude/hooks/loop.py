@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import notify
 import session
 import settings
 from history import History
-from project import visible
+from project import ROOT, visible
 from session import Session
 
 IDLE_TURNS = 3
@@ -82,9 +83,8 @@ def stop(call: dict, now: Session) -> dict:
     history = History.load()
     now.idle = 0 if session.progressed(history, now.seen) else now.idle + 1
     now.seen, now.fault = history.newest, ""
-    why = now.reason_to_end(history)
-    if now.idle >= IDLE_TURNS:
-        why = why or f"{IDLE_TURNS} turns in a row brought no experiment"
+    idle = f"{IDLE_TURNS} turns in a row brought no experiment" if now.idle >= IDLE_TURNS else ""
+    why = now.reason_to_end(history) or idle
     now.on = not why
     now.save()
     if why:
@@ -130,7 +130,10 @@ def main() -> None:
         call = dict(json.loads(said or b"{}"))
         now, event = Session.load(call.get("session_id", "")), call.get("hook_event_name", "")
         now.transcript = call.get("transcript_path") or now.transcript
+        was_on = now.on
         answer = status_line(call, now) if sys.argv[1:] else json.dumps(EVENTS[event](call, now))
+        if was_on and not now.on and not session.current_night():  # which goes on in its next conversation
+            subprocess.run([ROOT / "run.sh", "end-chain"], stdin=subprocess.DEVNULL, capture_output=True)
     except Exception as e:  # program.md cannot be read, most often: the loop ends; person and agent both see why
         told = {} if event == "Stop" else context(call, f"{e}. Tell the person; nothing can run before it is fixed.")
         answer = str(e)[:150] if sys.argv[1:] else json.dumps({"systemMessage": f"The loop cannot go on: {e}", **told})

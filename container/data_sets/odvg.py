@@ -23,6 +23,8 @@ from PIL import ExifTags, Image, ImageOps
 
 BOX_SLACK = 1.0  # pixels a box may stick out by and is cut back: annotation tools round outwards
 FRACTION = 1.1  # a box with no larger number is not in pixels
+UNITS = {100: "per cent", 1000: "thousandths"}  # of the image, in which some tools and models write boxes
+ENOUGH_BOXES = 20  # of which none goes beyond such a number, in images that all have half as many pixels again
 ONE_CAPTION = "only a training image may have several captions"
 WANTED = "filename, width, height, grounding: {caption, regions: [{phrase, bbox}]}"
 SIDEWAYS = (5, 6, 7, 8)  # EXIF's orientations that exchange width and height
@@ -63,7 +65,7 @@ class Images:
         except (OSError, ValueError, RuntimeError) as error:  # no file can have that name, or links go round
             return f"cannot be found ({type(error).__name__}); rename it or remove the line"
         if not path.is_relative_to(self.folder):
-            return "leaves the folder images/; put it there"
+            return "lies outside of the folder images/; put the file itself there, no link to it"
         if not there:
             alike = self.by_spelling.get(spelling(name), [])
             if not alike:
@@ -100,6 +102,7 @@ def read(file: Path, images: Images, problems: list[str]) -> Iterator[Job]:
     lines = [(number, text) for number, text in enumerate(content.splitlines(), 1) if text.strip()]
     if not lines:
         problems.append(f"{file.name}: is missing or empty; every split needs at least one image")
+    boxes, sides = [], []  # of the good lines with regions
     for number, text in lines:
         where, several = f"{file.name} line {number}", file.stem == "train"
         try:
@@ -113,8 +116,16 @@ def read(file: Path, images: Images, problems: list[str]) -> Iterator[Job]:
                 faults.append(f"image {line.filename!r:.80} {path}")
         problems += [f"{where}: {fault}" for fault in faults]
         if not faults:
+            boxes += [box for _, box in line.regions]
+            sides += line.size if line.regions else ()
             regions = [{"phrase": phrase, "bbox": to_units(box, line.size)} for phrase, box in line.regions]
             yield from ((where, partial(load_image, path, line.size, caption, regions)) for caption in line.captions)
+
+    for unit, name in UNITS.items():
+        if len(boxes) >= ENOUGH_BOXES and max(map(max, boxes)) <= unit <= min(sides) / 1.5:
+            seen = f"none of {len(boxes)} boxes goes beyond {unit}, in images of {min(sides)} pixels and more"
+            problems.append(f"{file.name}: {seen}: they look like {name} of the image; write pixels")
+            break
 
 
 def parse(text: bytes) -> Line:
@@ -227,6 +238,8 @@ def load_image(path: Path, stated: tuple[int, int], caption: str, regions: list[
             square = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
     except PermissionError:
         raise
+    except Image.DecompressionBombError:
+        return f"image {path.name!r} has more pixels than Pillow opens ({stated[0]}x{stated[1]}); make it smaller"
     except Exception as error:  # damaged files make decoders raise all sorts
         return f"image {path.name!r} cannot be decoded ({error!r:.80}); replace it"
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1)), caption, regions

@@ -80,6 +80,7 @@ VERBS = (
     Verb("doctor", "", "what this machine can hold, and what it cannot", install.doctor, True),
     Verb("help", "", "this", print_help, True),
     Verb("refresh-report", "", "", report.refresh, True),  # started by the agent's ./run.sh too
+    Verb("end-chain", "", "", experiment.end_chain, True),  # and this by its hooks
 )
 
 
@@ -123,6 +124,8 @@ def main(words: list[str]) -> int:
         for s in ENDING:
             signal.signal(s, end)
     try:
+        if (path := os.fsencode(ROOT).decode("utf-8", "replace")) != str(ROOT):
+            raise Refused(f"the path of this folder, {path}, is not UTF-8, which engines cannot mount; rename it")
         return run_verb(verb, words[1:])
     except Refused as error:
         say(f"run.sh: {error}")

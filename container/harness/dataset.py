@@ -15,10 +15,9 @@ import engine
 import git
 import locks
 from program import Program
-from project import DATA_FORMAT, DATA_NAME, DATA_NAME_HINT, ROOT, RUNS, Refused, read_json, sha256, write_json
+from project import DATA_FORMAT, DATA_NAME, DATA_NAME_HINT, MEASURES, ROOT, RUNS, Refused, read_json, sha256, write_json
 
 VERIFIED = RUNS / "data.json"  # the data files whose content was found to be right
-MADE_OF = ("inside/judge.py", "inside/stage.py", "image/seccomp.json")  # what measures, under container/
 MEMORY = "8g"  # for preparing a data set
 PREPARE = ROOT / "prepare_data.py"
 ODVG_PARTS = ("train.jsonl", "val.jsonl", "test.jsonl", "images")
@@ -73,7 +72,7 @@ def comparable(program: Program, image: str) -> str:
     """
     device = "launched" if program.launch else engine.device_kind()
     h = hashlib.sha256(f"{verified_hash(program.data)} {image} {program.budget} {device}".encode())
-    for f in MADE_OF:
+    for f in MEASURES:
         h.update((ROOT / "container" / f).read_bytes())
     return h.hexdigest()[:12]
 

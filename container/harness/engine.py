@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import git
-from project import ROOT, Broken, Refused
+from project import IMAGE_MADE_OF, ROOT, Broken, Refused
 
 IMAGE = ROOT / "container" / "image"  # what the image is built from
 ENGINES = ("podman", "docker")  # in the order in which they are tried
@@ -33,6 +33,7 @@ KILL_TRIES = 5  # the engines wait some 10 s each time
 GPU = re.compile(r"GPU (\d+): (.+) \(UUID: (.+)\)")  # a line of `nvidia-smi -L`
 SLICE = re.compile(r"\s+MIG (\S+)\s+Device\s+(\d+): \(UUID: (.+)\)")  # likewise, beneath its GPU's
 NO_GPU = ("", "-1", "NoDevFiles")  # in CUDA_VISIBLE_DEVICES; what stands behind one of them is not seen either
+NVIDIA = Path("/proc/driver/nvidia/gpus")  # there as soon as the driver is
 SMI_TIMEOUT_S = 60  # a GPU in trouble can keep nvidia-smi waiting for ever
 WSL = Path("/dev/dxg")  # all GPUs of Windows are this device, for which CDI has one name
 LIMITS = {"memory": "memory", "process": "pids", "CPU": "cpu"}  # and the cgroup controllers that hold them
@@ -118,11 +119,17 @@ def rootless() -> bool:
 
 @functools.lru_cache(maxsize=None)
 def missing_limits() -> list[str]:
-    """The limits that this engine cannot hold, as a kernel or systemd may withhold cgroup controllers from a user."""
+    """The limits that this engine cannot hold, as a kernel or systemd may withhold cgroup controllers from a user.
+
+    Raises Refused.
+    """
     if name() == "podman" and not rootless():
         return []
     asked = DOCKER_HOLDS if name() == "docker" else "{{.Host.CgroupControllers}}"
-    controllers = re.findall(r"\w+", run([*client(), "info", "--format", asked]).stdout)
+    info = run([*client(), "info", "--format", asked])
+    if info.returncode:
+        raise Refused(f"{name()} fails: {words_of(info)}; ./run.sh doctor says more")
+    controllers = re.findall(r"\w+", info.stdout)
     return [limit for limit, controller in LIMITS.items() if controller not in controllers]
 
 
@@ -130,6 +137,9 @@ def missing_limits() -> list[str]:
 def all_gpus() -> tuple[Gpu, ...]:
     """Every GPU of this machine, or the slices it is cut into. Raises Refused where they do not answer."""
     if not shutil.which("nvidia-smi"):
+        if NVIDIA.is_dir():
+            remedy = "install it (the driver's nvidia-utils), or set CUDA_VISIBLE_DEVICES=-1 to train on the CPU"
+            raise Refused(f"there is an NVIDIA GPU ({NVIDIA}), but no nvidia-smi: {remedy}")
         return ()
     listed = run(["timeout", "-k", "5", str(SMI_TIMEOUT_S), "nvidia-smi", "-L"])
     found: dict[str, Gpu] = {}
@@ -299,7 +309,7 @@ def sweep(shared_as: str = "") -> None:
 
 def image_tag(base: str) -> str:
     """The tag is a hash of everything the image is made of, so an unchanged one is found at once."""
-    content = base.encode() + b"".join((IMAGE / f).read_bytes() for f in ("Containerfile", "requirements.txt"))
+    content = base.encode() + b"".join((ROOT / "container" / f).read_bytes() for f in IMAGE_MADE_OF)
     return f"{IMAGE_NAME}:{hashlib.sha256(content).hexdigest()[:12]}"
 
 

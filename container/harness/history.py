@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import zlib
 from dataclasses import dataclass, field
 from itertools import count, takewhile
-from pathlib import Path
 
 import git
 import keep_rule
 import program as plan
 import record
 from keep_rule import geometric_mean
-from project import INSIDE, ROOT, RUNS, number, read_json, write_json
-from record import JUDGED, Record
+from project import IMAGE_MADE_OF, MEASURES, ROOT, number, read_json, write_json
+from record import JUDGED, REVERTED, Record
 
-COMPARED = RUNS / "compared.json"  # what runs here compared with, for whoever cannot ask the engine: see settings()
+COMPARED = "autoresearch.compared"  # in git's folder: what runs compared with, for whoever cannot ask the engine
 PLANNER_EVERY = 5  # discards in a row after which the planner is due again; and at the start of a phase
 
 
@@ -35,7 +33,8 @@ class History:
     branch: str
     records: list[Record]
     incumbent_train: str  # blob of HEAD's train.py
-    values_by_train: dict[str, list[float]] = field(default_factory=dict)  # blob -> the metric of every comparable run
+    # blob -> the metric of every comparable run; in the order of their first runs
+    values_by_train: dict[str, list[float]] = field(default_factory=dict)
 
     @classmethod
     def load(cls, program: plan.Program | None = None, image: str = "") -> History:
@@ -49,7 +48,7 @@ class History:
             import dataset  # here, so that hooks stay fast
 
             comparable = dataset.comparable(program, image)
-            remember(program, dataset.folder(""), comparable)
+            remember(program, comparable)
         else:
             comparable = last_comparable(program, branch, records)
         history = cls(program, image, comparable, branch, records, git.object_id("HEAD:train.py"))
@@ -63,7 +62,7 @@ class History:
 
     @property
     def next_number(self) -> int:
-        """Of the next experiment: a killed run on another branch may have left a note under the one after the newest."""
+        """Of the next experiment: for the one after the newest a killed run on another branch may have left a note."""
         return next(n for n in count(self.newest + 1) if not record.run_file(n, "pending").exists())
 
     def values(self, r: Record) -> list[float]:
@@ -90,6 +89,13 @@ class History:
     def incumbent(self) -> list[float]:
         """The metric of every run of HEAD's train.py; [] when nothing comparable was measured."""
         return self.values_by_train.get(self.incumbent_train, [])
+
+    @property
+    def anchor(self) -> str:
+        """The blob that simplifications may not be worse than: the last incumbent that won against the one of then."""
+        own = (r for r in reversed(self.compared) if r.verdict == "kept" and r.train == self.incumbent_train)
+        anchor = next((r.anchor for r in own), "")
+        return anchor if self.values_by_train.get(anchor) else self.incumbent_train
 
     @property
     def measured_on(self) -> str:
@@ -127,17 +133,21 @@ class History:
     @property
     def link(self) -> int:
         """How many losers in a row train.py is built on, in a phase with `patience`; 0 outside a chain."""
-        here = self.own(self.counted)
+        here = self.own([r for r in self.compared if r.verdict in REVERTED and not r.by_hand])
         chain = here[-1].chain if here else None
         return chain.link if chain and chain.continues and chain.base == self.incumbent_train[:9] else 0
 
-    def chain_after(self, verdict: str) -> record.Chain | None:
-        """The chain that an attempt of the current phase extends or opens; it ends with a keep and with the phase."""
+    def chain_after(self, verdict: str, sigmas: float | None = None) -> record.Chain | None:
+        """The chain that an attempt of the current phase extends or opens; it ends with a keep and with the phase.
+
+        sigmas: the gain. Nothing is built on a control, or on what lost by far.
+        """
         phase, link = self.phase, self.link + 1
         limit = phase.patience if phase else 0
-        if limit < 2 and link == 1:
+        hopeless = verdict == "control" or (sigmas or 0) < -keep_rule.HOPELESS
+        if link == 1 and (limit < 2 or hopeless):
             return None
-        continues = verdict != "kept" and link < limit
+        continues = verdict != "kept" and not hopeless and link < limit
         continues = continues and not is_over(phase, [*self.in_phase(phase.name), Record(verdict)])
         return record.Chain(link, max(link, limit), self.incumbent_train[:9], continues)
 
@@ -146,26 +156,31 @@ class History:
     def planner_due(self) -> bool:
         """At the start of a phase, and after every five discards in a row."""
         rows = self.own(self.in_phase(self.phase.name)) if self.phase else []
-        stuck = bool(rows) and rows[-1].verdict != "kept" and discards_in_a_row(rows) % PLANNER_EVERY == 0
+        lost = bool(rows) and rows[-1].verdict in ("discarded", "failed")
+        stuck = lost and discards_in_a_row(rows) % PLANNER_EVERY == 0
         return self.phase is not None and (not rows or stuck)
 
-    def incumbent_due(self) -> bool:
-        """After every ten discards in a row the incumbent runs again, up to four runs: it may have been lucky."""
+    def incumbent_due(self, simplify: bool = False) -> bool:
+        """After every ten discards in a row the incumbent runs again, up to four runs: it may have been lucky.
+
+        One that ran once does so after four, and before it is compared with a simplification.
+        """
         measured = ("kept", "discarded", "remeasured", "unmeasured")
         rows = self.own([r for r in self.compared if r.verdict in measured])
         discards = discards_in_a_row([r for r in rows if r.verdict in ("kept", "discarded")])
         # once, whether it succeeded or not: one that fails now must not keep every later candidate from running
-        due = bool(rows) and rows[-1].verdict == "discarded" and discards % keep_rule.REMEASURE_AFTER == 0
-        return due and len(self.incumbent) < keep_rule.MAX_INCUMBENT_RUNS
+        lost, single = bool(rows) and rows[-1].verdict == "discarded", len(self.incumbent) == 1
+        due = discards % keep_rule.REMEASURE_AFTER == 0 or single and discards == keep_rule.REMEASURE_SINGLE_AFTER
+        return single and simplify or lost and due and len(self.incumbent) < keep_rule.MAX_INCUMBENT_RUNS
 
     def best_line(self) -> str:
         if not self.incumbent:
             return "not measured yet"
-        now = geometric_mean(self.incumbent)
+        now, best = geometric_mean(self.incumbent), with_error(self.incumbent, self.sigma)
         baseline = next((self.values(r) for r in self.compared if r.verdict == "baseline"), self.incumbent)
         first = geometric_mean(baseline)
         change = f"{(now / first - 1) * 100:+.1f} % since the baseline {number(first)}"
-        return f"{number(now)} ({change}; noise {self.sigma * 100:.1f} % a run)"
+        return f"{best} ({change}; noise {self.sigma * 100:.1f} % a run)"
 
     def better_elsewhere(self) -> str:
         """A line on the best of another branch, if it beats the incumbent; '' if none does."""
@@ -185,33 +200,41 @@ def is_over(phase: plan.Phase, rows: list[Record]) -> bool:
 
 
 def discards_in_a_row(records: list[Record]) -> int:
-    """Counted from the newest; a failure counts, a keep ends it."""
-    return next((i for i, r in enumerate(reversed(records)) if r.verdict == "kept"), len(records))
+    """Counted from the newest; a failure counts, a control does not, a keep ends it."""
+    tried = [r for r in records if r.verdict != "control"]
+    return next((i for i, r in enumerate(reversed(tried)) if r.verdict == "kept"), len(tried))
+
+
+def with_error(values: list[float], sigma: float) -> str:
+    """Their mean and its standard error."""
+    mean = geometric_mean(values)
+    digits = 1 if mean >= 10 else 2  # as project.number has it
+    return f"{mean:.{digits}f} ± {mean * sigma / len(values) ** 0.5:.{digits}f}"
 
 
 # What is comparable, for hooks and displays
 
 
-def settings(program: plan.Program, data: Path) -> str:
-    """What decides what is comparable and can be read at once: all but the image and the device."""
-    content = read_json(data / program.data / "info.json", {}).get("hash")
-    judge = zlib.crc32((INSIDE / "judge.py").read_bytes())
-    return f"{program.data} {content} {program.budget} {' '.join(program.launch)} {judge}"
+def settings(program: plan.Program) -> str:
+    """What decides what is comparable and can be read at once: all but the device."""
+    content = read_json(git.main_worktree() / "data" / program.data / "info.json", {}).get("hash")
+    code = zlib.crc32(b"".join((ROOT / "container" / f).read_bytes() for f in (*MEASURES, *IMAGE_MADE_OF)))
+    return f"{program.data} {content} {program.budget} {' '.join(program.launch)} {code}"
 
 
-def remember(program: plan.Program, data: Path, comparable: str) -> None:
-    """data: the folder of the data sets."""
-    known = read_json(COMPARED, {"by": {}}, data=str, by=dict)
-    new = {"data": os.path.relpath(data, ROOT), "by": {**known["by"], settings(program, data): comparable}}
+def remember(program: plan.Program, comparable: str) -> None:
+    file = git.folder() / COMPARED
+    known = read_json(file, {})
+    new = {**known, settings(program): comparable}
     if new != known:
         with contextlib.suppress(OSError):  # a full disk: then hooks go by what they know
-            write_json(COMPARED, new)
+            write_json(file, new)
 
 
 def last_comparable(program: plan.Program, branch: str, records: list[Record]) -> str:
-    """What the last run here with these settings had; with new ones nothing is comparable, as a run will find."""
-    if known := read_json(COMPARED, {}, data=str, by=dict):
-        return known["by"].get(settings(program, ROOT / known["data"]), "new")
-    compared = [r for r in records if r.comparable]  # nothing ran in this worktree yet
+    """What the last run with these settings had; with new ones nothing is comparable, as a run will find."""
+    if known := read_json(git.folder() / COMPARED, {}):
+        return str(known.get(settings(program), "new"))
+    compared = [r for r in records if r.comparable]  # nothing ran in this clone yet
     own = [r for r in compared if r.branch in ("", branch)]
     return (own or compared)[-1].comparable if compared else ""

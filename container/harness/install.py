@@ -101,9 +101,9 @@ def build_image() -> str:
 def make_base() -> str:
     """A base image: from the registry, or, where none is reached, made from this machine's Debian packages."""
     pull = ["timeout", str(PULL_TIMEOUT_S), *engine.client(), "pull", engine.REGISTRY_BASE]
-    if engine.image_id(engine.REGISTRY_BASE) or engine.run(pull).returncode == 0:
+    if engine.image_id(engine.REGISTRY_BASE) or (pulled := engine.run(pull)).returncode == 0:
         return engine.REGISTRY_BASE
-    say("no image registry in reach: making a base image from Debian packages")
+    say(f"{engine.REGISTRY_BASE} cannot be pulled ({engine.words_of(pulled)}): making a base image of Debian packages")
     if not engine.image_id(engine.DEBIAN_BASE):
         if not shutil.which("mmdebstrap"):
             install_packages("mmdebstrap", "mmdebstrap")
@@ -231,7 +231,7 @@ def check_gpu() -> Iterator[Finding]:
         remedy = "set ARG TORCH_INDEX in container/image/Containerfile to an older CUDA's wheel index, or update it"
         yield Finding("driver", False, f"{driver} is older than {CUDA_DRIVER}, which torch's default wants: {remedy}")
     slot = engine.slots(program.read())[0]
-    container = engine.Container("ar-doctor-gpu", engine.find_image(), CUDA_PROOF, "4g", {}, device=slot)
+    container = engine.Container(f"ar-{os.getpid()}-doctor", engine.find_image(), CUDA_PROOF, "4g", {}, device=slot)
     proof = engine.run(engine.arguments(container))
     seen, said = proof.stdout.startswith("True"), proof.stdout.strip() or engine.words_of(proof)
     text = f"{len(engine.gpus())} × {kind}, driver {driver}; a sum on it inside the sandbox: {said}"

@@ -20,8 +20,9 @@ from project import ROOT, RUNS, Refused, read_json, write_json
 
 RUNNING = Path("runs/running.json")  # in every worktree: what runs there now
 TRAINS, EMBEDS = "trains", "embedding and judging"  # stages of a run
-# train.py's own claim, a whole line: nothing but digits is shown of it
-STEP = re.compile(rb"^step ([1-9]\d{0,8})/([1-9]\d{0,8})(?: loss (-?\d{1,6}(?:\.\d{1,9})?)(?![\w.]))?\b.*\n", re.M)
+# train.py's own claim: step, of steps, and the loss or ''
+LOSS = rb"-?(?:\d{1,9}(?:\.\d{1,9})?(?:e[+-]?\d{1,2})?|nan|inf)"
+STEP = re.compile(rb"^step ([1-9]\d{0,8})/([1-9]\d{0,8})\b(?: loss (" + LOSS + rb")(?![\w.]))?.*\n", re.M)
 LOG_END = 4096  # bytes of the log in which it is looked for
 
 

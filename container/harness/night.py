@@ -26,7 +26,7 @@ import notify
 from history import History
 from project import ROOT, RUNS, Refused, visible, write_json
 from record import JUDGED
-from session import NIGHT, NIGHT_LOCK, Night, Session, current_night, load, progressed, seconds_up
+from session import NIGHT, NIGHT_LOCK, Night, Session, current_night, load, progressed
 
 LOG, OUTPUT = RUNS / "night.log", RUNS / "night.out"  # OUTPUT: the client's, which says how the conversation ended
 FIRST_WAIT = 10  # s until the client is started again; doubled after each conversation without an experiment
@@ -116,6 +116,7 @@ class Keeper:
         while self.experiment() and self.stops < 2:  # its client was killed
             time.sleep(POLL)
         self.end_experiment()
+        run([ROOT / "run.sh", "end-chain"], stdin=DEVNULL, capture_output=True)
         self.check()
         in_vain = f"{fruitless} conversations in a row brought no experiment; the last said: {self.message}"
         self.log_summary(why or in_vain)
@@ -179,6 +180,7 @@ class Keeper:
         self.message = visible(" ".join(words).split(". ")[0])[:150]
         self.night.tokens += session.tokens()
         self.night.usd += result.get("total_cost_usd") or 0
+        session.note_cost(result.get("total_cost_usd") or 0)
         self.night.cost_unknown += "total_cost_usd" not in result
         self.save()
         in_order = code == 0 and not result.get("is_error") and not session.on  # switched off by its Stop hook
@@ -210,7 +212,7 @@ def begin(clock: str) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Refused("another night has just begun here; ./run.sh night shows it") from None
-        keeper = Keeper(Night(time.time(), seconds_up(), History.load().newest, clock, log=log.tell()))
+        keeper = Keeper(Night.now(after=History.load().newest, clock=clock, log=log.tell()))
         if why := keeper.check():
             raise Refused(f"there is nothing to do: {why}")
         if NIGHT.exists() and load(Night, NIGHT).status is None:

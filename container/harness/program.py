@@ -38,7 +38,7 @@ COMMAND = r"([A-Za-z0-9_./=:,@+% -]{1,200})"
 
 # What limits are written of; the groups are fields of Limits
 EXPERIMENTS = r"(?P<experiments>\d{1,9}) experiments?"
-UNTIL = re.compile(rf"{EXPERIMENTS}|(?P<discards>\d{{1,9}}) discards?")
+UNTIL = re.compile(rf"{EXPERIMENTS}|(?P<discards>\d{{1,9}}) discards?(?: in a row)?")
 STOP = re.compile(
     rf"{EXPERIMENTS}|(?P<hours>\d+(?:\.\d+)?) hours?|(?P<clock>(?:[01]\d|2[0-3]):[0-5]\d)"
     r"|(?P<tokens>\d{1,12}[kM]?) tokens?|(?P<usd>\d+(?:\.\d+)?) USD"

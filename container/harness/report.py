@@ -15,6 +15,7 @@ import time
 from dataclasses import asdict
 
 import dataset
+import display
 import engine
 import git
 import locks
@@ -102,6 +103,7 @@ def gather() -> dict:
         "sigma": history.sigma,
         "now": int(time.time()),
         "running": locks.running_line(),
+        "spent": [pair for pair in display.spent(history) if pair[1]],
         "comparable": history.comparable,
         "experiments": experiments(history, incumbent, sides),
         "sides": {side: r.number for side, r in sides.items()},

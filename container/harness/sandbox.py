@@ -1,8 +1,8 @@
 """A container while it runs: its lifeline, the messages and bytes that it sends, its log, and why it ended.
 
-Why a sandbox ended is not always certain. Where PID 1 inside (stage.py) sent no status, we blame train.py unless
-something shows another cause: then it is Lost, and the same idea may be tried again. train.py can fake that, and gains
-nothing by it: both are recorded as failures.
+Why a sandbox ended is not always certain. Where PID 1 inside (stage.py) sent no status, it was killed, or its engine
+failed. We blame train.py only where memory may have run out: else it is Lost, and the same idea may be tried again.
+train.py could fake that, and gains nothing by it: neither is kept.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +35,8 @@ TERMINATE_S = 5  # until one elsewhere, whose lifeline was cut, has ended
 BEAT, BEAT_S = b"%020d", 5  # content of the lifeline, always as long, and the seconds from one change to the next
 STILL_S = 45  # without a change, after which a sandbox that is gone may have ended itself
 LIFELINE_LOST = 75  # exit status of a sandbox that saw no change for a minute (stage.py)
+KILLED = 128 + signal.SIGKILL  # likewise of one that was killed
+ENGINE_FAILED = (125, 126, 127, 255)  # of a client whose engine failed meanwhile; PID 1 ends with 0 or 1
 MESSAGE_BYTES = 4096  # of one JSON line
 ERROR_BYTES = 64 << 10  # the end of standard error, in which Slurm's messages are looked for
 CHUNK = 1 << 20  # bytes copied at once
@@ -137,17 +140,17 @@ class Sandbox:
         self.raise_if_lost()
         return {}
 
-    def copy_to(self, target: Path, most: int, limit_s: float) -> None:
-        """Copy the rest of its output. Raises Failed beyond `most` bytes or limit_s, and Lost when it is cut short."""
-        size = 0
+    def copy_to(self, target: Path, most: int, limit_s: float, size: int = sys.maxsize) -> None:
+        """Copy `size` bytes, or all. Raises Failed beyond `most` bytes or limit_s, and Lost when it is cut short."""
+        copied = 0
         with when_late(limit_s, self.kill), target.open("wb") as file:
-            while chunk := self.process.stdout.read1(CHUNK):
-                size += len(chunk)
-                if size > most:
+            while copied < size and (chunk := self.process.stdout.read1(min(CHUNK, size - copied))):
+                copied += len(chunk)
+                if copied > most:
                     self.kill()
                     raise Failed(f"invalid output: more than {most >> 20} MiB")
                 file.write(chunk)
-            status = self.process.wait()
+            status = 0 if copied == size else self.process.wait()
         if self.killed:
             raise Failed(f"invalid output: {self.stage} did not hand it over in {limit_s} s")
         if status:
@@ -189,8 +192,16 @@ class Sandbox:
         elif self.container.launch:
             errors = re.findall(r"^(?:srun|slurmstepd\S*): .*", self.last_error.decode("utf-8", "replace"), re.M)
             cause = next((reason for pattern, reason in SLURM if re.search(pattern, "\n".join(errors))), "")
+        if not cause and (status < 0 or status in ENGINE_FAILED):
+            cause = f"{engine.name()} failed (its client ended with {status})"
+        elif not cause and status == KILLED and self.knows_oom() and not (self.container.folder / "oom").exists():
+            cause = "the sandbox was killed from outside"
         if cause:
             raise Lost(f"{cause}: {NOT_YOURS}")
+
+    def knows_oom(self) -> bool:
+        """Whether a file "oom" would be there if its memory had run out."""
+        return engine.name() == "podman" and not self.container.launch
 
     def wait(self) -> None:
         """Until it has ended and its log is complete."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import re
 import time
 from dataclasses import asdict, dataclass, fields
@@ -16,11 +17,15 @@ from pathlib import Path
 
 from history import History
 from project import ROOT, RUNS, read_json, write_json, write_whole
+from record import OURS
 
 SESSIONS = RUNS / "session"
 PLAN, KNOWN_PLAN = ROOT / "program.md", SESSIONS / "program.md"
+BOOT = Path("/proc/sys/kernel/random/boot_id")  # another one after every start of the machine
 NIGHT, NIGHT_LOCK = RUNS / "night.json", RUNS / "night.lock"
 FORMATS = {"experiments": "d", "hours": ".1f", "tokens": ",d", "usd": ".2f"}  # of what program.md's `stop` limits
+SUM_UP = "sum up in scratchpad.md in a few lines what was learned and what to try next, then end your turn"
+TRANSCRIPT_TAIL, LOOKS = 1 << 19, 25  # bytes that are looked at, and how often: the client writes it 70 ms late
 TOKENS = ("input_tokens", "output_tokens", "cache_creation_input_tokens")  # what the cache gave is not counted
 
 
@@ -57,14 +62,21 @@ class Span:
     """From when on a loop counts, and the hour at which it ends."""
 
     since: float = 0.0
-    up: float = 0.0  # seconds_up() at that time; 0: unknown
+    up: float = 0.0  # seconds_up() at that time
+    boot: str = ""  # which start of the machine `up` counts from
     after: int = 0  # experiments with a higher number count
     clock: str = ""  # HH:MM at which the person wants the night to end
 
+    @classmethod
+    def now(cls, **more):
+        return cls(since=time.time(), up=seconds_up(), boot=BOOT.read_text(), **more)
+
     @property
     def began(self) -> float:
-        """`since`, by the clock as it is now: it may have been set back."""
-        return min(self.since, time.time() - max(0, seconds_up() - self.up if self.up else 0))
+        """`since`, by the clock as it is now: it may have been set."""
+        if self.boot == BOOT.read_text():
+            return time.time() - max(0, seconds_up() - self.up)
+        return min(self.since, time.time())
 
 
 @dataclass
@@ -102,9 +114,9 @@ class Session(Span):
     usd_before: float = 0.0  # likewise
 
     @classmethod
-    def load(cls, conversation) -> Session:
-        """By the id that the client gives with every hook call."""
-        ident = re.sub(r"[^A-Za-z0-9_-]", "", str(conversation))[:100]
+    def load(cls, conversation="") -> Session:
+        """By the id that the client gives with every hook call, and to every command that it runs."""
+        ident = re.sub(r"[^A-Za-z0-9_-]", "", str(conversation or os.environ.get("CLAUDE_CODE_SESSION_ID", "")))[:100]
         return load(cls, SESSIONS / f"{ident}.json", id=ident)
 
     def save(self) -> None:
@@ -112,9 +124,10 @@ class Session(Span):
 
     def start(self, night: Night | None, newest: int) -> None:
         """The loop is on, and everything counts from here; in a night, from where that began."""
-        night = night or Night(since=time.time(), up=seconds_up(), after=newest)
+        night = night or Night.now(after=newest)
         self.on, self.stopped, self.idle, self.seen = True, False, 0, newest
-        self.since, self.up, self.after, self.clock = night.since, night.up, night.after, night.clock
+        for field in fields(Span):
+            setattr(self, field.name, getattr(night, field.name))
         self.tokens_before, self.usd_before = self.tokens() - night.tokens, self.usd() - night.usd
 
     def usd(self) -> float:
@@ -188,6 +201,48 @@ def next_time(clock: str, since: float) -> float:
     day, (hour, minute) = time.localtime(since), map(int, clock.split(":"))
     today, tomorrow = (time.mktime((*day[:2], day.tm_mday + n, hour, minute, 0, 0, 0, -1)) for n in (0, 1))
     return today if today > since else tomorrow
+
+
+def used_in_all() -> str:
+    """By all conversations here, as far as the client told, which the hooks noted."""
+    used = {unit: sum(load(Counter, f).risen for f in SESSIONS.glob(f"*.{unit}")) for unit in ("tokens", "usd")}
+    return ", ".join(amount(unit, n) for unit, n in used.items() if n)
+
+
+def failed_edit(transcript: str, run: str) -> str:
+    """What to tell of edits that failed since the ./run.sh before the call `run`, '' without one."""
+    failed: dict[str, tuple] = {}
+    for answer, name, result in edits(transcript, run):
+        if result.get("is_error"):
+            failed[name] = answer, re.sub(r"</?tool_use_error>|\s+", " ", str(result.get("content")))[:150].strip()
+        elif name in failed and failed[name][0] != answer:  # else it was made before the failure was seen
+            del failed[name]
+    which = ", ".join(f"{name} ({why})" for name, (_, why) in failed.items())
+    return which and f"Nothing ran: since the last run an edit failed, of {which}. Make it again, then run ./run.sh."
+
+
+def edits(transcript: str, run: str) -> list[tuple]:
+    """(answer, file, result) of each, also where the client asked no hook, since the string was not in the file."""
+    for _ in range(LOOKS):
+        with open(transcript, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TRANSCRIPT_TAIL))
+            lines = [line for line in file if b'"tool_' in line]
+        blocks, found = [], []
+        for line in lines:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # half-written, or no message
+                message = json.loads(line)["message"]
+                blocks += [(message.get("id"), block) for block in message["content"] if type(block) is dict]
+        results = {block.get("tool_use_id"): block for _, block in blocks}
+        for answer, block in blocks:
+            if block.get("id") == run and all(result for *_, result in found):
+                return found
+            given = block.get("input") if type(block.get("input")) is dict else {}
+            found = [] if given.get("command") == "./run.sh" else found
+            name = os.path.basename(str(given.get("file_path", OURS[0])).strip())
+            if block.get("name") in ("Edit", "Write") and name in OURS:
+                found.append((answer, name, results.get(block["id"], {})))
+        time.sleep(0.02)
+    return []
 
 
 def progressed(history: History, after: int) -> bool:

@@ -19,7 +19,7 @@ from project import ROOT, read_json, visible
 PROJECT, LOCAL = ROOT / ".claude" / "settings.json", ROOT / ".claude" / "settings.local.json"
 COMPANY = Path("/etc/claude-code")
 EDITED = ("train.py", "scratchpad.md")
-READ = (*EDITED, "program.md", "runs/experiments.tsv", "runs/0001.log")
+READ = (*EDITED, "program.md", "runs/experiments.tsv", "runs/0001.log", "runs/0001.diff", "data/prints/preview.png")
 FILE_TOOLS = {"Read": READ, "Edit": EDITED, "Write": EDITED}
 # What the agent needs; Task is an older name of Agent, which rules may still have
 CALLS = {"Bash": ("./run.sh",), "Agent": ("planner",), "Task": ("planner",), **FILE_TOOLS}
@@ -100,15 +100,20 @@ def hits(rule: str) -> bool:
         return tool in CALLS or tool == "*"
     if tool in FILE_TOOLS:  # //absolute, ~/at home, /relative or ./relative
         pattern = os.path.expanduser(pattern[1:] if pattern.startswith("//") else re.sub(r"^\.?/", "", pattern))
-    spelled = [pattern.replace(":*", "*"), pattern.rstrip("/") + "/*"]
+    spelled = [pattern.replace(":*", "*"), pattern.removesuffix(" *"), pattern.rstrip("/") + "/*"]
     return any(fnmatchcase(n, p) for call in CALLS.get(tool, ()) for n in (call, f"{ROOT}/{call}") for p in spelled)
 
 
 def helpers(settings: dict) -> Iterator[str]:
-    """Hooks can deny or rewrite calls; most only look on."""
+    """Hooks can deny or rewrite calls; most only look on. And what phases with `web` may do without."""
     for event, hooks in part(settings, "hooks", dict).items():
         commands = re.findall(r'"(?:command|url|prompt)": "((?:[^"\\]|\\.)*)"', json.dumps(hooks))
         yield f"a hook at {event}: {', '.join(commands)}"
+    denied = [rule for kind in ("deny", "ask") for rule in part(part(settings, "permissions", dict), kind, list)]
+    if web := [str(rule) for rule in denied if str(rule).startswith(("WebFetch", "WebSearch"))]:
+        yield f"permissions that deny the web, which phases with `web` want: {', '.join(web)}"
+    if settings.get("allowManagedPermissionRulesOnly"):
+        yield "allowManagedPermissionRulesOnly leaves the project's rules out"
     if plugins := [name for name, on in part(settings, "enabledPlugins", dict).items() if on]:
         yield f"plugins, perhaps with hooks: {', '.join(plugins)}"
 

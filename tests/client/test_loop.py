@@ -143,6 +143,35 @@ def test_eight_experiments_and_a_compaction(made_up, home):
     assert "How you work here" in json.dumps(talk.model.requests[at].body), "CLAUDE.md is still there"
 
 
+def test_a_failed_edit_before_a_run_and_extras_that_are_dropped(quick, home):
+    """The client asks no hook about an edit that it does not begin. What runs is the call without its time-out."""
+    quick.write("slow", "2")
+    value = "A train.py"
+    wrong = call("Edit", file_path="train.py", old_string="nowhere", new_string="x")
+    right = call("Edit", file_path="train.py", old_string=value, new_string=value + "!")
+    turns = [
+        [right, wrong, right, RUN],
+        [call("Bash", command="./run.sh", timeout=500, dangerouslyDisableSandbox=False)],  # as it is: it means it
+        [wrong],
+        RUN,
+        [right],
+        RUN,
+        [call("Write", file_path="scratchpad.md"), RUN],
+        [wrong],
+        [right, call("Read", file_path="train.py", pages="1"), RUN],
+    ]
+    talk = Conversation(quick.path, home, [*turns, say("done")]).run("hello")
+    done = [r for r in sorted(talk.model.results, key=lambda r: r.id) if r.tool != "Edit"]
+    assert [r.is_error for r in done] == [True, False, True, False, True, True, False, False], "\n".join(
+        f"{r.id} {r.tool} {r.is_error} {r.content[:300]}" for r in sorted(talk.model.results, key=lambda r: r.id)
+    )
+    refusals = [done[n].content for n in (0, 2, 5)]
+    assert all("Nothing ran: since the last run an edit failed, of " in why for why in refusals), refusals
+    assert "train.py (String to replace not found in file. String: nowhere)" in refusals[0]
+    assert "scratchpad.md (InputValidationError: Write failed" in refusals[2] and "train.py (" not in refusals[2]
+    assert len(quick.experiments()) == 1 + 3, "each at its second try, and the slow one to its end"
+
+
 # Ends and interruptions
 
 
@@ -156,6 +185,25 @@ def test_stop_in_the_plan_ends_it_and_start_goes_on(quick, home):
     assert [r.is_error for r in talk.model.results] == [False] * 4 + [True] * 2
     refusal = talk.model.results[4].content
     assert "2 experiments since start, as program.md's `stop` says" in refusal and "end your turn" in refusal
+
+
+def test_an_open_chain_and_the_last_block_at_the_loops_end(quick, home):
+    """It ends by idle turns, then by `stop`, which run.sh knows by the conversation's id."""
+    quick.edit("until: 40 experiments", "until: 40 experiments\npatience: 3", "program.md")
+
+    def script():
+        yield from [RUN, say("a"), say("b"), say("c"), say("d")]
+        quick.edit("stop: 100 experiments", "stop: 1 experiments", "program.md")
+        yield from [RUN, say("summed up")]
+
+    steps = script()
+    talk = Conversation(quick.path, home, lambda shown: next(steps)).run("start", "start")
+    first, last = (block(r.content) for r in talk.model.results)
+    assert "train.py keeps your edit, build on it: 1 of 3" in first["commit"]
+    assert quick.trailers("refs/experiments/3")["Verdict"] == "dropped" and quick.experiments() == [1, 2, 3, 4]
+    assert last["next"].startswith("the loop has ended: 1 experiments since start, as program.md's `stop` says; sum up")
+    assert "the incumbent again, the chain has ended" in last["commit"]
+    assert quick.git("status", "--short", "train.py") == "" and len(notices(talk)) == 2
 
 
 def test_stop_typed_in_the_middle_and_turns_without_an_experiment(quick, home):

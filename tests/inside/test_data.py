@@ -168,6 +168,32 @@ def test_the_preview_is_a_sheet_of_prints(tiny: Path, tmp_path: Path) -> None:
         assert sheet.width < 2 * prints.TILE
 
 
+def test_a_preview_is_small_whatever_the_images_show(tiny: Path, folder: Folder) -> None:
+    assert (tiny / "preview.png").stat().st_size < 100_000
+    random = np.random.default_rng(0)
+    for n in range(1, 9):
+        noise = Image.fromarray(random.integers(0, 256, (224, 224, 3), dtype=np.uint8))
+        folder.picture(f"noise {n}.png", "train", n, noise)
+        folder.change("train", n, width=224, height=224, regions=[])
+    assert (folder.make() / "preview.png").stat().st_size < 100_000
+
+
+# What the agent is told of the training side
+
+
+def test_the_training_pairs_are_described(tiny: Path, folder: Folder) -> None:
+    numbers, *captions = read(tiny)["training"]
+    drawn = [prints.draw(7, index, SIZE) for index in range(COUNTS["train"])]
+    assert captions == [drawn[row][1] for row in (0, 13, 26)]
+    words, regions = (sorted(counts) for counts in ([len(c.split()) for _, c, _ in drawn], [len(r) for *_, r in drawn]))
+    assert numbers == (
+        f"40 training pairs, {SIZE} x {SIZE} px, {regions[0]} to {regions[-1]} regions each "
+        f"(median {regions[20]}), captions of {words[20]} words (median; most {words[-1]})"
+    )
+    folder.change("train", 1, caption="x" * 5000)
+    assert read(folder.make())["training"][1] == "x" * 300
+
+
 # Where it is written
 
 
@@ -378,9 +404,12 @@ BROKEN = [
     (lambda f: (f.path / "train.jsonl").chmod(0), "train.jsonl may not be read by the container; chmod -R a.rX /"),
     (lambda f: f.images.chmod(0), "png may not be read by the container; chmod -R a.rX .*/odvg$"),
     (lambda f: f.image("val", 2).chmod(0), "hidden-3496-1-0.png may not be read by the container; chmod -R"),
-    (lambda f: f.outside(link=False), "val.jsonl line 1: image '../outside.png' leaves the folder images/"),
-    (lambda f: f.outside(link=True), "val.jsonl line 1: image .* leaves the folder images/; put it there"),
-    (lambda f: f.change("val", 1, filename="/etc/passwd"), "val.jsonl line 1: image '/etc/passwd' leaves the folder"),
+    (lambda f: f.outside(link=False), "val.jsonl line 1: image '../outside.png' lies outside of the folder images/"),
+    (
+        lambda f: f.outside(link=True),
+        "val.jsonl line 1: image .* lies outside of the folder images/; put the file itself",
+    ),
+    (lambda f: f.change("val", 1, filename="/etc/passwd"), "val.jsonl line 1: image '/etc/passwd' lies outside of"),
     (lambda f: f.change("val", 1, filename=None), "val.jsonl line 1: image None is not in images/"),
     (lambda f: f.change("val", 1, filename="."), "val.jsonl line 1: image '.' is not in images/"),
     (
@@ -398,6 +427,24 @@ def test_a_problem_is_named_with_its_line_and_nothing_is_written(spoil, message:
     problem, summary = folder.failure(capsys)
     assert re.search(message, problem)
     assert summary == "error: 1 problem; nothing was written"
+
+
+@pytest.mark.parametrize(("unit", "name"), prepare_data.odvg.UNITS.items())
+def test_boxes_in_other_units_than_pixels(unit: int, name: str, tmp_path: Path) -> None:
+    """Label Studio writes per cent, some language models thousandths. One line alone may well have such boxes."""
+    (tmp_path / "a.png").touch()
+    problems: list[str] = []
+    for count, side, most in ((20, 2 * unit, unit), (19, 2 * unit, unit), (20, unit, unit), (20, 2 * unit, unit + 1)):
+        regions = [{"phrase": "a thing", "bbox": [9, 9, most - n, 50]} for n in range(count)]
+        entry = {"filename": "a.png", "width": side, "height": side}
+        entry["grounding"] = {"caption": "a picture", "regions": regions}
+        (tmp_path / "train.jsonl").write_text(json.dumps(entry))
+        list(prepare_data.odvg.read(tmp_path / "train.jsonl", prepare_data.odvg.Images(tmp_path), problems))
+    (problem,) = problems
+    assert problem == (
+        f"train.jsonl: none of 20 boxes goes beyond {unit}, in images of {2 * unit} pixels and more: "
+        f"they look like {name} of the image; write pixels"
+    )
 
 
 def test_a_small_validation_is_taken_with_a_warning(folder: Folder, capsys) -> None:

@@ -128,6 +128,10 @@ def abilities(root: Path) -> list[Case]:
         ("Edit", {"file_path": "train.py", "old_string": "# again", "new_string": "# twice", "replace_all": True}),
         ("Bash", {"command": "./run.sh"}),
         ("Bash", {"command": "./run.sh", "description": "Run the experiment"}),
+        ("Bash", {"command": "./run.sh", "timeout": 86400000, "description": "Run it"}),
+        ("Bash", {"command": "./run.sh", "timeout": 9000, "dangerouslyDisableSandbox": False}),
+        ("Read", {"file_path": "train.py", "pages": "1"}),
+        ("Read", {"file_path": "runs/0001.log", "allow_large": False, "limit": 3}),
     ]
     return [Case(tool, g, ability=True) for tool, g in given]
 
@@ -558,10 +562,7 @@ ODD_INPUT = [
         for key, value in [
             ("run_in_background", True),
             ("run_in_background", False),
-            ("timeout", 1000),
-            ("timeout", 86400000),
             ("dangerouslyDisableSandbox", True),
-            ("dangerouslyDisableSandbox", False),
             ("cwd", "/"),
             ("env", {"PATH": "."}),
             ("restart", True),
@@ -590,7 +591,7 @@ ODD_INPUT = [
     ("Bash", {"command": "./run.sh\u2028id"}),
     ("Bash", {"command": "\ufeff./run.sh"}),
     ("Bash", {"command": "./run.sh \\\n && id"}),
-    ("Read", {"file_path": "train.py", "pages": "1"}),
+    ("Read", {"file_path": "train.py", "allow_large": True}),
     ("Read", {"file_path": "train.py", "path": "run.sh"}),
     ("Read", {"file_path": "train.py\x00run.sh"}),
     ("Read", {"file_path": ""}),

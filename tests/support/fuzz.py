@@ -237,6 +237,12 @@ def calls(seed: int, root: str, count: int) -> Iterator[tuple[str, dict]]:
         yield tool, given
 
 
+def rewritten(tool: str, given: dict) -> dict:
+    """A call without what changes nothing: a time-out of ./run.sh, pages of what is no PDF, a switch that is off."""
+    gone = {"Bash": {"timeout", "dangerouslyDisableSandbox"}, "Read": {"pages", "allow_large"}}.get(tool, set())
+    return {key: value for key, value in given.items() if key not in gone or value is True}
+
+
 def allowed(tool: str, given: dict, root: str, domains: tuple | list = ()) -> bool:
     """Whether a call that passed is one of the three abilities, or reads what is meant to be read.
 
@@ -252,7 +258,7 @@ def allowed(tool: str, given: dict, root: str, domains: tuple | list = ()) -> bo
         "Write": {"file_path", "content"},
         "Edit": {"file_path", "old_string", "new_string", "replace_all"},
     }
-    if set(given) - keys.get(tool, set()):
+    if set(rewritten(tool, given)) - keys.get(tool, set()):
         return False
     if tool == "Bash":
         return given["command"] == RUN

@@ -95,6 +95,24 @@ def test_what_another_audit_left_is_not_taken_for_this_ones(small: Small, left: 
     assert sorted(file.name for file in (small.path / "final/0003").glob("run-*")) == [f"run-{n}" for n in (1, 2, 3, 4)]
 
 
+def test_a_training_that_the_machine_lost_is_no_result_and_the_audit_goes_on_after_it(small: Small):
+    small.write("train.py", KEPT)
+    small.experiment("better")
+    lost = """
+done = []
+def lose(job):
+    done.append(job)
+    return noisy(job) if len(done) < 6 else measure.Run("lost", 1, "Slurm: preempted: not the edit's fault")
+measure.run = lose
+"""
+    done = small.run("audit", "2", "--ablate", given=NOISY + lost)
+    assert (done.returncode, done.stdout) == (2, "") and "best without 2: Slurm: preempted; the same" in done.stderr
+    assert small.experiments() == [1, 2]
+    assert small.run("audit", "2", "--ablate", given=NOISY).returncode == 0
+    calls = json.loads(small.calls_file.read_text())
+    assert [call for call in calls if "measure" in call] == ["measure run-6"]
+
+
 @pytest.mark.parametrize("odd", [b"# caf\xe9\n", b"\xff\xfe\0\0\n", b"x = 1\r\n", "# \ud7ff \u202e\n".encode()])
 def test_a_train_py_of_any_bytes_is_kept_audited_and_shown(small: Small, odd: bytes):
     text = KEPT.encode() + odd + b"# the end"

@@ -13,6 +13,7 @@ import pytest
 
 import dataset
 import engine
+import measure
 import project
 from in_process import KEPT, Small
 from repository import ROOT
@@ -242,6 +243,28 @@ def test_another_worktree_sees_the_preview(small: Small, tmp_path: Path, kind):
     (other.path / "data/prints/preview.png").unlink()
     assert not may_read("data/prints/preview.png")
     assert [f.name for f in (other.path / "data").rglob("*") if f.is_file()] == [] and os.listdir(other.path / "data")
+
+
+def test_a_preview_on_another_disk(small: Small, tmp_path: Path):
+    """`data` may be a link, which a person made; what it shows may be none."""
+    small.make_data("prints")
+    small.write("data/prints/preview.png", "a picture")
+    (small.path / "data").rename(tmp_path / "disk")
+    (small.path / "data").symlink_to(tmp_path / "disk")
+    may_read = guard_of(small)
+    assert may_read("data/prints/preview.png") and not may_read("data/prints/val.key.npy")
+    (tmp_path / "disk/prints/preview.png").unlink()
+    (tmp_path / "disk/prints/preview.png").symlink_to(tmp_path / "disk/prints/val.key.npy")
+    assert not may_read("data/prints/preview.png")
+
+
+def test_published_weights_are_no_data_set(tmp_path: Path):
+    """One was called that before the name was taken: its key is not shown to train.py."""
+    (weights := tmp_path / "weights").mkdir()
+    job = measure.Job(tmp_path, tmp_path / "prints", 5, "1g", 1, tmp_path / "log", "image")
+    assert measure.train_mounts(job)["/weights"] == weights
+    (weights / "val.key.npy").touch()
+    assert "/weights" not in measure.train_mounts(job)
 
 
 # Data that were changed

@@ -84,12 +84,13 @@ def written(tmp_path: Path, monkeypatch):
 STOPPING = [
     "Bash", "Bash(*)", "Bash(./run.sh)", "Bash(./run.sh:*)", "Bash(./*)", "Bash(*.sh)", "Edit", "Write", "Read", "*",
     "Edit(**)", "Edit(*.py)", "Edit(./train.py)", "Edit(/train.py)", f"Edit(/{ROOT}/**)", "Write(scratchpad.md)",
+    "Bash(./run.sh *)", "Read(*.diff)", "Read(data/**)",
     "Read(**/*.py)", "Read(./runs/**)", "Read(runs)", "Read(program.md)", "Agent", "Agent(planner)",
     "Task", "Task(planner)",
 ]  # fmt: skip
 HARMLESS = [
     "Bash(rm -rf *)", "Bash(git push:*)", "Bash(curl *)", "Bash(sudo:*)", "Read(./.env)", "Read(**/.env.*)", "mcp__x",
-    "Read(~/.ssh/**)", "Read(//etc/**)", "Edit(~/.claude/**)", "Edit(package.json)", "WebFetch", "NotebookEdit",
+    "Read(~/.ssh/**)", "Read(//etc/**)", "Edit(~/.claude/**)", "Edit(package.json)", "NotebookEdit",
     "Read(./secrets/**)", "Skill(x)", "", "garbage (((",
 ]  # fmt: skip
 
@@ -136,6 +137,15 @@ def test_what_may_or_may_not_matter_is_a_note(written):
     assert found.good is None and "PreToolUse: rewriter --all" in found.text
     (found,) = written("person", {"enabledPlugins": {"helper@market": True, "off@market": False}})
     assert found.good is None and "helper@market" in found.text and "off@market" not in found.text
+    (found,) = written(
+        "person", {"permissions": {"ask": ["WebSearch"], "deny": ["WebFetch(domain:x.org)", "Bash(rm *)"]}}
+    )
+    assert (
+        found.good is None
+        and "deny the web, which phases with `web` want: WebFetch(domain:x.org), WebSearch" in found.text
+    )
+    (found,) = written("person", {"allowManagedPermissionRulesOnly": True})
+    assert found.good is None and "leaves the project's rules out" in found.text
     assert written("person", "{") == [], "the client does not read it either"
     (found,) = written("person", {"claudeMdExcludes": ["**/other/CLAUDE.md", "**/CLAUDE.md"]})
     assert found.good is False and "**/CLAUDE.md keeps CLAUDE.md from the agent" in found.text

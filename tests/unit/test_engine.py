@@ -163,6 +163,17 @@ def test_a_gpu_that_does_not_answer_is_no_cpu(machine, monkeypatch, listed: str,
     assert engine.device_kind() == "cpu"
 
 
+def test_a_driver_without_its_tool_is_no_cpu(machine, tmp_path: Path, monkeypatch):
+    machine(podman="exit 0")
+    assert engine.device_kind() == "cpu"
+    engine.all_gpus.cache_clear()
+    monkeypatch.setattr(engine, "NVIDIA", tmp_path)
+    with pytest.raises(Refused, match="there is an NVIDIA GPU .*, but no nvidia-smi: install it"):
+        engine.device_kind()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert engine.device_kind() == "cpu"
+
+
 def test_a_launch_command_looks_after_its_own_gpus(machine):
     machine(nvidia_smi=smi("broken", 9))
     assert engine.slots(program.Program([], launch=["srun"])) == [0]
@@ -217,8 +228,28 @@ def test_an_image_that_is_missing_is_built_by_setup_alone(machine, monkeypatch):
     assert install.need_image() == "built"
 
 
+def test_a_pull_that_fails_says_why(machine, monkeypatch, capsys):
+    full = "Error: writing blob: storing blob to file: no space left on device"
+    machine(
+        podman=f"case $1 in pull) echo '{full}' >&2; exit 125;; images) exit 0;; *) echo podman version 4.9.3;; esac"
+    )
+    monkeypatch.setattr(install, "run", lambda *words, **how: None)
+    monkeypatch.setattr(install, "install_packages", lambda *words: None)
+    assert install.make_base() == engine.DEBIAN_BASE
+    assert f"cannot be pulled ({full}): making a base image" in capsys.readouterr().err
+
+
 def as_user(monkeypatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
+
+
+@pytest.mark.parametrize("kind", engine.ENGINES)
+def test_an_engine_that_does_not_say_what_it_can_hold_starts_nothing(machine, monkeypatch, kind: str):
+    """Without limits a training could take the machine."""
+    machine(**{kind: "case $1 in info) echo 'Error: database is locked' >&2; exit 125;; *) echo ok;; esac"})
+    as_user(monkeypatch)
+    with pytest.raises(Refused, match=f"{kind} fails: Error: database is locked; ./run.sh doctor"):
+        engine.arguments(engine.Container("name", "image", ["true"], "1g", {}))
 
 
 @pytest.mark.parametrize(
@@ -301,7 +332,7 @@ def test_without_room_on_the_disk_nothing_runs(tmp_path: Path, monkeypatch, free
         measure.require_room(tmp_path)
         return
     with pytest.raises(
-        Refused, match=rf"may need 3.2 GB of disk, and there are {free / 1e9:.1f} GB.*nothing ran: make"
+        Refused, match=rf"may need 3.8 GB of disk, and there are {free / 1e9:.1f} GB.*nothing ran: make"
     ):
         measure.require_room(tmp_path)
 
@@ -358,6 +389,29 @@ def test_a_failure_is_lost_when_the_gpu_has_gone_meanwhile(machine, tmp_path: Pa
         (Path(os.environ["PATH"]) / "nvidia-smi").write_text(f"#!/bin/sh\n{smi(listed, status)}\n")
         run = measure.run(job)
         assert run.outcome == outcome and ("may be tried again" in run.reason) == (outcome == "lost"), run
+
+
+@pytest.mark.parametrize(
+    ("status", "oom", "outcome", "words"),
+    [
+        (125, False, "lost", "podman failed (its client ended with 125)"),  # the daemon was restarted, conmon died
+        (255, False, "lost", "podman failed"),
+        (137, False, "lost", "the sandbox was killed from outside: not the edit's fault"),  # podman kill, systemd-oomd
+        (137, True, "failed", "killed from outside, or ran out of its 1g of memory"),
+        (1, False, "failed", "killed from outside, or ran"),  # PID 1 itself: what train.py left cannot be handed over
+    ],
+)
+def test_what_an_engine_does_to_a_training(machine, tmp_path, monkeypatch, status, oom, outcome, words):
+    """PID 1 has reported that training may begin, and nothing after that."""
+    ready = """echo '{"up": true}'; echo '{"ready": true, "device": "cpu"}'"""
+    script = f"case $1 in run) {ready}; {'echo >oom' * oom}\nexit {status};; *) echo podman version 4.9.3;; esac"
+    machine(podman=script)
+    for folder in ("train", "val/images", "val/captions"):
+        (tmp_path / "data/x" / folder).mkdir(parents=True)
+    (tmp_path / "work").mkdir()
+    monkeypatch.setattr(measure, "ROOM", 0)
+    found = measure.run(measure.Job(tmp_path / "work", tmp_path / "data/x", 5, "1g", 1, tmp_path / "log", "image"))
+    assert found.outcome == outcome and words in found.reason
 
 
 def test_without_gpus_nothing_can_have_gone(machine, monkeypatch):

@@ -12,6 +12,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -149,7 +150,7 @@ def test_generated_calls(guard, figure):
         plain = given.get("file_path", "").replace(f"{root}/", "", 1).replace("./", "", 1)
         if not fuzz.allowed(tool, given, root) or plain != os.path.normpath(plain) and plain or cwd != root:
             wrong.append(f"allowed: {asked}")
-        elif answer != {}:
+        elif answer.get("updatedInput", given) != fuzz.rewritten(tool, given) or answer.keys() - {"updatedInput"}:
             wrong.append(f"{asked}: {answer}")
     figure("lock: calls straight into the guard", FUZZ_CALLS, len(wrong), passed=len(passed))
     assert not wrong, "\n".join(wrong[:20])
@@ -210,10 +211,153 @@ def test_nothing_runs_once_the_loop_has_ended(guard):
     assert not guard.refusal("Bash", {"command": "./run.sh"}, session_id="another")
 
 
+DROPPED = [
+    ("Bash", {"command": "./run.sh"}, {"timeout": 1}),
+    ("Bash", {"command": "./run.sh", "description": "x"}, {"timeout": [None], "dangerouslyDisableSandbox": False}),
+    ("Read", {"file_path": "train.py", "limit": 3}, {"pages": "1-5", "allow_large": False}),
+]
+
+
+@pytest.mark.parametrize(("tool", "given", "more"), DROPPED)
+def test_what_changes_nothing_is_dropped_and_nothing_is_rewritten_without_need(guard, tool, given, more):
+    assert guard.check(tool, given) == {}, "another hook's rewritten input would be replaced"
+    assert guard.check(tool, {**given, **more}) == {"updatedInput": given}
+    for key in ("run_in_background", "model", "unknown"):
+        assert f"leave out {key} and call" in guard.refusal(tool, {**given, **more, key: False})
+        assert guard.refusal(tool, {**given, **more, key: None})
+    assert all(guard.refusal(tool, {**given, switch: True}) for switch in ("dangerouslyDisableSandbox", "allow_large"))
+
+
+def test_nothing_is_dropped_from_a_call_that_is_refused(guard):
+    assert "may be run" in guard.refusal("Bash", {"command": "./run.sh setup", "timeout": 1})
+    assert "can be read" in guard.refusal("Read", {"file_path": "run.sh", "pages": "1"})
+    assert guard.refusal("Write", {"file_path": "train.py", "content": "x", "timeout": 1})
+    assert guard.refusal("Agent", {**ASK, "pages": "1"})
+
+
 def test_a_plan_that_cannot_be_read_does_not_keep_run_sh_from_saying_so(guard):
     guard.plan.text = "no plan"
     assert guard.check("Bash", {"command": "./run.sh"}) == {}
     assert (guard.project.path / "runs/session/proof.s").exists()
+
+
+# An edit that failed before ./run.sh: the client's transcript tells (client/test_loop.py has a real one)
+
+NOT_FOUND = "<tool_use_error>String to replace not found in file.\nString: LR = 1</tool_use_error>"
+
+
+class Transcript:
+    """As the client writes it; a call is (tool, file), what came of it "" or an error; `late` is not there yet."""
+
+    def __init__(self, guard: Guard, monkeypatch: pytest.MonkeyPatch):
+        self.guard, self.file, self.count = guard, guard.project.path / "t.jsonl", 0
+        self.file.write_text('{"type": "mode"}\n')
+        monkeypatch.setattr(session, "LOOKS", 5)
+
+    def line(self, **message) -> None:
+        with self.file.open("a") as f:
+            f.write(json.dumps({"type": "x", "message": message}, separators=(",", ":")) + "\n")
+
+    def use(self, answer: int, name: str, late: bool = False, **given) -> str:
+        self.count += 1
+        block = {"type": "tool_use", "id": f"toolu_{self.count}", "name": name, "input": given}
+        if not late:
+            self.line(id=f"msg_{answer}", content=[block])
+        return block["id"]
+
+    def edit(self, answer: int, file: str | None, error: str | None = "", tool: str = "Edit") -> None:
+        used = self.use(answer, tool, **({"file_path": file} if file else {}))
+        failure = {"is_error": True, "content": error} if error else {"content": "The file has been updated."}
+        if error is not None:
+            self.line(content=[{"type": "tool_result", "tool_use_id": used, **failure}])
+
+    def run(self, answer: int, late: bool = False) -> str:
+        """The guard's refusal of a ./run.sh."""
+        used = self.use(answer, "Bash", late, command="./run.sh")
+        return self.guard.refusal("Bash", {"command": "./run.sh"}, tool_use_id=used, transcript_path=str(self.file))
+
+
+@pytest.fixture
+def transcript(guard, monkeypatch) -> Transcript:
+    return Transcript(guard, monkeypatch)
+
+
+@pytest.mark.parametrize("file", ["train.py", "/somewhere/repo/train.py", " ./scratchpad.md", None])
+@pytest.mark.parametrize("answer", [1, 2])
+def test_a_run_after_a_failed_edit_is_refused_once(transcript, file, answer):
+    transcript.edit(1, file, NOT_FOUND)
+    why = transcript.run(answer)
+    name = "scratchpad.md" if file and "scratch" in file else "train.py"
+    assert why.startswith("Nothing ran") and f"{name} (String to replace not found in file. String: LR = 1)" in why
+    assert "tool_use_error" not in why and len(why) < 400
+    assert not list((transcript.guard.project.path / "runs/session").glob("proof*"))
+    assert not transcript.run(answer + 1) and not transcript.run(answer + 1)
+
+
+def test_what_clears_a_failed_edit(transcript):
+    transcript.edit(1, "train.py", NOT_FOUND)
+    transcript.edit(2, "train.py")
+    assert not transcript.run(2), "made again after it was seen"
+    transcript.edit(3, "train.py", NOT_FOUND)
+    transcript.edit(3, "train.py", tool="Write")
+    assert "train.py" in transcript.run(3), "written in the same answer, before it was seen"
+    transcript.edit(4, "train.py", NOT_FOUND)
+    transcript.edit(5, "scratchpad.md")
+    assert "train.py" in transcript.run(6), "another file"
+    transcript.edit(7, "train.py", NOT_FOUND)
+    transcript.edit(7, "scratchpad.md", NOT_FOUND, tool="Write")
+    transcript.edit(8, "train.py")
+    why = transcript.run(8)
+    assert "scratchpad.md (" in why and "train.py (" not in why
+
+
+def test_what_is_no_failed_edit(transcript):
+    transcript.edit(1, "program.md", "it cannot be edited")
+    transcript.edit(1, "train.py", NOT_FOUND, tool="Read")
+    transcript.edit(1, "train.py")
+    assert not transcript.run(2)
+
+
+def test_two_runs_in_one_answer(transcript):
+    """What comes after a run is none of its business, and all of the next one's."""
+    transcript.edit(3, "scratchpad.md", NOT_FOUND)
+    first = transcript.use(3, "Bash", command="./run.sh")
+    transcript.edit(3, "train.py", NOT_FOUND)
+    second = transcript.use(3, "Bash", command="./run.sh")
+    asked = {"transcript_path": str(transcript.file)}
+    why = [transcript.guard.refusal("Bash", {"command": "./run.sh"}, tool_use_id=i, **asked) for i in (first, second)]
+    assert "of scratchpad.md" in why[0] and "train.py (" not in why[0]
+    assert "of train.py" in why[1] and "scratchpad.md (" not in why[1]
+    assert not transcript.run(4)
+
+
+def test_a_transcript_that_is_late_damaged_or_missing_keeps_nothing_from_running(transcript):
+    """And a result that is on its way is waited for."""
+    asked = {"tool_use_id": "toolu_9", "transcript_path": "/nowhere"}
+    assert not transcript.guard.refusal("Bash", {"command": "./run.sh"}, **asked)
+    assert not transcript.guard.refusal("Bash", {"command": "./run.sh"}), "no path"
+    transcript.edit(1, "train.py", NOT_FOUND)
+    assert not transcript.run(1, late=True)
+    transcript.file.write_text(
+        '"tool_\n{"tool_"\n{"message": {"content": "tool_"}}\n{"message": {"content": ["tool_"]}}\n'
+    )
+    transcript.line(id=None, content=[{"type": "tool_use", "id": "a", "name": "Edit", "input": "no JSON"}])
+    transcript.edit(2, "scratchpad.md", None)
+    assert not transcript.run(2)
+    transcript.edit(3, "train.py", None)
+    transcript.edit(3, "train.py", NOT_FOUND)
+    result = {"type": "tool_result", "tool_use_id": f"toolu_{transcript.count - 1}", "content": "updated"}
+    threading.Timer(0.05, lambda: transcript.line(content=[result])).start()
+    began = time.monotonic()
+    assert "train.py" in transcript.run(3) and time.monotonic() - began > 0.04
+
+
+def test_a_long_transcript_is_looked_at_from_its_end(transcript):
+    transcript.edit(1, "scratchpad.md", NOT_FOUND)
+    transcript.line(content=[{"type": "text", "text": '"tool_' + "x" * (8 << 20)}])
+    transcript.edit(1, "train.py", NOT_FOUND)
+    began, why = time.monotonic(), transcript.run(1)
+    assert "of train.py" in why and "scratchpad.md" not in why and time.monotonic() - began < 0.1
 
 
 # Addresses, searches, subagents

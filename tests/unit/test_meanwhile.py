@@ -113,6 +113,17 @@ def test_a_block_says_what_train_py_is_where_the_verdict_does_not(small: Small, 
         assert small.read("train.py") == (KEPT if verdict == "kept" else INCUMBENT_TEXT)
 
 
+def test_an_incumbent_whose_experiment_is_deleted_meanwhile(small: Small):
+    """As README says; what was planned against decides."""
+    forget = "git update-ref -d refs/experiments/1; rm .git/autoresearch.experiments"
+    small.write("train.py", KEPT)
+    small.hypothesis("better")
+    done = small.run(point=Point("measure", "meanwhile", forget))
+    assert block(done.stdout)["verdict"] == "kept", done.stderr
+    small.write("train.py", DISCARDED)
+    assert small.experiment("worse")[1]["verdict"] == "discarded"
+
+
 def test_what_an_interrupted_verdict_left_is_not_built_upon_without_a_word(small: Small):
     """The agent's call was killed after its record was written, and it has made the next edit on top."""
     small.write("train.py", DISCARDED)

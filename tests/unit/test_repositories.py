@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -336,3 +337,12 @@ def test_a_git_that_writes_ends_before_we_do(small: Small, tmp_path: Path):
     os.kill(running.pid, signal.SIGTERM)
     assert "SystemExit: 143" in running.finish().stderr and small.experiments() == [1, 2]
     assert "completed experiment 2" in small.run().stderr and small.read("train.py") == train_py(VALUES["incumbent"])
+
+
+def test_a_path_that_is_no_text_is_named(tmp_path: Path):
+    here = os.fsencode(tmp_path) + b"/caf\xe9"
+    shutil.copytree(os.fsencode(ROOT / "container"), here + b"/container")
+    done = subprocess.run(
+        [sys.executable, "-I", here + b"/container/harness", "status"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "") and "caf\ufffd, is not UTF-8" in done.stderr

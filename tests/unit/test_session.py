@@ -48,7 +48,12 @@ class Loop:
         monkeypatch.setattr(locks, "running", lambda: None)
         spec = importlib.util.spec_from_file_location("loop", ROOT / ".claude/hooks/loop.py")
         spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-        self.main = module.main
+        self.main, self.chains_ended = module.main, 0
+        monkeypatch.setattr(module.subprocess, "run", self.end_chain)
+
+    def end_chain(self, command: list, **_) -> None:
+        assert [str(word) for word in command] == [f"{ROOT}/run.sh", "end-chain"]
+        self.chains_ended += 1
 
     def call(self, *words: str, **given) -> str:
         """What loop.py prints."""
@@ -194,6 +199,25 @@ def test_turns_without_an_experiment(loop):
     assert loop.turn()["decision"] == "block"
 
 
+def test_an_open_chain_ends_with_the_loop(loop):
+    loop.type("stop", session_id="other")
+    loop.type("start")
+    loop.turn()
+    assert loop.chains_ended == 0
+    loop.type("stop")
+    assert loop.chains_ended == 1
+    loop.stop_at("1 experiments")
+    loop.type("start")
+    loop.plan.add("discarded")
+    assert loop.end() and loop.chains_ended == 2
+    loop.stop_at("9 experiments")
+    with loop.night(since=time.time(), after=1):
+        loop.type("start")
+        assert [loop.end() != "" for _ in range(3)] == [False, False, True] and loop.chains_ended == 2
+    loop.type("start")
+    assert [loop.end() != "" for _ in range(3)] == [False, False, True] and loop.chains_ended == 3
+
+
 def test_another_branchs_experiments_are_not_its_own(loop):
     loop.stop_at("2 experiments")
     loop.type("start")
@@ -227,11 +251,11 @@ def test_the_last_phase(loop):
 def test_hours_and_several_limits(loop, monkeypatch):
     loop.stop_at("50 experiments, 1.5 hours, 20 USD")
     loop.type("start")
-    began = time.time()
-    monkeypatch.setattr(time, "time", lambda: began + 3600)
+    began = session.seconds_up()
+    monkeypatch.setattr(session, "seconds_up", lambda: began + 3600)
     loop.plan.add("discarded")
     assert "Since start 1 of 50 experiments, 1.0 of 1.5 hours, 0.00 of 20.00 USD." in loop.turn()["reason"]
-    monkeypatch.setattr(time, "time", lambda: began + 5401)
+    monkeypatch.setattr(session, "seconds_up", lambda: began + 5401)
     assert "1.5 hours since start, as program.md's `stop` says" in loop.end()
 
 
@@ -404,10 +428,10 @@ def test_a_cost_file_of_an_older_version(loop):
     assert loop.turn()["decision"] == "block"
 
 
-@pytest.mark.parametrize("by_h", [1, 3, 48])
+@pytest.mark.parametrize("by_h", [1, 3, 48, -2, -24])
 @pytest.mark.parametrize("after_h", [0, 0.5, 2])
-def test_a_clock_that_is_set_back(loop, monkeypatch, by_h, after_h):
-    """Hours are hours, whatever the clock says; start is never in the future."""
+def test_a_clock_that_is_set(loop, monkeypatch, by_h, after_h):
+    """Hours are hours, whatever the clock says: a first NTP sync may set it forward; start is never in the future."""
     loop.stop_at("12 hours, 500 experiments")
     clock, up = time.time(), time.clock_gettime(time.CLOCK_BOOTTIME)
 
@@ -441,10 +465,12 @@ def test_a_clock_that_is_set_back_and_an_hour_of_the_day(loop, zone, monkeypatch
         assert bool(loop.why) == ended, hours
 
 
-def test_a_machine_that_restarted_counts_by_its_clock(loop, monkeypatch):
+def test_a_machine_that_restarted_counts_by_its_clock(loop, monkeypatch, tmp_path):
     loop.stop_at("12 hours")
     began = time.time()
     loop.type("start")
+    (boot := tmp_path / "boot_id").write_text("another")
+    monkeypatch.setattr(session, "BOOT", boot)
     monkeypatch.setattr(time, "clock_gettime", lambda _: 60.0)
     monkeypatch.setattr(time, "time", lambda: began + 5 * 3600)
     assert "5.0 of 12.0 hours" in loop.turn()["reason"]
