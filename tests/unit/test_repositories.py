@@ -54,7 +54,14 @@ def test_a_clock_that_was_set_back(small: Small):
     os.utime(lock, (int(later), int(later)))
     runs = subprocess.Popen(["bash", "-c", "exec -a container/harness sleep 300"], cwd=small.path)
     try:
-        left = {"pid": runs.pid, "number": 9, "activity": "run 1", "started": int(later), "budget": 5}
+        left = {
+            "pid": runs.pid,
+            "number": 9,
+            "activity": "run 1",
+            "started": int(later),
+            "budget": 5,
+            "stage": "trains",
+        }
         small.write("runs/running.json", json.dumps(left))
         assert re.search(r"running: +experiment 9 \(run 1\), at most [0-5] s left", small.run("status").stdout)
     finally:

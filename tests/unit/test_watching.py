@@ -35,11 +35,13 @@ def training(log: Path, text: str, seconds: float = 30, ago: float = 0, skip: in
         ("step 100/400 loss 2.310\n", "step 100/400 (25 %), 90 s left, loss 2.310"),
         ("step 10/400 loss 3\nstep 300/400 loss -2.5\nnoise\n", "step 300/400 (75 %), 10 s left, loss -2.5"),
         ("step 100/400\n", "step 100/400 (25 %), 90 s left"),
-        ("step 100/400 loss nan\n", "step 100/400 (25 %), 90 s left"),
-        ("step 100/400 loss 2.3e-5\n", "step 100/400 (25 %), 90 s left"),
+        ("step 100/400 loss nan\n", "step 100/400 (25 %), 90 s left, loss nan"),
+        ("step 100/400 loss 2.3e-5\n", "step 100/400 (25 %), 90 s left, loss 2.3e-5"),
         ("step 1/400 loss 2.0\n", "step 1/400 (0 %), 90 s left, loss 2.0"),  # the budget ends before
         ("step 900/400 loss 2.0\n", "step 900/400 (100 %), 0 s left, loss 2.0"),
         ("step 100/400 loss 2.0\nstep 200/4", "step 100/400 (25 %), 90 s left, loss 2.0"),  # half-written
+        ("step 100/400 loss 2.0.1\n", "step 100/400 (25 %), 90 s left"),
+        ("step 100/400 loss \x1b[2J\n", "step 100/400 (25 %), 90 s left"),
         ("x" * 9000 + "\nstep 100/400\n", "step 100/400 (25 %), 90 s left"),
         ("step 100/400\n" + "x\n" * 9000, "at most 90 s left"),
         ("", "at most 90 s left"),
