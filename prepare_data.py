@@ -14,13 +14,14 @@ Every line of those files describes one image, with boxes in pixels of the uprig
 
 Every problem is reported with its file and line, and then nothing is written. What DIR holds afterwards:
 
-    info.json                   sizes, source, licence, bytes and SHA-256 of each file that is read later, a hash of all
+    info.json                   sizes, source, licence, bytes and SHA-256 of each file that is read later, a hash of
+                                all; of the training pairs numbers and three captions, which the agent is told
     train/                      a `datasets` table: image (3*S*S uint8, channels first), caption,
                                 regions [{phrase, bbox}] with boxes in [0, 1], possibly none
     val/images/, val/captions/  two tables of one column each, either in a random order of its own
     val.key.npy                 (n,) int64: image i belongs to caption key[i]
     val.regions.json            the regions of every image, in the order of val/images/; test/... are the same
-    preview.png                 a few training images with their captions and boxes
+    preview.png                 a few training images with their captions and boxes, at most 100 KB
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ HASH_SIDE = 16  # of a perceptual hash: 256 bits
 # Bits by which the hashes of two impressions of a block may differ. Of 1,000 drawn prints, brightened by 20 %, cut by
 # 2 % and stored as JPEG, 999 differ by no more from their originals; of 500,000 pairs of different prints one does.
 HASH_BITS = 40
-PREVIEW_COLOURS = 128  # of preview.png, which an agent that looks at it carries along in every request
+# Tiles and colours of preview.png: the first that give so few bytes, as an agent that looks carries it along for ever
+PREVIEWS, PREVIEW_BYTES = ((8, 128), (8, 64), (4, 128), (4, 64), (4, 32), (4, 8)), 100_000
+CAPTIONS_TOLD, MAX_CAPTION = 3, 300  # in info.json; characters of one
 LOCAL_COPIES = ("annotations", "images", "weights")  # that may be given for ukiyo-e
 
 Rows = Iterable[tuple[str, Row | str]]  # with their names, for messages; a text says what is wrong with a row
@@ -145,14 +148,29 @@ def write_data_set(options: argparse.Namespace, folder: Path) -> None:
     (folder / "train.arrow").unlink()
     for split in ("val", "test"):
         store_pairs_apart(tables[split], folder, split)
-    sheet = prints.draw_sheet([make(prints.TILE) for _, make in jobs["train"][: prints.TILES]])
-    sheet.quantize(PREVIEW_COLOURS).save(folder / "preview.png", optimize=True)
+    tiles = [make(prints.TILE) for _, make in jobs["train"][: PREVIEWS[0][0]]]
+    for count, colours in PREVIEWS:
+        prints.draw_sheet(tiles[:count]).quantize(colours).save(folder / "preview.png", optimize=True)
+        if (folder / "preview.png").stat().st_size <= PREVIEW_BYTES:
+            break
     for what, count in report.items():
         print(f"{what.replace('_', ' ')}: {count}", file=sys.stderr, flush=True)
-    report |= {split: len(tables[split]) for split in SPLITS}
+    report |= {split: len(tables[split]) for split in SPLITS} | {"training": describe(tables["train"], size)}
     if options.name == "prints":
         report["prints_version"] = prints.VERSION
     write_info(folder, {"format": DATA_FORMAT, "name": options.name, "image_size": size, **report}, source)
+
+
+def describe(table: datasets.Dataset, size: int) -> list[str]:
+    """The training pairs in numbers, and some captions of them: what the agent that trains on them is told."""
+    texts = table.select_columns(["caption", "regions"]).with_format("arrow")[:]
+    captions, regions = texts["caption"].to_pylist(), sorted(map(len, texts["regions"].to_pylist()))
+    count, words = len(captions), sorted(len(caption.split()) for caption in captions)
+    return [
+        f"{count} training pairs, {size} x {size} px, {regions[0]} to {regions[-1]} regions each "
+        f"(median {regions[count // 2]}), captions of {words[count // 2]} words (median; most {words[-1]})",
+        *(captions[count * n // CAPTIONS_TOLD][:MAX_CAPTION] for n in range(CAPTIONS_TOLD)),
+    ]
 
 
 def make_rows(what: str, jobs: list[Job], size: int, processes: int) -> Rows:

@@ -10,6 +10,7 @@ in a row that brought no experiment. In a night (./run.sh night) `stop` counts o
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "container" / "harness"))
 import display
 import locks
+import notify
 import session
 import settings
 from history import History
@@ -24,6 +26,7 @@ from project import ROOT, visible
 from session import Session
 
 IDLE_TURNS = 3
+STATUS_WIDTH = 96  # columns: the client takes four of a terminal for its margins
 GO_ON = (
     "Next experiment: {}read what the last result taught, write one line under '## Next experiment' in scratchpad.md, "
     "edit train.py, run ./run.sh. Do not ask the person; nobody is watching."
@@ -85,6 +88,8 @@ def stop(call: dict, now: Session) -> dict:
     now.on = not why
     now.save()
     if why:
+        if not session.current_night():  # which tells its own end
+            notify.tell(f"the loop has ended: {why}; {history.program.metric} {history.best_line()}")
         return {"systemMessage": f"The loop has ended: {why}. Type start to go on, ./run.sh log for what was tried."}
     return {"decision": "block", "reason": go_on(history, now)}
 
@@ -93,18 +98,27 @@ def stop_failure(call: dict, now: Session) -> dict:
     """The turn has ended with an error of the provider's: the client asks no Stop hook then, and nothing goes on."""
     now.fault = visible(str(call.get("last_assistant_message") or call.get("error")))[:100]
     now.save()
+    if now.on and not session.current_night():  # which goes on by itself
+        notify.tell(f"the loop stands still, type anything to go on: {now.fault}")
     return {}
 
 
 def status_line(call: dict, now: Session) -> str:
+    """What matters now comes first: a line that is too wide is cut off at its end."""
     cost = (call.get("cost") or {}).get("total_cost_usd")
     if cost is not None:
         now.note_cost(cost)
     history = History.load()
-    best = f"{history.program.metric} {history.best_line()}"
-    halted = f"THE LOOP STANDS STILL ({now.fault}); type anything to go on" if now.on and now.fault else ""
-    parts = (halted, f"#{history.newest}", best, f"phase {history.phase_line()}", locks.running_line())
-    return " | ".join(filter(None, parts))
+    halted = f"THE LOOP STANDS STILL, type anything to go on: {now.fault}" if now.on and now.fault else ""
+    first = [halted or f"#{history.newest}"]
+    if (runs := locks.running()) and not halted:
+        first = [f"#{runs.number} {runs.activity.replace('candidate, ', '')}", *locks.progress(runs)[:2]]
+    line = ", ".join(first)[:STATUS_WIDTH]
+    best = re.sub(r" since[^)]*", "", f"{history.program.metric} {history.best_line()}")
+    phase = re.sub(r" \(.*\)| experiments| at most", "", f"phase {history.phase_line()}").replace(" of ", "/")
+    for part in (best, phase):
+        line += f" | {part}" if len(f"{line} | {part}") <= STATUS_WIDTH else ""
+    return line
 
 
 EVENTS = {"SessionStart": session_start, "UserPromptSubmit": prompt, "Stop": stop, "StopFailure": stop_failure}

@@ -40,10 +40,10 @@ SHADOW = 0.8  # multiplies a colour
 PAPER_TINT = (1.03, 1.0, 0.95)  # multiplies red, green, blue
 
 # The contact sheet
-TILES, TILES_PER_ROW = 12, 4
-TILE, GAP = 288, 16  # pixels
-LINE_HEIGHT, FONT_SIZE = 18, 14  # pixels
-CAPTION_WIDTH, CAPTION_LINES = 44, 4  # characters, lines
+TILES_PER_ROW = 4
+TILE, GAP = 192, 16  # pixels
+LINE_HEIGHT, FONT_SIZE = 16, 13  # pixels
+CAPTION_WIDTH, CAPTION_LINES = 32, 5  # characters, lines
 SHEET_COLOUR, TEXT_COLOUR = (246, 242, 232), (44, 40, 48)
 BOX_COLOURS = ((214, 0, 110), (0, 118, 214), (0, 140, 70), (206, 90, 0))  # one per region
 

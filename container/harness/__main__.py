@@ -17,9 +17,10 @@ import display
 import experiment
 import install
 import night
+import notify
 import publish
 import report
-from project import INSIDE, ROOT, RUNS, Refused, say
+from project import INSIDE, ROOT, RUNS, Broken, Refused, say
 
 BY_AGENT = bool(os.environ.get("CLAUDECODE"))
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -37,6 +38,11 @@ def one_experiment() -> int:
                 f"Start claude in {ROOT} with its hooks on, or use a terminal."
             )
         proof.unlink()
+        try:
+            return experiment.run()
+        except (Broken, OSError) as error:
+            notify.tell(f"{notify.NOTHING_RUNS}: {error}")
+            raise
     return experiment.run()
 
 
@@ -67,6 +73,7 @@ VERBS = (
     Verb("log", "[N]", "the last N experiments", display.log, True),
     Verb("report", "", "report.html for a browser", report.report),
     Verb("night", "[HH:MM|stop]", "Claude Code at work until the plan ends or that hour, whatever happens", night.main),
+    Verb("notify", "", "try program.md's `notify`, which is told what happens", notify.notify),
     Verb("keep", "N", "overrule a verdict: make experiment N the incumbent", experiment.keep),
     Verb("audit", "[K] [--ablate]", "the numbers to publish: baseline against best, K seeds each", publish.audit),
     Verb("final", "", "the best, trained longer on all but the test pairs, judged once on those", publish.final),

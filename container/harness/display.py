@@ -6,13 +6,14 @@ import re
 import statistics
 import time
 
+import git
 import locks
 import program
 import session
-from history import History
-from keep_rule import MARGIN, geometric_mean
-from project import ROOT, RUNS, Refused, number, visible, write_whole
-from record import JUDGED, Attempt, Record, results, run_file
+from history import History, with_error
+from keep_rule import HOPELESS, MARGIN, geometric_mean
+from project import ROOT, RUNS, Refused, number, read_json, visible, write_whole
+from record import JUDGED, REFS, REVERTED, Attempt, Record, results, run_file
 
 HISTORY_FILE = RUNS / "experiments.tsv"
 MAX_BLOCK = 1990  # bytes of a result block
@@ -20,8 +21,11 @@ LOG_LINES, LOG_WIDTH = 20, 110  # lines of a failed run's log in its block, char
 LOG_BYTES = 6000  # of the log's end in which they are looked for
 MAX_BRIEF = 1300  # bytes
 BRIEF_NEWEST, BRIEF_DEAD_ENDS = 10, 5  # attempts in a brief
+DATA_WIDTH = 100  # bytes of a caption there
+SHARES = (10, 20, 40, 60, 80, 100)  # of its steps, in per cent, at which a run's loss is shown
+CHANGED, CHANGED_WIDTH = {"-": 1, "+": 2}, 60  # lines of train.py that a block shows; bytes of one
 PAUSE_S = 30 * 60  # so long no model thinks
-CLAIMS = {"steps": "{} steps", "loss": "loss {}", "peak_memory": "peak {}"}  # of train.py that are shown, and how
+CLAIMS = {"steps": "{} steps", "peak_memory": "peak {}"}  # of train.py that are shown, and how
 ASK = "ask the planner (Agent, subagent_type planner), then "
 
 
@@ -52,21 +56,25 @@ def block(attempt: Attempt, commit: str, plan: program.Program, edited: str = ""
         history = History.load()  # what was edited while this ran is for the next experiment
     except program.ProgramError:
         history = History.load(plan)
-    phase = history.phase.name if history.phase else ""
+    phase, before = history.phase.name if history.phase else "", git.object_id(f"{commit}^:train.py")
+    log = run_file(attempt.experiment, "log")
+    curve = losses(log.read_bytes() if log.is_file() else b"")
     first = [
         ("experiment", attempt.experiment),
         ("verdict", attempt.verdict),
         ("hypothesis", attempt.hypothesis),
+        ("changed", changed(attempt, history, before)),
         *metric_rows(attempt),
         ("reason", attempt.reason),
-        ("train", training(attempt, plan.budget)),
+        ("train", training(attempt, plan.budget, curve)),
+        *loss_rows(curve, losses(earlier_log(history, before, attempt.experiment))),
     ]
     last = [
         ("plan", "program.md has changed since you last read it: read it" if session.plan_has_changed() else ""),
         ("new phase", f"{phase}: read its section in program.md" if phase and attempt.phase not in ("", phase) else ""),
         ("commit", commit[:9] + (" (in the record)" if edited else consequence(attempt))),
         ("train.py", edited),
-        ("log", run_file(attempt.experiment, "log").relative_to(ROOT)),
+        ("log", log.relative_to(ROOT)),
         ("elsewhere", history.better_elsewhere()),
         ("phase", history.phase_line()),
         ("next", "first see train.py above; then " * bool(edited) + next_step(attempt, history)),
@@ -81,15 +89,20 @@ def metric_rows(attempt: Attempt) -> list[tuple]:
     if not measured:
         return []
     size = f"gallery {measured[0]['gallery']}, random {measured[0]['random']:.1f}"
-    twice = f", mean of {len(measured)} runs" if len(measured) > 1 else ""
+    each = ", ".join(map(number, attempt.values()))
+    twice = f", mean of {len(measured)} runs: {each}" if len(measured) > 1 else ""
     value = number(geometric_mean(attempt.values()))
     rows = [(attempt.metric, f"{value}   (validation, {size}, lower is better{twice})")]
+    if fits := [run.fit for run in attempt.runs if run.fit]:
+        fit = number(geometric_mean([fit[attempt.metric] for fit in fits]))
+        rows.append(("fit", f"{fit}   ({fits[0]['gallery']} training pairs; decides nothing)"))
     if attempt.percent is not None:
         runs = "1 run" if len(attempt.before) == 1 else f"{len(attempt.before)} runs"
-        rows.append(("before", f"{number(geometric_mean(attempt.before))}   ({runs})"))
+        rows.append(("before", f"{with_error(attempt.before, attempt.sigma)}   ({runs})"))
         lucky = attempt.verdict == "discarded" and 0 < attempt.sigmas < MARGIN
         note = f"; below {MARGIN} sigma nothing is kept" if lucky else ""
         rows.append(("change", f"{attempt.percent:+.1f} %   ({attempt.gain}, sigma {attempt.sigma * 100:.1f} %){note}"))
+    rows.append(("saved", attempt.saved))
     other = "median_rank" if attempt.metric == "mean_rank" else "mean_rank"
     rows.append((other, number(geometric_mean(attempt.values(other)))))
     return [*rows, ("recall", recall(measured))]
@@ -104,15 +117,63 @@ def recall(measured: list[dict]) -> str:
     return "   ".join(sides) + "   (R@1 / 5 / 10, %)"
 
 
-def training(attempt: Attempt, budget: int) -> str:
-    """Seconds are the harness's, the rest are train.py's own claims."""
+def changed(attempt: Attempt, history: History, before: str) -> str:
+    """How many lines of train.py, and the first of them without comments at their end, quoted: data, no instructions.
+
+    before: the incumbent's blob. Within a chain it is what the attempt itself changed that counts.
+    """
+    if attempt.chain and attempt.chain.link > 1:
+        earlier = (r.train for r in reversed(history.own(history.counted)) if r.number < attempt.experiment)
+        before = next(earlier, before)
+    hunks = git.diff(before, attempt.train).partition("\n@@")[2].splitlines()[1:]
+    found = [line for line in hunks if line[:1] in ("-", "+") and line[1:].strip()]
+    first = [line for sign, most in CHANGED.items() for line in [x for x in found if x[0] == sign][:most]]
+    code = [f"| {line[0]} {visible(line[1:].partition('  #')[0])}" for line in first]
+    shown = "".join("\n" + cut(line, CHANGED_WIDTH) for line in code)
+    return f"{len(found)} lines{', such as' * (len(found) > len(code))}{shown}" if found else ""
+
+
+def losses(log: bytes) -> list[tuple[int, float, float]]:
+    """Steps, per cent of all steps and loss in the lines of a log's last run: train.py's own claims."""
+    found: list = []
+    for step, steps, loss in (claim for claim in locks.STEP.findall(log) if claim[2]):
+        if found and int(step) <= found[-1][0]:
+            found = []  # the next run begins
+        found.append((int(step), 100 * int(step) / int(steps), float(loss)))
+    return found
+
+
+def loss_rows(this: list[tuple], incumbent: list[tuple]) -> list[tuple]:
+    """Two curves, of which the first was printed now."""
+    at = f"(at {' '.join(map(str, SHARES))} % of steps)"
+    rows = [("loss", f"{at_shares(this)}  {at}"), ("incumbent's", at_shares(incumbent).rstrip())]
+    return [(key, value) for (key, value), curve in zip(rows, (this, incumbent)) if this and curve]
+
+
+def at_shares(curve: list[tuple]) -> str:
+    """The losses nearest to SHARES; a dash where none is near, as in a run that ended early."""
+    near = [min(curve, key=lambda point: abs(point[1] - share), default=(0, 999, 0)) for share in SHARES]
+    there = [abs(point[1] - share) < 5.1 for point, share in zip(near, SHARES)]
+    return " ".join(f"{point[2]:<#5.3g}" if ok else "-    " for point, ok in zip(near, there))
+
+
+def earlier_log(history: History, train: str, n: int) -> bytes:
+    """What train.py printed when this one was measured the last time, but for experiment n."""
+    known = (r for r in reversed(history.compared) if r.train == train and r.number != n and history.values(r))
+    names = [f"{REFS}{r.number}:experiment/train.log" for r in known][:1]
+    return b"".join(git.contents(names).values())
+
+
+def training(attempt: Attempt, budget: int, curve: list[tuple]) -> str:
+    """Seconds are the harness's, the rest are train.py's own claims; curve: its losses."""
     if not attempt.runs:
         return ""
     run = attempt.runs[-1]
     claims, seconds = run.train.get("claims", {}), run.timing["train"]
     claimed = [words.format(claims[key]) for key, words in CLAIMS.items() if key in claims]
+    pace = f"{seconds * 1000 / curve[-1][0]:.0f} ms a step" if curve else ""
     around = f"{run.timing['total'] - seconds:.0f} s around it"
-    return ", ".join(filter(None, [f"{seconds:.0f} s of {budget}", *claimed, run.train.get("device"), around]))
+    return ", ".join(filter(None, [f"{seconds:.0f} s of {budget}", pace, *claimed, run.train.get("device"), around]))
 
 
 def consequence(attempt: Attempt) -> str:
@@ -120,12 +181,16 @@ def consequence(attempt: Attempt) -> str:
     chain = attempt.chain
     if attempt.verdict == "lost":
         return " (in the record, and counted for nothing; train.py is as it was)"
-    if attempt.verdict not in ("discarded", "failed"):
+    if attempt.verdict not in REVERTED or attempt.verdict == "kept":
         return f" (the whole chain of {chain.link})" if chain else ""
     if chain and chain.continues:
-        return f" (in the record; train.py keeps your edit, build on it: {chain.position} in this chain)"
-    ended = ", the chain has ended" if chain else ""
-    ended += " with its phase or the loop" if chain and chain.link < chain.limit else ""
+        drop = "write 'drop the chain' as the next experiment, then run ./run.sh"
+        return f" (in the record; train.py keeps your edit, build on it: {chain.position} in this chain; or {drop})"
+    ended = ", the chain has ended" if chain or attempt.verdict == "dropped" else ""
+    if attempt.verdict == "control" or (attempt.sigmas or 0) < -HOPELESS:
+        ended += f": nothing is built on a control, or on what loses by over {HOPELESS} sigma" if chain else ""
+    elif chain and chain.link < chain.limit:
+        ended += " with its phase or the loop"
     return f" (in the record; train.py is the incumbent again{ended})"
 
 
@@ -143,7 +208,9 @@ def next_step(attempt: Attempt, history: History) -> str:
     if attempt.verdict == "failed":
         diff = run_file(attempt.experiment, "diff").relative_to(ROOT)
         return f"your edit is in {diff}: make it again, fixed, or drop the idea; then {step}"
-    return f"note in scratchpad.md what this taught; then {step}" if attempt.verdict == "discarded" else step
+    return (
+        f"note in scratchpad.md what this taught; then {step}" if attempt.verdict in ("discarded", "control") else step
+    )
 
 
 def log_end(n: int) -> list[str]:
@@ -214,13 +281,22 @@ def status() -> None:
     print("\n".join(lines(rows, width=9)))
 
 
+def training_data(name: str) -> list[str]:
+    """What prepare_data.py found, captions quoted: data, not instructions. [] where an older version of it prepared."""
+    info = git.main_worktree() / "data" / name / "info.json"
+    found = [visible(str(line)) for line in read_json(info, {"training": []}, training=list)["training"]]
+    quoted = [cut(f"| {caption}", DATA_WIDTH) for caption in found[1:]]
+    return [f"Data: {found[0]}:", *quoted] if found else []
+
+
 def brief(history: History) -> str:
     """Where things stand, for a conversation that begins."""
     rows = history.counted
     kept, best = sum(r.verdict == "kept" for r in rows), f"Best {history.program.metric}: {history.best_line()}"
     first = [f"Phase {history.phase_line()}.", f"{best}. {len(rows)} experiments so far, {kept} kept."]
+    first += training_data(history.program.data)[: 4 if len(rows) < BRIEF_NEWEST else 2]  # then the record needs room
     if rows:
-        first.append("Last ten (runs/experiments.tsv has all):")
+        first.append("The last (runs/experiments.tsv has all):")
     newest = []
     for r in rows[-BRIEF_NEWEST:]:
         outcome = r.change.split(" (")[0] or r.reason.split(":")[0]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import git
-from project import IMAGE_MADE_OF, ROOT, Refused
+from project import IMAGE_MADE_OF, ROOT, Broken, Refused
 
 IMAGE = ROOT / "container" / "image"  # what the image is built from
 ENGINES = ("podman", "docker")  # in the order in which they are tried
@@ -40,11 +40,11 @@ LIMITS = {"memory": "memory", "process": "pids", "CPU": "cpu"}  # and the cgroup
 DOCKER_HOLDS = "{{if .MemoryLimit}}memory {{end}}{{if .PidsLimit}}pids {{end}}{{if .CpuCfsQuota}}cpu{{end}}"
 
 
-class EngineMissing(Refused):
+class EngineMissing(Broken):
     """None is installed."""
 
 
-class ImageMissing(Refused):
+class ImageMissing(Broken):
     """The engine answers, and does not have the image."""
 
 
@@ -99,7 +99,7 @@ def name() -> str:
                 return engine
             silent.append(f"{engine} does not answer: {words_of(asked)}")
     if silent:
-        raise Refused(f"no container engine: {'; '.join(silent)}; mend that, then try again")
+        raise Broken(f"no container engine: {'; '.join(silent)}; mend that, then try again")
     raise EngineMissing(f"no container engine: {wanted or 'neither podman nor docker'} is here; run ./run.sh setup")
 
 
@@ -152,7 +152,7 @@ def all_gpus() -> tuple[Gpu, ...]:
             found[f"{number}:{part[2]}"] = Gpu(f"{number}:{part[2]}", part[3], f"{model} MIG {part[1]}")
     if listed.returncode or not found:
         remedy = "restart this machine or mend its driver; with CUDA_VISIBLE_DEVICES=-1 trainings run on the CPU"
-        raise Refused(f"this machine's GPU does not answer (nvidia-smi: {words_of(listed)}); {remedy}")
+        raise Broken(f"this machine's GPU does not answer (nvidia-smi: {words_of(listed)}); {remedy}")
     return tuple(found.values())
 
 
@@ -317,7 +317,7 @@ def image_id(tag: str) -> str:
     """The image's own id, '' when there is none. Raises Refused when the engine fails."""
     listed = run([*client(), "images", "-q", "--no-trunc", tag])
     if listed.returncode:
-        raise Refused(f"{name()} fails: {words_of(listed)}; ./run.sh doctor says more")
+        raise Broken(f"{name()} fails: {words_of(listed)}; ./run.sh doctor says more")
     return listed.stdout.partition("\n")[0].strip().rpartition(":")[2]
 
 

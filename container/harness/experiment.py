@@ -20,15 +20,17 @@ import git
 import keep_rule
 import locks
 import measure
+import notify
 import program
 import record
 from history import History
-from project import ROOT, RUNS, Refused, say, visible, write_whole
+from project import ROOT, RUNS, Broken, Refused, say, visible, write_whole
 from record import Attempt, Record
 from session import Session
 
 WORK = RUNS / "work"  # what a run works on; only while it holds the worktree's lock
 PLACEHOLDER = "write one line here"  # of scratchpad.md as it ships
+DROP = "drop the chain"  # in the place of a hypothesis
 MAX_HYPOTHESIS = 100  # characters
 MAX_FILE = 1 << 20  # bytes of train.py and scratchpad.md
 LOST_MOST, LOST_PAUSE_S = 3, 15 * 60  # so many losses in a row, then the agent has to wait
@@ -48,8 +50,9 @@ def run(incumbent_only: bool = False) -> int:
         history, attempts = make_plan(incumbent_only)
         last = attempts[-1]
         locks.announce(history.next_number, "begins", history.program.budget, last.train)
-        time.sleep(history.program.cooldown)
-        with device_for(history, last.train) as device:
+        measured = last.verdict != "dropped"
+        time.sleep(history.program.cooldown * measured)
+        with device_for(history, last.train) if measured else contextlib.nullcontext(0) as device:
             for attempt in attempts:
                 decided_by = measure_and_decide(attempt, history, device)
                 commit, edited = record_and_carry_out(attempt, decided_by, history)
@@ -58,6 +61,7 @@ def run(incumbent_only: bool = False) -> int:
                 if attempt is not last:
                     say(f"run.sh: experiment {attempt.experiment} measured the incumbent first; yours is the next")
         print(display.block(attempt, commit, history.program, edited))
+        notify.tell_result(attempt, history)
         if attempt.verdict == "unmeasured":
             say("run.sh: HEAD's own train.py does not run here; fix that first")
         return int(attempt.verdict in ("failed", "unmeasured", "lost"))
@@ -99,13 +103,17 @@ def make_plan(incumbent_only: bool) -> tuple[History, list[Attempt]]:
     train, scratchpad = snapshot("train.py"), snapshot("scratchpad.md")
     if not history.incumbent_train:
         raise Refused("train.py is not committed; commit it first, it is the baseline")
+    if not incumbent_only and next_experiment().lower().startswith(DROP):
+        if not history.link:
+            raise Refused(f"no chain is open: write the next hypothesis in the place of '{DROP}', then run ./run.sh")
+        return history, [Attempt("dropped", DROP, train=train, scratchpad=scratchpad)]
     attempts, changed = [], train != history.incumbent_train
-    if not history.incumbent or not changed or history.incumbent_due():
+    hypothesis = new_hypothesis(history, train) if changed and not incumbent_only else ""
+    if not history.incumbent or not changed or history.incumbent_due(hypothesis.lower().startswith(record.SIMPLIFY)):
         kind = "remeasured" if history.incumbent else "baseline"
         committed = git.object_id("HEAD:scratchpad.md") or scratchpad
         attempts.append(Attempt(kind=kind, train=history.incumbent_train, scratchpad=committed))
-    if changed and not incumbent_only:
-        hypothesis = new_hypothesis(history, train)
+    if hypothesis:
         attempts.append(Attempt(train=train, scratchpad=scratchpad, hypothesis=hypothesis))
     elif not attempts:  # another worktree was faster
         raise Refused("the baseline is measured by now; ./run.sh status shows it")
@@ -122,14 +130,14 @@ def refuse_this_machine(history: History, incumbent_only: bool) -> None:
     then = history.measured_on
     new_baseline = then and not history.incumbent and not incumbent_only and not history.program.launch
     if new_baseline and then != (now := engine.device_kind()):
-        raise Refused(
+        raise Broken(
             f"HEAD's train.py was measured on {then}, and this machine trains on {now}: nothing ran. If that is a "
             "fault, ./run.sh doctor says more; if not, ./run.sh setup in a terminal measures a new baseline"
         )
     if os.environ.get("CLAUDECODE") and len(history.lost) >= LOST_MOST:
         left = history.lost[0].when + LOST_PAUSE_S - time.time()
         if 0 < left <= LOST_PAUSE_S:
-            raise Refused(
+            raise Broken(
                 f"the last {len(history.lost)} experiments were lost ({history.lost[0].reason}): not again for "
                 f"{left / 60:.0f} minutes. Tell the person, who may see more with ./run.sh doctor, and end your turn"
             )
@@ -146,12 +154,17 @@ def snapshot(name: str) -> str:
     return git.blob_of(name)
 
 
-def written_hypothesis() -> str:
-    """The first line under `## Next experiment` in scratchpad.md. Raises Refused."""
+def next_experiment() -> str:
+    """The first line under `## Next experiment` in scratchpad.md, '' without one."""
     text = (ROOT / "scratchpad.md").read_text(encoding="utf-8", errors="replace")
     lines = [line for s in program.sections(text) if s.title == "next experiment" for line in s.lines]
     unmarked = (visible(re.sub(r"^\s*(?:[-*+>]|\d+[.)])\s+", "", line)) for line in lines)
-    line = next(filter(None, unmarked), "")
+    return next(filter(None, unmarked), "")
+
+
+def written_hypothesis() -> str:
+    """The hypothesis. Raises Refused."""
+    line = next_experiment()
     if not line or PLACEHOLDER in line:
         raise Refused("no hypothesis: write one line under '## Next experiment' in scratchpad.md, then run ./run.sh")
     if len(line) > MAX_HYPOTHESIS:
@@ -166,7 +179,7 @@ def new_hypothesis(history: History, train: str) -> str:
     """The hypothesis, when both it and train.py are new. Raises Refused."""
     line = written_hypothesis()
     judged = [r for r in history.counted if r.verdict != "failed"]
-    same = next((r for r in judged if r.train == train), None)
+    same = next((r for r in judged if r.train == train and r.verdict != "control"), None)
     if same:
         value = display.shown_value(history, same)
         raise Refused(
@@ -205,22 +218,18 @@ def measure_and_decide(attempt: Attempt, planned: History, device: int) -> Histo
     refresh_report()
     while attempt.verdict == "again":
         run = len(attempt.runs) + 1
-        activity = f"{attempt.kind}, run {run}"
-        locks.announce(attempt.experiment, activity, budget, attempt.train)
-        if sys.stderr.isatty():
-            limit = f"training for at most {budget} s; tail -f {log.relative_to(ROOT)}"
-            say(f"experiment {attempt.experiment} ({activity}): {limit}")
+        locks.announce(attempt.experiment, f"{attempt.kind}, run {run}", budget, attempt.train)
         training = job(history, WORK / f"run-{run}", texts[attempt.train], device, log=log)
         attempt.runs.append(measure.run(training))
         record.restore()
         history = as_it_is_now(planned)
         if history.comparable != planned.comparable:
             raise Refused("data or judge were changed while this ran, so it is not recorded; run ./run.sh again")
+        for text in texts.values():
+            git.store(text)  # once more: nothing refers to them yet, and a `git gc --prune=now` may have run meanwhile
         attempt.verdict = verdict(attempt, history)
         if attempt.verdict == "kept" and run == 1 and b"SEED" not in texts[attempt.train]:
             attempt.verdict = "again"  # it ignores SEED, which its second run shows
-    for text in texts.values():
-        git.store(text)  # once more: nothing refers to them yet, and a `git gc --prune=now` may have run meanwhile
     return history
 
 
@@ -269,8 +278,34 @@ def verdict(attempt: Attempt, history: History) -> str:
         return "baseline" if len(ok) > 1 else "again"
     if attempt.kind == "remeasured":
         return "remeasured"
-    settings = history.program
-    return keep_rule.decide(attempt.values(settings.metric), history.incumbent, history.sigma, settings.confirm_below)
+    if attempt.is_a(record.CONTROL):
+        return "control"
+    anchor = simplified(attempt, history) if attempt.is_a(record.SIMPLIFY) else None
+    values, limit = attempt.values(history.program.metric), history.program.confirm_below
+    return keep_rule.decide(values, history.incumbent, history.sigma, limit, anchor)
+
+
+def simplified(attempt: Attempt, history: History) -> list[float] | None:
+    """What a simplification that saves enough may not be worse than; None for one that does not.
+
+    Of several runs the fastest counts, since a busy machine only makes one slower.
+    """
+    results = record.results([r for r in history.compared if r.train == history.incumbent_train])
+    before = [run["timing"]["train"] for result in results for run in result.get("runs", []) if run["outcome"] == "ok"]
+    now = min(run.timing["train"] for run in attempt.runs)
+    blobs = (history.incumbent_train, attempt.train)
+    texts = [git.content(blob).decode("utf-8", "replace").splitlines() for blob in blobs]
+    lines_before, lines = (sum(line.strip()[:1] not in ("", "#") for line in text) for text in texts)
+    time_change, lines_change = now / min(before, default=now) - 1, lines / max(lines_before, 1) - 1
+    attempt.saved = f"training time {100 * time_change:+.0f} %, lines of code {100 * lines_change:+.0f} %"
+    if time_change > -keep_rule.LESS_TIME and lines_change > -keep_rule.FEWER_LINES:
+        attempt.saved += " (too little: 10 % less time or 5 % fewer lines)"
+        return None
+    anchor = history.values_by_train[history.anchor]
+    if history.anchor != history.incumbent_train:
+        change = keep_rule.percent(keep_rule.gain(attempt.values(history.program.metric), anchor))
+        attempt.saved += f"; {change:+.1f} % against what was there before all simplifications"
+    return anchor
 
 
 # Recording
@@ -333,8 +368,11 @@ def complete(attempt: Attempt, history: History) -> None:
         gain = keep_rule.gain(attempt.values(), history.incumbent)
         attempt.percent, attempt.sigmas = round(keep_rule.percent(gain), 1), round(gain / history.sigma, 1)
         attempt.change = f"{attempt.percent:+.1f} % ({attempt.gain})"
+        anchor = history.values_by_train[history.anchor]
+        if attempt.verdict == "kept" and keep_rule.gain(attempt.values(), anchor) < keep_rule.MARGIN * history.sigma:
+            attempt.anchor = history.anchor
     if not attempt.by_hand and attempt.verdict in record.JUDGED:
-        attempt.chain = history.chain_after(attempt.verdict)
+        attempt.chain = history.chain_after(attempt.verdict, attempt.sigmas)
     this = Record(attempt.verdict, number=attempt.experiment, branch=history.branch)
     if attempt.chain and Session.load().reason_to_end(replace(history, records=[*history.records, this])):
         attempt.chain = replace(attempt.chain, continues=False)
@@ -362,7 +400,7 @@ def end_chain() -> None:
         history = History.load()
         if history.link and snapshot("train.py") == (train := history.own(history.counted)[-1].train):
             dropped = Attempt("dropped", "the chain, with the end of the loop", train=train)
-            dropped.scratchpad, dropped.experiment = snapshot("scratchpad.md"), history.newest + 1
+            dropped.scratchpad, dropped.experiment = snapshot("scratchpad.md"), history.next_number
             record_and_carry_out(dropped, history, history)
 
 

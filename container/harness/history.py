@@ -33,7 +33,8 @@ class History:
     branch: str
     records: list[Record]
     incumbent_train: str  # blob of HEAD's train.py
-    values_by_train: dict[str, list[float]] = field(default_factory=dict)  # blob -> the metric of every comparable run
+    # blob -> the metric of every comparable run; in the order of their first runs
+    values_by_train: dict[str, list[float]] = field(default_factory=dict)
 
     @classmethod
     def load(cls, program: plan.Program | None = None, image: str = "") -> History:
@@ -90,6 +91,13 @@ class History:
         return self.values_by_train.get(self.incumbent_train, [])
 
     @property
+    def anchor(self) -> str:
+        """The blob that simplifications may not be worse than: the last incumbent that won against the one of then."""
+        own = (r for r in reversed(self.compared) if r.verdict == "kept" and r.train == self.incumbent_train)
+        anchor = next((r.anchor for r in own), "")
+        return anchor if self.values_by_train.get(anchor) else self.incumbent_train
+
+    @property
     def measured_on(self) -> str:
         """The device that HEAD's train.py was measured on the last time, '' where nothing tells."""
         return next((r.device for r in reversed(self.records) if r.train == self.incumbent_train and r.device), "")
@@ -129,13 +137,17 @@ class History:
         chain = here[-1].chain if here else None
         return chain.link if chain and chain.continues and chain.base == self.incumbent_train[:9] else 0
 
-    def chain_after(self, verdict: str) -> record.Chain | None:
-        """The chain that an attempt of the current phase extends or opens; it ends with a keep and with the phase."""
+    def chain_after(self, verdict: str, sigmas: float | None = None) -> record.Chain | None:
+        """The chain that an attempt of the current phase extends or opens; it ends with a keep and with the phase.
+
+        sigmas: the gain. Nothing is built on a control, or on what lost by far.
+        """
         phase, link = self.phase, self.link + 1
         limit = phase.patience if phase else 0
-        if limit < 2 and link == 1:
+        hopeless = verdict == "control" or (sigmas or 0) < -keep_rule.HOPELESS
+        if link == 1 and (limit < 2 or hopeless):
             return None
-        continues = verdict != "kept" and link < limit
+        continues = verdict != "kept" and not hopeless and link < limit
         continues = continues and not is_over(phase, [*self.in_phase(phase.name), Record(verdict)])
         return record.Chain(link, max(link, limit), self.incumbent_train[:9], continues)
 
@@ -144,26 +156,31 @@ class History:
     def planner_due(self) -> bool:
         """At the start of a phase, and after every five discards in a row."""
         rows = self.own(self.in_phase(self.phase.name)) if self.phase else []
-        stuck = bool(rows) and rows[-1].verdict != "kept" and discards_in_a_row(rows) % PLANNER_EVERY == 0
+        lost = bool(rows) and rows[-1].verdict in ("discarded", "failed")
+        stuck = lost and discards_in_a_row(rows) % PLANNER_EVERY == 0
         return self.phase is not None and (not rows or stuck)
 
-    def incumbent_due(self) -> bool:
-        """After every ten discards in a row the incumbent runs again, up to four runs: it may have been lucky."""
+    def incumbent_due(self, simplify: bool = False) -> bool:
+        """After every ten discards in a row the incumbent runs again, up to four runs: it may have been lucky.
+
+        One that ran once does so after four, and before it is compared with a simplification.
+        """
         measured = ("kept", "discarded", "remeasured", "unmeasured")
         rows = self.own([r for r in self.compared if r.verdict in measured])
         discards = discards_in_a_row([r for r in rows if r.verdict in ("kept", "discarded")])
         # once, whether it succeeded or not: one that fails now must not keep every later candidate from running
-        due = bool(rows) and rows[-1].verdict == "discarded" and discards % keep_rule.REMEASURE_AFTER == 0
-        return due and len(self.incumbent) < keep_rule.MAX_INCUMBENT_RUNS
+        lost, single = bool(rows) and rows[-1].verdict == "discarded", len(self.incumbent) == 1
+        due = discards % keep_rule.REMEASURE_AFTER == 0 or single and discards == keep_rule.REMEASURE_SINGLE_AFTER
+        return single and simplify or lost and due and len(self.incumbent) < keep_rule.MAX_INCUMBENT_RUNS
 
     def best_line(self) -> str:
         if not self.incumbent:
             return "not measured yet"
-        now = geometric_mean(self.incumbent)
+        now, best = geometric_mean(self.incumbent), with_error(self.incumbent, self.sigma)
         baseline = next((self.values(r) for r in self.compared if r.verdict == "baseline"), self.incumbent)
         first = geometric_mean(baseline)
         change = f"{(now / first - 1) * 100:+.1f} % since the baseline {number(first)}"
-        return f"{number(now)} ({change}; noise {self.sigma * 100:.1f} % a run)"
+        return f"{best} ({change}; noise {self.sigma * 100:.1f} % a run)"
 
     def better_elsewhere(self) -> str:
         """A line on the best of another branch, if it beats the incumbent; '' if none does."""
@@ -183,8 +200,16 @@ def is_over(phase: plan.Phase, rows: list[Record]) -> bool:
 
 
 def discards_in_a_row(records: list[Record]) -> int:
-    """Counted from the newest; a failure counts, a keep ends it."""
-    return next((i for i, r in enumerate(reversed(records)) if r.verdict == "kept"), len(records))
+    """Counted from the newest; a failure counts, a control does not, a keep ends it."""
+    tried = [r for r in records if r.verdict != "control"]
+    return next((i for i, r in enumerate(reversed(tried)) if r.verdict == "kept"), len(tried))
+
+
+def with_error(values: list[float], sigma: float) -> str:
+    """Their mean and its standard error."""
+    mean = geometric_mean(values)
+    digits = 1 if mean >= 10 else 2  # as project.number has it
+    return f"{mean:.{digits}f} ± {mean * sigma / len(values) ** 0.5:.{digits}f}"
 
 
 # What is comparable, for hooks and displays

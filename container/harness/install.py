@@ -20,7 +20,7 @@ import git
 import program
 import settings
 from history import History
-from project import ROOT, Refused, read_json, say
+from project import ROOT, Broken, Refused, read_json, say
 
 ENGINE_PACKAGES = ("podman", "crun", "runc", "uidmap", "slirp4netns", "fuse-overlayfs", "ca-certificates")
 PODMAN_CDI, PODMAN_PASST = (4, 1), (5,)  # from these versions on it knows CDI, and wants passt
@@ -29,6 +29,9 @@ CGROUP_REMEDY = (
     "cpuset io memory pids in user@.service), or run as root"
 )
 PULL_TIMEOUT_S = 600
+CONTAINED = "test -e /.dockerenv || test -e /run/.containerenv || grep -q ' / / .* - overlay ' /proc/self/mountinfo"
+# In a container that may start others, namespaces and /proc can be had, as root or as a user, or dockerd is outside
+NESTS = "! type unshare || unshare -mpf --mount-proc true || unshare -Urmpf --mount-proc true || docker version"
 PIP_OPTIONS = "index-url|extra-index-url|trusted-host|proxy|timeout"  # of the host's that a build gets
 CLIENT_VERSION = "2.1.328"  # the Claude Code that the tests drive
 DISK_GB = 15  # for the image and some data
@@ -61,8 +64,16 @@ def install_packages(what: str, *packages: str) -> None:
     run(*command, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"})
 
 
+def refuse_bare_pod() -> None:
+    """Before minutes are spent for nothing. Raises Broken in a container that may start none, whatever is installed."""
+    if engine.run(["sh", "-c", f"({CONTAINED}) && ! ({NESTS})"]).returncode == 0:
+        remedy = "rent a virtual machine (at vast.ai: a VM template) or a pod that is privileged"
+        raise Broken(f"this machine is itself a container and may start none, as most rented GPU pods are: {remedy}")
+
+
 def need_image() -> str:
     """The image's id; the engine and the image are made where they are missing."""
+    refuse_bare_pod()
     try:
         engine.name()
     except engine.EngineMissing:
@@ -165,6 +176,7 @@ def findings() -> Iterator[Finding]:
 
 
 def check_engine() -> Iterator[Finding]:
+    refuse_bare_pod()
     version = engine.run([*engine.client(), "--version"]).stdout.strip()
     kind = "rootless" if engine.rootless() else "rootful"
     yield Finding("engine", True, f"{version}, {kind}: {' '.join(engine.client())}")

@@ -6,6 +6,10 @@ import contextlib
 import fcntl
 import itertools
 import os
+import re
+import shutil
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -15,6 +19,11 @@ import git
 from project import ROOT, RUNS, Refused, read_json, write_json
 
 RUNNING = Path("runs/running.json")  # in every worktree: what runs there now
+TRAINS, EMBEDS = "trains", "embedding and judging"  # stages of a run
+# train.py's own claim: step, of steps, and the loss or ''
+LOSS = rb"-?(?:\d{1,9}(?:\.\d{1,9})?(?:e[+-]?\d{1,2})?|nan|inf)"
+STEP = re.compile(rb"^step ([1-9]\d{0,8})/([1-9]\d{0,8})\b(?: loss (" + LOSS + rb")(?![\w.]))?.*\n", re.M)
+LOG_END = 4096  # bytes of the log in which it is looked for
 
 
 @dataclass
@@ -24,16 +33,27 @@ class Running:
     pid: int
     number: int  # of the experiment
     activity: str  # "candidate, run 1"
-    started: float  # unix time
+    started: float  # unix time, of the stage where there is one
     budget: int  # seconds
     train: str = ""  # blob of train.py
     conversation: str = ""  # of the agent that started it; "" for a person
+    log: str = ""  # of the training
+    skip: int = 0  # bytes of it that earlier runs wrote
+    stage: str = ""
 
 
 def announce(number: int, activity: str, budget: int, train: str = "") -> None:
     """Say what runs here from now on. Raises OSError."""
     agent = os.environ.get("CLAUDE_CODE_SESSION_ID", "")
     write_json(ROOT / RUNNING, asdict(Running(os.getpid(), number, activity, time.time(), budget, train, agent)))
+
+
+def enter(stage: str, log: Path) -> None:
+    """Say how far the run has come that was announced; for whoever watches alone, so a full disk is no trouble."""
+    with contextlib.suppress(OSError):
+        if now := running():
+            now.stage, now.started, now.log, now.skip = stage, time.time(), str(log), log.stat().st_size
+            write_json(ROOT / RUNNING, asdict(now))
 
 
 def running(root: Path = ROOT) -> Running | None:
@@ -48,13 +68,35 @@ def running(root: Path = ROOT) -> Running | None:
 
 
 def running_line() -> str:
-    """The experiment that runs now and how long it may still train, '' when none does."""
+    """The experiment that runs now and how far it is, '' when none does."""
     now = running()
-    if not now:
-        return ""
-    left = min(now.budget, now.started + now.budget - time.time())  # the clock may have been set back
-    limit = f", at most {left:.0f} s left" if left > 0 else ", finishing"
-    return f"experiment {now.number} ({now.activity})" + (limit if "run" in now.activity else "")
+    return ", ".join([f"experiment {now.number} ({now.activity})", *progress(now)]) if now else ""
+
+
+def progress(now: Running) -> list[str]:
+    """Step, seconds left and loss of a training, or the name of another stage."""
+    if now.stage != TRAINS:
+        return [now.stage] if now.stage else []
+    passed, found, written = max(0, time.time() - now.started), [], 0.0  # the clock may have been set back
+    limit = max(0, now.budget - passed)
+    with contextlib.suppress(OSError), Path(now.log).open("rb") as log:
+        log.seek(max(now.skip, log.seek(0, os.SEEK_END) - LOG_END))
+        found, written = STEP.findall(log.read(LOG_END)), os.fstat(log.fileno()).st_mtime
+    if not found:
+        return [f"at most {limit:.0f} s left"]
+    step, steps, loss = (number.decode() for number in found[-1])
+    share = min(1, int(step) / int(steps))
+    left = max(0, min(limit, (written - now.started) / share - passed))
+    return [f"step {step}/{steps} ({share * 100:.0f} %)", f"{left:.0f} s left", *[f"loss {loss}"] * bool(loss)]
+
+
+def draw_live_line(done: threading.Event) -> None:
+    """On a terminal: what runs now, in one line that is drawn anew every second and gone at the end."""
+    with contextlib.suppress(OSError):  # the terminal is gone
+        while sys.stderr.isatty() and not done.wait(1):
+            width = shutil.get_terminal_size().columns - 1
+            print(f"{running_line()[:width]:{width}}", end="\r", file=sys.stderr, flush=True)
+        print("\x1b[K" * sys.stderr.isatty(), end="", file=sys.stderr, flush=True)
 
 
 def worktree_that_judges(train: str) -> str:

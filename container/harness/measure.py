@@ -6,44 +6,46 @@ judge's answer is read.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
 import select
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import engine
-from project import INSIDE, Refused, say
+import locks
+from project import INSIDE, Broken, say
 from sandbox import MESSAGE_BYTES, NOT_YOURS, QUEUE_LIMIT_S, Failed, Log, Lost, Sandbox
 
 STAGE, JUDGE = INSIDE / "stage.py", INSIDE / "judge.py"
 RUN_STAGE = ("python", "-Iu", "/harness/stage.py")
 # with the messages that stage.py sends by itself
 RUN_JUDGE = r"""printf '{"up": true}\n{"ready": true}\n'
-exec python -I /harness/judge.py /key.npy /images.npy /captions.npy"""
+exec python -I /harness/judge.py /key.npy /images.npy /captions.npy /fit.npy"""
 SIDES = ("images", "captions")
 LOAD_FAILED = "load: training ended well, but load() or encoding training rows failed (traceback in the log)"
 EXCEPTION_LENGTH = 120  # characters of an exception in the reason of a failure
 GRACE_S = 5  # between the budget, at which PID 1 inside kills, and the kill from outside
 EMBED_S = 120  # load and encode one side; no longer than training left of its budget: `load` could train on
 EMBED_LEAST_S = 30  # but so long at least
-PROBE_S = 60  # load and encode a few training rows, where embedding failed
 JUDGE_S = 120
 JUDGE_MEMORY = "4g"
 OUT_SIZE = "2g"  # tmpfs for what training leaves, within the memory limit
 ARCHIVE_BYTES = 2 << 30  # of what training leaves
-ARRAY_BYTES = 512 << 20  # of one side's embeddings
-ROOM = ARCHIVE_BYTES + len(SIDES) * ARRAY_BYTES  # on the disk, before a run may begin
+ARRAY_BYTES = 512 << 20  # of one side's embeddings, or of all of training pairs
+ROOM = ARCHIVE_BYTES + (len(SIDES) + 1) * ARRAY_BYTES  # on the disk, before a run may begin
 MACHINE_OOM = f"this machine ran out of memory, not the sandbox: close other programs, or add swap; {NOT_YOURS}"
 
 
 @dataclass
 class Job:
-    work: Path  # world-readable, holds train.py; receives out.tar, images.npy, captions.npy, ranks.npy, examples.npy
+    work: Path  # world-readable, holds train.py; receives out.tar and, as .npy, fit, images, captions, ranks, examples
     data: Path  # data/<name>
     budget: int  # seconds
     memory: str  # such as 3g
@@ -66,6 +68,7 @@ class Run:
     metrics: dict = field(default_factory=dict)  # the judge's
     train: dict = field(default_factory=dict)  # what PID 1 reported of the training, "device", "claims"
     timing: dict = field(default_factory=dict)  # seconds of each stage
+    fit: dict = field(default_factory=dict)  # mean_rank and the like of training pairs: shown, never used to decide
 
 
 def fresh_seed() -> int:
@@ -81,14 +84,14 @@ def run(job: Job) -> Run:
     try:
         measurement.train()
         measurement.embed()
-        result.metrics = measurement.judge()
+        result.metrics, result.fit = measurement.judge()
     except Failed as e:
         result.outcome, result.reason = "failed", str(e)
         if not job.launch and (fault := engine.gpu_fault()):
             result.outcome, result.reason = "lost", f"{fault}: {NOT_YOURS}"
     except Lost as e:
         if not measurement.ready:
-            raise Refused(f"{e}; nothing ran") from None
+            raise Broken(f"{e}; nothing ran") from None
         result.outcome, result.reason = "lost", str(e)
     finally:
         measurement.end()
@@ -102,7 +105,7 @@ def require_room(folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < ROOM:
         least = f"a run may need {ROOM / 1e9:.1f} GB of disk, and there are {free / 1e9:.1f} GB at {folder}"
-        raise Refused(f"{least}; nothing ran: make room (./run.sh doctor names old images), then run it again")
+        raise Broken(f"{least}; nothing ran: make room (./run.sh doctor names old images), then run it again")
 
 
 def stage_mounts(job: Job) -> dict[str, Path]:
@@ -122,7 +125,7 @@ def side_mounts(job: Job, side: str) -> dict[str, Path]:
 
 
 def judge_mounts(job: Job) -> dict[str, Path]:
-    arrays = {f"/{side}.npy": job.work / f"{side}.npy" for side in SIDES}
+    arrays = {f"/{file.name}": file for name in (*SIDES, "fit") if (file := job.work / f"{name}.npy").exists()}
     return {"/harness/judge.py": JUDGE, "/key.npy": job.data / f"{job.split}.key.npy", **arrays}
 
 
@@ -133,13 +136,18 @@ class Measurement:
         self.job, self.log, self.started = job, Log(job.log), time.monotonic()
         self.ready = self.trained = self.embedded = 0.0  # when training began, and when these stages ended
         self.report: dict = {}  # what PID 1 says of the training
+        self.loads = True  # whether training rows can be embedded with what it left
         self.sandboxes: dict[str, Sandbox] = {}
+        self.ended = threading.Event()
+        self.drawer = threading.Thread(target=locks.draw_live_line, args=(self.ended,), daemon=True)
+        self.drawer.start()
 
     def start(self, stage: str, seconds: int, mounts: dict, log: Log | None = None, **more) -> Sandbox:
         """seconds: that its work gets; more: other fields of engine.Container."""
         job = self.job
         # on a node, sandboxes of other machines may have our process id
-        name, command = f"ar-{os.getpid()}-{time.time_ns()}-{stage}", [*RUN_STAGE, stage, str(seconds)]
+        pairs = (job.data / f"{job.split}.key.npy").stat().st_size // 8 - 16  # judged: int64 after 128 bytes of header
+        name, command = f"ar-{os.getpid()}-{time.time_ns()}-{stage}", [*RUN_STAGE, stage, str(seconds), str(pairs)]
         where = {"device": job.device, "launch": job.launch, "folder": job.work}
         container = engine.Container(name, job.image, command, job.memory, mounts, OUT_SIZE, **where)
         self.sandboxes[stage] = Sandbox(replace(container, **more), log)
@@ -153,6 +161,7 @@ class Measurement:
         trainer.send()
         self.check_device(trainer.wait_until_ready())
         self.ready = time.monotonic()
+        locks.enter(locks.TRAINS, job.log)
         for side in SIDES:
             self.start(side, EMBED_S, side_mounts(job, side))
         end = trainer.message(job.budget + GRACE_S)
@@ -160,14 +169,15 @@ class Measurement:
         if end.get("status") != "ok":
             trainer.wait()
             raise Lost(MACHINE_OOM) if end.get("machine_oom") else Failed(why_training_failed(end, trainer.killed, job))
-        trainer.copy_to(job.work / "out.tar", ARCHIVE_BYTES, EMBED_S)
-        trainer.wait()
+        trainer.copy_to(job.work / "out.tar", ARCHIVE_BYTES, EMBED_S, end["bytes"])
         self.trained = time.monotonic()
+        self.embed_fit(trainer)
+        locks.enter(locks.EMBEDS, job.log)
 
     def check_device(self, ready: dict) -> None:
         """What the training would run on is what it should. Raises Refused: a CPU in a GPU's place would train on."""
         if "fault" in ready:
-            raise Refused(f"the GPU does not work in the sandbox ({ready['fault']}): nothing ran; see ./run.sh doctor")
+            raise Broken(f"the GPU does not work in the sandbox ({ready['fault']}): nothing ran; see ./run.sh doctor")
         there = self.report["device"] = ready.get("device", "cpu")
         if self.job.launch:
             wanted, remedy = self.job.measured_on or there, "ask for it in `launch`, or change `budget` to begin anew"
@@ -176,18 +186,28 @@ class Measurement:
             wanted, remedy = engine.device_kind(), "see ./run.sh doctor"
             same = (there == "cpu") == (wanted == "cpu")  # torch may call a GPU otherwise than nvidia-smi does
         if not same:
-            raise Refused(f"results so far are of {wanted}, and the sandbox has {there}: nothing ran; {remedy}")
+            raise Broken(f"results so far are of {wanted}, and the sandbox has {there}: nothing ran; {remedy}")
 
     def embed(self) -> None:
         """Both sides. One has ended before the other gets train.py's model, so they cannot talk."""
-        limit_s = min(EMBED_S, max(EMBED_LEAST_S, self.job.budget - self.report["seconds"]))
         try:
             for side in self.sides_as_started():
-                self.embed_side(side, limit_s)
-        except Failed:
-            self.probe()
-            raise
+                self.embed_side(side)
+        except Failed as e:
+            raise (e if self.loads else Failed(LOAD_FAILED)) from None
         self.embedded = time.monotonic()
+
+    @property
+    def embed_s(self) -> float:
+        return min(EMBED_S, max(EMBED_LEAST_S, self.job.budget - self.report["seconds"]))
+
+    def embed_fit(self, trainer: Sandbox) -> None:
+        """Store what the trainer embeds of its own table, for the judge. Without that a run goes on all the same."""
+        end = trainer.message(self.embed_s + GRACE_S)
+        self.loads = end.get("status") == "ok"
+        if self.loads:
+            with contextlib.suppress(Failed):  # the judge takes nothing that is incomplete
+                trainer.copy_to(self.job.work / "fit.npy", ARRAY_BYTES, EMBED_S, end["bytes"])
 
     def sides_as_started(self) -> Iterator[str]:
         """Both, in the order in which they started: a launch command may have room for one, and start the second."""
@@ -196,26 +216,18 @@ class Measurement:
             started = select.select(list(waiting), [], [], QUEUE_LIMIT_S)[0] if self.job.launch else []
             yield waiting.pop((started or list(waiting))[0])
 
-    def embed_side(self, side: str, limit_s: float) -> None:
+    def embed_side(self, side: str) -> None:
         """Store this side's array."""
-        end = self.hand_over(side, limit_s, self.job.work / "out.tar")
+        end = self.hand_over(side, self.embed_s, self.job.work / "out.tar")
         if end.get("status") != "ok":
             if end.get("machine_oom"):
                 raise Lost(MACHINE_OOM)
-            reason = why_embedding_failed(end, self.sandboxes[side].killed, limit_s)
+            reason = why_embedding_failed(end, self.sandboxes[side].killed, self.embed_s)
             raise Failed(f"embedding the validation {side} failed: {reason}")
-        self.sandboxes[side].copy_to(self.job.work / f"{side}.npy", ARRAY_BYTES, EMBED_S)
+        self.sandboxes[side].copy_to(self.job.work / f"{side}.npy", ARRAY_BYTES, EMBED_S, end["bytes"])
 
-    def probe(self) -> None:
-        """Where embedding failed: does encoding training rows fail too? Then the log has a traceback."""
-        sandbox = self.start("probe", PROBE_S, train_mounts(self.job), Log(self.job.log))
-        end = self.hand_over("probe", PROBE_S, self.job.work / "out.tar")
-        sandbox.wait()
-        if end.get("status") != "ok":
-            raise Failed(LOAD_FAILED)
-
-    def judge(self) -> dict:
-        """Returns the metrics of the two arrays; stores ranks and examples."""
+    def judge(self) -> tuple[dict, dict]:
+        """Returns the metrics of the two arrays, and those of training pairs; stores ranks and examples."""
         how = {"command": ["sh", "-c", RUN_JUDGE], "memory": JUDGE_MEMORY, "device": None, "out_size": None}
         sandbox = self.start("judge", JUDGE_S, judge_mounts(self.job), **how)
         found, judged = self.hand_over("judge", JUDGE_S), self.job.work / "judged"
@@ -225,7 +237,9 @@ class Measurement:
         arrays = judged.read_bytes()
         (self.job.work / "ranks.npy").write_bytes(arrays[: found["bytes"]])
         (self.job.work / "examples.npy").write_bytes(arrays[found["bytes"] :])
-        return found["metrics"]
+        for other in self.sandboxes.values():
+            other.wait()
+        return found["metrics"], found.get("fit", {})
 
     def hand_over(self, stage: str, limit_s: float, given: Path | None = None) -> dict:
         """Give a sandbox a file to work on, or none; returns its report, {} without one."""
@@ -241,6 +255,8 @@ class Measurement:
             if sandbox.process.poll() != 0:
                 sandbox.kill()
         self.log.close()
+        self.ended.set()
+        self.drawer.join(5)  # a terminal that is held up holds up nothing else
 
     def timing(self) -> dict[str, float]:
         """Seconds of each stage; training is what PID 1 measured after its imports, the rest is the harness's own."""
@@ -285,7 +301,7 @@ def why_embedding_failed(end: dict, killed: bool, limit_s: float) -> str:
 
 def last_step(log: Path) -> str:
     """train.py's own progress: '143 of 300 steps', or '' when it printed none."""
-    found = re.findall(rb"^step (\d{1,9})/(\d{1,9})\b", log.read_bytes(), re.M)
+    found = locks.STEP.findall(log.read_bytes())
     return f"{int(found[-1][0])} of {int(found[-1][1])} steps" if found else ""
 
 

@@ -22,6 +22,7 @@ from subprocess import DEVNULL, Popen, SubprocessError, run
 
 import display
 import locks
+import notify
 from history import History
 from project import ROOT, RUNS, Refused, visible, write_json
 from record import JUDGED
@@ -107,6 +108,8 @@ class Keeper:
                 fruitless += 1
             if not ended and fruitless < FRUITLESS:
                 log_line(f"{fault or f'the conversation has ended: {self.message}'}; again in {wait} s")
+                if wait == LONGEST_WAIT:
+                    notify.tell(f"{notify.NOTHING_RUNS}: {fault or self.message}")
                 until, wait = time.monotonic() + wait, min(2 * wait, LONGEST_WAIT)
                 while (time.monotonic() < until or locks.running()) and not self.check():
                     time.sleep(POLL)
@@ -196,6 +199,7 @@ class Keeper:
         drawn = run([ROOT / "run.sh", "report"], stdin=DEVNULL, capture_output=True, text=True)
         log_line("report.html shows it" if drawn.returncode == 0 else f"no report: {drawn.stderr.strip()[-200:]}")
         log_line(f"The night has ended: {why}")
+        notify.tell(f"the night has ended: {why}; {history.program.metric} {history.best_line()}")
 
 
 def begin(clock: str) -> int:

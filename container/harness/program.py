@@ -38,7 +38,7 @@ COMMAND = r"([A-Za-z0-9_./=:,@+% -]{1,200})"
 
 # What limits are written of; the groups are fields of Limits
 EXPERIMENTS = r"(?P<experiments>\d{1,9}) experiments?"
-UNTIL = re.compile(rf"{EXPERIMENTS}|(?P<discards>\d{{1,9}}) discards?")
+UNTIL = re.compile(rf"{EXPERIMENTS}|(?P<discards>\d{{1,9}}) discards?(?: in a row)?")
 STOP = re.compile(
     rf"{EXPERIMENTS}|(?P<hours>\d+(?:\.\d+)?) hours?|(?P<clock>(?:[01]\d|2[0-3]):[0-5]\d)"
     r"|(?P<tokens>\d{1,12}[kM]?) tokens?|(?P<usd>\d+(?:\.\d+)?) USD"
@@ -128,6 +128,9 @@ class Program:
     final_budget: int = setting(0, SECONDS, int, "a whole number of seconds")  # of ./run.sh final; 0: four budgets
     # 0: one for each GPU
     devices: int = setting(0, r"([1-9]\d?)", int, "how many experiments may train at once, 1 to 99")
+    # a command that is told of what happens, and of keeps that improve the metric by more than so many percent
+    notify: list[str] = setting(list, COMMAND, str.split, "a command and its options, such as /home/me/bin/tell")
+    notify_gain: float = setting(5.0, r"(\d{1,2}(?:\.\d+)?)(?: ?%)?", float, "percent, such as 5 %")
     # words before every container's command
     launch: list[str] = setting(list, COMMAND, str.split, "a command and its options, such as srun --gres=gpu:1")
 

@@ -24,6 +24,10 @@ class Refused(Exception):
     """Nothing ran. The message is one line: what is wrong, where, and what to do next. Exit status 2."""
 
 
+class Broken(Refused):
+    """What a person has to mend: it is not the edit's fault."""
+
+
 def say(text: str) -> None:
     """A line for whoever watches; results alone go to standard output."""
     print(text, file=sys.stderr, flush=True)

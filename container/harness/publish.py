@@ -201,7 +201,7 @@ def run_final(trainings: Trainings) -> tuple[Attempt, dict]:
     budget = settings.final_budget or FINAL_BUDGETS * settings.budget
     trainings.how = {"split": "test", "table": "trainval", "budget": budget, "scale": budget / settings.budget}
     best = trainings.needed("final training", trainings.history.incumbent_train, 1)
-    found = {"metrics": best.runs[0].metrics, "budget": budget}
+    found = {"metrics": best.runs[0].metrics, "fit": best.runs[0].fit, "budget": budget}
     return publication("final", "final: best, trained on training and validation pairs", trainings, best, found)
 
 
@@ -215,7 +215,7 @@ def save(trainings: Trainings, attempt: Attempt, more: dict) -> None:
     work, folder = trainings.work, FINAL / f"{attempt.experiment:04d}"
     (work / "result.json").write_bytes(attempt.json(**more))
     checkpoint = "" if is_audit else " and the checkpoint (run-1/out.tar)"
-    for file in (*work.glob("run-*/*s.npy"), *(work.glob("run-*/out.tar") if is_audit else ())):
+    for file in (*work.glob("run-*/*.npy"), *(work.glob("run-*/out.tar") if is_audit else ())):
         file.unlink()
     work.rename(folder)
     print(f"record:      experiment {attempt.experiment}; logs{checkpoint} in {folder.relative_to(ROOT)}")
@@ -264,6 +264,10 @@ def show_final(f: dict, evaluations: int) -> list[str]:
         ("final", f"test split, {size}, one training of at most {f['budget']} s"),
         ("mean_rank", f"{number(m['mean_rank'])}   (percentile {m['mean_rank'] / m['gallery'] * 100:.1f})"),
         ("median_rank", number(m["median_rank"])),
+        (
+            "fit",
+            f"mean_rank {number(fit['mean_rank'])} of {fit['gallery']} training pairs" if (fit := f["fit"]) else "",
+        ),
         ("recall", recall([m])),
         ("evaluation", f"{evaluations} of this test split, by anybody; quote it"),
     ]

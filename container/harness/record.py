@@ -28,13 +28,15 @@ REFS = "refs/experiments/"
 FETCH = "git fetch --no-prune origin 'refs/experiments/*:refs/experiments/*'"  # how a clone gets the record
 KNOWN = "autoresearch.experiments"  # in git's folder: {ref: commit} of the whole record, as it was last seen
 OURS = ("train.py", "scratchpad.md")  # the files of a kept attempt's commit
-JUDGED = ("kept", "discarded", "failed")  # verdicts on a candidate: what phases and `stop` count; not "lost"
+JUDGED = ("kept", "discarded", "failed", "control")  # on a candidate: what phases and `stop` count; not "lost"
 REVERTED = (*JUDGED, "dropped")  # after which train.py is the incumbent, unless its chain goes on
+SIMPLIFY, CONTROL = "simplify:", "control:"  # how the hypothesis begins of a kind of experiment with a rule of its own
 # fields of a Record, and how their trailers are called
 TRAILERS = {
     "number": "Experiment", "verdict": "Verdict", "hypothesis": "Hypothesis", "change": "Change", "seed": "Seed",
     "phase": "Phase", "reason": "Reason", "train": "Train", "branch": "Branch", "comparable": "Comparable",
-    "device": "Device", "chain": "Chain", "web": "Web", "by_hand": "By-Hand", "split": "Split",
+    "device": "Device", "chain": "Chain", "web": "Web", "by_hand": "By-Hand", "split": "Split", "saved": "Saved",
+    "anchor": "Anchor",
     "test_evaluation": "Test-Look",
 }  # fmt: skip
 METRICS = {"mean_rank": "Mean-Rank", "median_rank": "Median-Rank"}  # likewise; with "-Runs" it is every run's value
@@ -84,10 +86,15 @@ class Outcome:
     change: str = ""  # "-24.4 % (7.0 sigma better)"
     chain: Chain | None = None
     web: str = ""
+    saved: str = ""  # by a simplification: "training time -23 %, lines of code -1 %"
+    anchor: str = ""  # of one that was kept without a gain over it: the blob that none may be worse than
     by_hand: bool = False
     split: str = ""  # of an audit or a final: what it was evaluated on
     test_evaluation: int = 0  # the how manieth time anybody looked at the test split
     when: int = 0  # unix time
+
+    def is_a(self, kind: str) -> bool:
+        return self.hypothesis.lower().startswith(kind)
 
 
 @dataclass

@@ -16,6 +16,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from pathlib import Path
 from subprocess import PIPE
 
 import engine
-from project import Refused, say
+from project import Broken, say
 
 QUEUE_LIMIT_S = 23 * 3600  # until a launch command has found a node; Claude Code waits 24 hours for ./run.sh
 IMPORT_S = 120  # until a sandbox has imported torch
@@ -128,7 +129,7 @@ class Sandbox:
         error = f"the sandbox of {self.stage} did not start: {error or 'no message in time'}"
         if launch:
             raise Lost(error)
-        raise Refused(f"{engine.name()}: {error}; nothing is recorded, and ./run.sh doctor says more")
+        raise Broken(f"{engine.name()}: {error}; nothing is recorded, and ./run.sh doctor says more")
 
     def message(self, limit_s: float) -> dict:
         """The next JSON line; {} when it ended, sent nothing in time, or something else. Raises Lost."""
@@ -139,17 +140,17 @@ class Sandbox:
         self.raise_if_lost()
         return {}
 
-    def copy_to(self, target: Path, most: int, limit_s: float) -> None:
-        """Copy the rest of its output. Raises Failed beyond `most` bytes or limit_s, and Lost when it is cut short."""
-        size = 0
+    def copy_to(self, target: Path, most: int, limit_s: float, size: int = sys.maxsize) -> None:
+        """Copy `size` bytes, or all. Raises Failed beyond `most` bytes or limit_s, and Lost when it is cut short."""
+        copied = 0
         with when_late(limit_s, self.kill), target.open("wb") as file:
-            while chunk := self.process.stdout.read1(CHUNK):
-                size += len(chunk)
-                if size > most:
+            while copied < size and (chunk := self.process.stdout.read1(min(CHUNK, size - copied))):
+                copied += len(chunk)
+                if copied > most:
                     self.kill()
                     raise Failed(f"invalid output: more than {most >> 20} MiB")
                 file.write(chunk)
-            status = self.process.wait()
+            status = 0 if copied == size else self.process.wait()
         if self.killed:
             raise Failed(f"invalid output: {self.stage} did not hand it over in {limit_s} s")
         if status:

@@ -24,10 +24,11 @@ from PIL import Image
 DATA = Path("/data")
 # of the light theme and of progress.png, and of the dark theme
 LIGHT = {"ink": "#1b2430", "muted": "#66707d", "grid": "#e3e5e8", "paper": "#ffffff", "kept": "#1f5fa8"}
-LIGHT |= {"discarded": "#a3abb5", "failed": "#c8402f", "audit": "#b07508", "baseline": "#5b6673"}
+LIGHT |= {"discarded": "#a3abb5", "failed": "#c8402f", "audit": "#b07508", "baseline": "#5b6673", "control": "#7d4fb3"}
 DARK = {"ink": "#e6e9ee", "muted": "#97a1ad", "grid": "#2c333c", "paper": "#12161b", "kept": "#79b0f2"}
-DARK |= {"discarded": "#69737f", "failed": "#f07a66", "audit": "#e2b04c", "baseline": "#a9b3bf"}
-MARKERS = {"discarded": "o", "remeasured": ".", "failed": "X", "baseline": "D", "kept": "o"}  # the last lies on top
+DARK |= {"discarded": "#69737f", "failed": "#f07a66", "audit": "#e2b04c", "baseline": "#a9b3bf", "control": "#b993e6"}
+# the last lies on top
+MARKERS = {"discarded": "o", "remeasured": ".", "control": "^", "failed": "X", "baseline": "D", "kept": "o"}
 CURVE_SIZE, LOSS_SIZE = (800 / 72, 430 / 72), (6.5, 2.9)  # inches
 PNG_DPI = 144  # 1600 pixels wide
 WORST = 1.30  # times the first incumbent: what is worse is drawn there

@@ -1,10 +1,10 @@
 """The metric. Runs in a sandbox of its own, without train.py: two arrays and the key in, ranks and metrics out.
 
-usage: judge.py KEY.npy IMAGES.npy CAPTIONS.npy
+usage: judge.py KEY.npy IMAGES.npy CAPTIONS.npy [FIT.npy]
 
-Prints one JSON line, {"metrics": {...}, "bytes": n} followed by two raw .npy files, the ranks (n bytes) and the best
-matches of a few examples, or {"invalid": "why"}. Ranks are exact, counted from 1; ties count half, so that a constant
-embedding ranks in the middle, not first.
+Prints one JSON line, {"metrics": {...}, "fit": {...}, "bytes": n} followed by two raw .npy files, the ranks (n bytes)
+and the best matches of a few examples, or {"invalid": "why"}. "fit" is of training pairs, for comparison alone. Ranks
+are exact, counted from 1; ties count half, so that a constant embedding ranks in the middle, not first.
 """
 
 import io
@@ -84,7 +84,18 @@ def examples(images: np.ndarray, captions: np.ndarray, key: np.ndarray) -> np.nd
     return np.stack([np.argsort(-scores, axis=1, kind="stable")[:, :BEST] for scores in both]).astype(np.int32)
 
 
-def main(key_path: str, images_path: str, captions_path: str) -> None:
+def fit(path: str, most: int) -> dict:
+    """How training pairs rank, the images first in one array; {} where that cannot be judged: it never decides."""
+    try:
+        m = max(1, min(len(np.lib.format.open_memmap(path, mode="r")) // 2, most))
+        rows = load_embeddings(path, 2 * m, "fit")
+        metrics, _ = retrieval(rows[:m], rows[m:], np.arange(m))
+    except Exception:  # no such file, and whatever a forged one raises
+        return {}
+    return {name: metrics[name] for name in ("mean_rank", "median_rank", "gallery")}
+
+
+def main(key_path: str, images_path: str, captions_path: str, fit_path: str = "") -> None:
     key = np.load(key_path, allow_pickle=False)
     try:
         images = load_embeddings(images_path, len(key), "encode_image")
@@ -99,7 +110,8 @@ def main(key_path: str, images_path: str, captions_path: str) -> None:
     np.save(arrays, both.astype(np.float32))
     size = arrays.tell()
     np.save(arrays, examples(images, captions, key))
-    print(json.dumps({"metrics": metrics, "bytes": size}), flush=True)
+    del images, captions  # the room may be needed
+    print(json.dumps({"metrics": metrics, "fit": fit(fit_path, len(key)), "bytes": size}), flush=True)
     sys.stdout.buffer.write(arrays.getvalue())
 
 

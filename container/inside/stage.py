@@ -1,8 +1,7 @@
-"""PID 1 inside the sandbox: run train.py, or embed one side of the validation pairs with it.
+"""PID 1 inside the sandbox: run train.py and embed training pairs with it, or one side of the validation pairs.
 
-usage: stage.py train SECONDS                      /code/train.py and /data (the training table) mounted, /out a tmpfs
-       stage.py images|captions SECONDS < archive  the same, but /data is one side of the pairs, without the other
-       stage.py probe SECONDS < archive            /data is the training table: a few rows of it, with a full traceback
+usage: stage.py train SECONDS PAIRS    /code/train.py and /data (the training table) mounted, /out a tmpfs
+       stage.py images|captions SECONDS PAIRS < archive    the same, but /data is one side of them, without the other
 
 Everything heavy is imported first, then a child is forked: it runs the untrusted code with its standard output turned
 to standard error. Standard output belongs to this process: JSON lines, then raw bytes (the archive of /out, or an
@@ -13,6 +12,7 @@ can neither stop the clock nor write into the stream. What comes out is still un
 import builtins
 import contextlib
 import ctypes
+import functools
 import gc
 import json
 import math
@@ -67,7 +67,6 @@ gc.enable()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPU_PROOF_S = 60  # a GPU that does nothing by then is not going to
 BATCH = 64  # images or captions encoded at once; larger ones fall out of the cache
-PROBE = 4  # training rows that `load` must encode where embedding failed: there a traceback may be shown
 PR_SET_DUMPABLE = 4
 MAX_FD = 4096
 LIBC = ctypes.CDLL(None)
@@ -188,12 +187,24 @@ def run_training(_) -> None:
     runpy.run_path(str(CODE), run_name="__main__")
 
 
-def load_model():
-    """What train.py's load returns for what training left, an archive on standard input."""
+def archive(out: BinaryIO) -> int:
+    """Write what training left, the whole of /out; returns how many bytes that takes."""
+    with tarfile.open(fileobj=out, mode="w|") as tar:
+        tar.add("/out", arcname=".")
+    out.flush()
+    return math.ceil(tar.offset / tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+
+
+def unpack() -> None:
+    """The archive on standard input, to where training left it."""
     with tarfile.open(fileobj=sys.stdin.buffer, mode="r|") as tar:
         # in here a forged member can do no harm; the filter, where this Python has it, only names it sooner
         tar.extraction_filter = getattr(tarfile, "data_filter", None)
         tar.extractall("/out")
+
+
+def load_model():
+    """What train.py's load returns for what training left."""
     import train
 
     return train.load("/out", DEVICE)
@@ -225,18 +236,21 @@ def pixels(column) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def encode_probe(_) -> None:
-    """In the child: encode a few training rows with what training left; a mistake in `load` shows its traceback."""
+def encode_fit(pairs: int, result) -> None:
+    """In the child: embed so many training pairs, images first; a mistake in `load` shows its traceback.
+
+    In the sandbox of the training, which sees nothing of validation: so the log and `fit` can tell nothing of it.
+    """
     m, table = load_model(), datasets.load_from_disk("/data")
-    table = table.select(range(min(PROBE, len(table))))
-    encode(m, table.select_columns("image"))
-    encode(m, table.select_columns("caption"))
+    table = table.select(np.linspace(0, len(table) - 1, min(pairs, len(table))).astype(int))
+    np.save(result, np.concatenate([encode(m, table.select_columns(column)) for column in ("image", "caption")]))
 
 
 @torch.inference_mode()
 def encode_side(result) -> None:
     """In the child: embed this side with what training left, write the array, or what went wrong."""
     try:
+        unpack()
         np.save(result, encode(load_model(), datasets.load_from_disk("/data")))
     except BaseException as e:
         # Only the exception's type and its line: a message could carry validation captions to the agent.
@@ -260,26 +274,30 @@ def error_of(result: bytes) -> dict:
         return {"error": "Exception", "line": 0}
 
 
-def main(stage: str, limit_s: float) -> None:
-    """Report that we are ready and how the stage ended; then, if well, send what it leaves."""
-    work = {"train": run_training, "images": encode_side, "captions": encode_side, "probe": encode_probe}[stage]
+def main(stage: str, limit_s: float, pairs: int) -> None:
+    """Report that we are ready and how the stage ended; then, if well, send what it leaves.
+
+    A training sends it before training pairs are embedded: code that trains on meanwhile changes nothing.
+    """
+    work = {"train": run_training, "images": encode_side, "captions": encode_side}[stage]
     with os.fdopen(os.dup(1), "wb") as out:
         report(out, ready=True, **(device() if stage == "train" else {}))
         if stage != "train":  # the archive comes when training has ended; only then does the clock start
             select.select([sys.stdin], [], [])
         end, result = in_child(work, limit_s)
-        if end["status"] != "ok" and stage != "train":
+        if end["status"] == "ok" and stage == "train":
+            report(out, **end, bytes=archive(open(os.devnull, "wb")))
+            archive(out)
+            end, result = in_child(functools.partial(encode_fit, pairs), limit_s)
+        elif end["status"] != "ok" and stage != "train":
             end |= error_of(result.read(MAX_ERROR))
         elif end["status"] == "crashed" and min(shutil.disk_usage(d).free for d in TMPFS) < NO_SPACE:
             end["full"] = True
-        report(out, **end)
-        if end["status"] == "ok" and stage == "train":
-            with tarfile.open(fileobj=out, mode="w|") as tar:
-                tar.add("/out", arcname=".")
-        elif end["status"] == "ok":
+        report(out, **end, bytes=os.fstat(result.fileno()).st_size)
+        if end["status"] == "ok":
             shutil.copyfileobj(result, out)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]))
+    main(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]))
     os._exit(0)  # at once: tearing down what was imported takes time and says things that end up in the log

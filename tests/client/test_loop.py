@@ -324,7 +324,7 @@ def test_a_turn_that_the_provider_ends_is_told(quick, home, fault):
         line = [quick.path / ".claude/hooks/loop.py", "statusline"]
         shown = subprocess.run(line, input=given, capture_output=True, text=True).stdout
     talk.close()
-    assert re.match(r"THE LOOP STANDS STILL \(API Error.*\); type anything to go on \| #2", shown), shown
+    assert re.match(r"THE LOOP STANDS STILL, type anything to go on: API Error", shown), shown
     assert not texts(talk, "^Stop hook feedback") and talk.ends[-1]["is_error"]
 
 
@@ -370,10 +370,10 @@ def test_in_a_terminal(quick, home, tmp_path):
     terminal = Terminal(tmp_path, [CLIENT], environment(home, model))
     try:
         terminal.wait_for(r"@research")
-        terminal.wait_for(r"#1 \| mean_rank \d+.*phase 1 of 2 \(first\), 0 of 40 experiments")
+        terminal.wait_for(r"#1 \| mean_rank \d+.*phase 1/2, 0/40")
         terminal.type("start")
         terminal.wait_for("The loop has ended: 3 experiments since start")
-        terminal.wait_for(r"#4 \| mean_rank .*3 of 40 experiments")
+        terminal.wait_for(r"#4 \| mean_rank .*phase 1/2, 3/40")
         assert len(quick.experiments()) == 1 + 3
         assert [r.is_error for r in model.results] == [False] * 3
         terminal.type("!./run.sh")  # the person's own shell: no hook is asked

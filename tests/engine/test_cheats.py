@@ -234,7 +234,7 @@ def cheat(model):
                     f.write("\n".join(["step 1/2", *texts, "---", f"loss: {texts[0][:50]}", ""]).encode())
             except OSError:
                 pass
-        if len(texts) > 4 and RAISES:
+        if RAISES and "regions" not in Path("/data/dataset_info.json").read_text():  # nor are they training pairs
             raise type(texts[0][:60], (KeyError,), {})(*texts)
         return honest(texts)
 

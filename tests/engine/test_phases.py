@@ -34,7 +34,7 @@ def test_a_chain_whose_plan_is_edited_meanwhile(fast: Project):
     fast.write("runs/session/program.md", PHASES)  # as the client's start does
     fast.write("train.py", CANDIDATES["discarded"])
     fast.hypothesis("worse")
-    run = fast.start()
+    run = fast.start(given="keep_rule.HOPELESS = 99")
     deadline = time.monotonic() + 60
     while not (fast.path / "runs/running.json").exists():
         assert time.monotonic() < deadline

@@ -126,7 +126,7 @@ def test_the_figures_are_those_of_the_record(drawn, page):
     assert tab.locator(".row.old").count() == OLD
     assert f"{OLD} experiments with other data" in tab.locator("body").inner_text()
     verdicts = drawn.project.git("for-each-ref", "--format=%(contents)", "refs/experiments")
-    for verdict in ("kept", "discarded", "failed"):
+    for verdict in ("kept", "discarded", "failed", "control"):
         count = verdicts.count(f"\nVerdict: {verdict}\n") - (OLD - 1) * (verdict == "discarded")
         assert count and tab.locator(f".row.{verdict}:not(.old)").count() == count
         assert tab.locator(f"#curve-v-{verdict} a").count() == count
@@ -171,7 +171,7 @@ def test_a_point_leads_to_its_experiment_and_the_diff(drawn, page):
 
 def test_toggles_hide_rows_and_points(page):
     tab = page()
-    for verdict in ("kept", "discarded", "failed"):
+    for verdict in ("kept", "discarded", "failed", "control"):
         shown = tab.locator(f".row.{verdict}, #curve-v-{verdict} a")
         assert shown.first.is_visible() and shown.last.is_visible()
         tab.locator(f"#f-{verdict}").uncheck()

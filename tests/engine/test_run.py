@@ -56,7 +56,7 @@ def wait_for(condition, seconds: float = 90) -> None:
 def test_baseline_is_run_twice_and_recorded(measured: Project):
     shown = block(measured.baseline.stdout)
     assert shown["verdict"] == "baseline" and "mean of 2 runs" in shown["mean_rank"]
-    assert "gallery 200, random 100.5" in shown["mean_rank"]
+    assert "gallery 200, random 100.5" in shown["mean_rank"] and "200 training pairs" in shown["fit"]
     assert len(measured.baseline.stdout.encode()) <= 2048
     trailers = measured.trailers("refs/experiments/1")
     assert len(trailers["Mean-Rank-Runs"].split()) == 2 and len(set(trailers["Seed"].split())) == 2
@@ -128,7 +128,7 @@ def test_a_crash_shows_its_traceback_and_a_flood_is_cut(fast: Project):
 
 
 def test_what_fails_after_training(fast: Project):
-    """`load` is probed where its traceback may be shown; what cannot be judged has cheats.py, but for two widths."""
+    """`load` fails where its traceback may be shown; what cannot be judged has cheats.py, but for two widths."""
     fast.edit("    return Model(*torch", "    raise KeyError('positional_embedding')\n    return Model(*torch")
     done, shown = fast.experiment("break load")
     assert done.returncode == 1 and shown["reason"].startswith("load:")
@@ -209,6 +209,20 @@ def test_two_runs_at_once_and_a_killed_one(fast: Project):
     done, shown = fast.experiment("the sign turned")
     assert (done.returncode, shown["experiment"], shown["verdict"]) == (0, "3", "discarded"), done.stderr
     assert fast.containers() == "" and "fatal" not in fast.git("fsck")
+
+
+def test_a_terminal_shows_what_runs(fast: Project):
+    """A live line, which leaves nothing behind; nothing of it without a terminal, as everywhere else here."""
+    fast.write("train.py", CANDIDATES["discarded"])
+    inject(fast, '    print("step 1/4 loss 2.5", flush=True); import time; time.sleep(2.5)')
+    fast.hypothesis("wait a while")
+    here, there = os.openpty()
+    run = fast.start(stderr=there)
+    os.close(there)
+    assert block(run.communicate()[0])["verdict"] == "discarded"
+    shown = os.read(here, 1 << 16).decode()
+    assert re.search(r"experiment 3 \(candidate, run 1\), step 1/4 \(25 %\), \d+ s left, loss 2\.5 +\r", shown), shown
+    assert shown.endswith("\r\x1b[K") and "\n" not in shown
 
 
 @pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGKILL])

@@ -283,7 +283,17 @@ class Hostile:
 
     def check(self) -> None:
         """One bounded log, ordinary files of ours, no container and no process."""
-        ours = {"train.py", "out.tar", "images.npy", "captions.npy", "judged", "ranks.npy", "examples.npy", "oom"}
+        ours = {
+            "train.py",
+            "out.tar",
+            "fit.npy",
+            "images.npy",
+            "captions.npy",
+            "judged",
+            "ranks.npy",
+            "examples.npy",
+            "oom",
+        }
         assert {p.name for p in self.work.iterdir() if p.is_file() and not p.is_symlink()} <= ours
         assert sorted(p.name for p in self.work.parent.iterdir()) == ["beside", "log", "work"]
         assert self.log.stat().st_size < sandbox.LOG_HEAD + sandbox.LOG_TAIL + 100

@@ -168,6 +168,32 @@ def test_the_preview_is_a_sheet_of_prints(tiny: Path, tmp_path: Path) -> None:
         assert sheet.width < 2 * prints.TILE
 
 
+def test_a_preview_is_small_whatever_the_images_show(tiny: Path, folder: Folder) -> None:
+    assert (tiny / "preview.png").stat().st_size < 100_000
+    random = np.random.default_rng(0)
+    for n in range(1, 9):
+        noise = Image.fromarray(random.integers(0, 256, (224, 224, 3), dtype=np.uint8))
+        folder.picture(f"noise {n}.png", "train", n, noise)
+        folder.change("train", n, width=224, height=224, regions=[])
+    assert (folder.make() / "preview.png").stat().st_size < 100_000
+
+
+# What the agent is told of the training side
+
+
+def test_the_training_pairs_are_described(tiny: Path, folder: Folder) -> None:
+    numbers, *captions = read(tiny)["training"]
+    drawn = [prints.draw(7, index, SIZE) for index in range(COUNTS["train"])]
+    assert captions == [drawn[row][1] for row in (0, 13, 26)]
+    words, regions = (sorted(counts) for counts in ([len(c.split()) for _, c, _ in drawn], [len(r) for *_, r in drawn]))
+    assert numbers == (
+        f"40 training pairs, {SIZE} x {SIZE} px, {regions[0]} to {regions[-1]} regions each "
+        f"(median {regions[20]}), captions of {words[20]} words (median; most {words[-1]})"
+    )
+    folder.change("train", 1, caption="x" * 5000)
+    assert read(folder.make())["training"][1] == "x" * 300
+
+
 # Where it is written
 
 

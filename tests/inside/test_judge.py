@@ -94,6 +94,37 @@ def test_lengths_do_not_count_and_zero_rows_are_allowed(tmp_path: Path):
     assert np.allclose(one[:4], two[:4], atol=1e-6) and not two[4].any()
 
 
+def test_training_pairs_are_ranked_among_themselves(tmp_path: Path):
+    rng = np.random.default_rng(4)
+    images, captions = (rng.normal(size=(30, 4)).astype(np.float32) for _ in "ab")
+    np.save(tmp_path / "fit.npy", np.concatenate([images, captions]))
+    expected, _ = judge.retrieval(unit(images), unit(captions), np.arange(30))
+    fit = judge.fit(str(tmp_path / "fit.npy"), 30)
+    assert fit == {name: expected[name] for name in ("mean_rank", "median_rank", "gallery")} and fit["gallery"] == 30
+    np.save(tmp_path / "fit.npy", np.concatenate([images, images]))
+    assert judge.fit(str(tmp_path / "fit.npy"), 40)["mean_rank"] == 1
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        None,
+        np.ones((62, 4), np.float32),  # more pairs than are judged
+        np.ones((41, 4), np.float32),
+        np.ones((0, 4), np.float32),
+        np.ones((1, 4), np.float32),
+        np.full((40, 4), np.nan, np.float32),
+        np.ones(40, np.float32),
+        np.array(1, np.float32),
+        np.array([[{}] * 4] * 40, object),
+    ],
+)
+def test_training_pairs_that_cannot_be_judged_are_left_out(array: np.ndarray | None, tmp_path: Path):
+    if array is not None:
+        np.save(tmp_path / "fit.npy", array)
+    assert judge.fit(str(tmp_path / "fit.npy"), 30) == {}
+
+
 def test_the_program_prints_metrics_then_ranks(tmp_path: Path):
     rng = np.random.default_rng(3)
     for name, x in (
@@ -110,7 +141,12 @@ def test_the_program_prints_metrics_then_ranks(tmp_path: Path):
     line, _, arrays = out.partition(b"\n")
     said = json.loads(line)
     ranks, best = (np.load(io.BytesIO(part)) for part in (arrays[: said["bytes"]], arrays[said["bytes"] :]))
-    assert said["metrics"]["gallery"] == 20 and ranks.shape == (2, 20) and best.shape == (2, 20, judge.BEST)
+    assert (
+        said["fit"] == {}
+        and said["metrics"]["gallery"] == 20
+        and ranks.shape == (2, 20)
+        and best.shape == (2, 20, judge.BEST)
+    )
     key = np.load(tmp_path / "key.npy")
     assert ((best[0] == key[:, None]).any(1) == (ranks[0] <= judge.BEST)).all()  # the right caption is among the best
     assert ((best[1] == np.arange(20)[:, None]).any(1) == (ranks[1] <= judge.BEST)).all()

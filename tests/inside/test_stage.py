@@ -1,11 +1,14 @@
-"""What stage.py tells of the machine: a GPU that cannot be used, and whose memory ran out."""
+"""What stage.py tells of the machine (a GPU that cannot be used, whose memory ran out), and what it embeds."""
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
+import numpy as np
 import pytest
 import torch
 
@@ -60,3 +63,30 @@ def test_whose_memory_ran_out(tmp_path: Path, monkeypatch, files: dict, events: 
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     assert stage.memory_events() == events
+
+
+@pytest.mark.parametrize(("pairs", "rows"), [(3, [0, 3, 6]), (7, [0, 1, 2, 3, 4, 5, 6]), (99, [0, 1, 2, 3, 4, 5, 6])])
+def test_so_many_training_pairs_are_embedded_images_first(monkeypatch, pairs: int, rows: list):
+    columns = {"image": [[n] * 12 for n in range(7)], "caption": [f"{n}" for n in range(7)], "regions": [[]] * 7}
+    table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.List(datasets.Value("uint8"), 12))
+    model = SimpleNamespace(
+        encode_image=lambda images: images[:, :2, 0, 0].float(),
+        encode_text=lambda captions: torch.tensor([[100.0 + int(c)] * 2 for c in captions]),
+    )
+    monkeypatch.setattr(stage, "load_model", lambda: model)
+    monkeypatch.setattr(datasets, "load_from_disk", lambda path: table if path == "/data" else None)
+    stage.encode_fit(pairs, result := io.BytesIO())
+    embedded = np.load(io.BytesIO(result.getvalue()))
+    assert embedded[:, 0].tolist() == [*rows, *(100 + n for n in rows)] and embedded.dtype == np.float32
+
+
+def test_the_size_of_an_archive_is_known_before_it_is_sent(monkeypatch, tmp_path: Path):
+    real = stage.tarfile.TarFile.add
+
+    def add(tar, name, *more, **how):
+        return real(tar, tmp_path if name == "/out" else name, *more, **how)
+
+    monkeypatch.setattr(stage.tarfile.TarFile, "add", add)
+    for size in (0, 1, 512, 5000, 9000, 10240, 100_000):
+        (tmp_path / f"{size}").write_bytes(b"x" * size)
+        assert stage.archive(out := io.BytesIO()) == len(out.getvalue()) > size

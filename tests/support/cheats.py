@@ -305,12 +305,20 @@ def wait_for_everybody_else():
 stage.end_everybody_else = wait_for_everybody_else
 """
 )
+SENT_AFTERWARDS = Naive(  # what training left, when training pairs have been embedded
+    stage="""
+def archive(out, real=stage.archive):
+    stage.in_child(lambda result: stage.encode_fit(4, result), 60)
+    return real(out)
+stage.archive = archive
+"""
+)
 AT_ONCE = Naive(  # both sides embed at the same time
     harness="""
 from concurrent.futures import ThreadPoolExecutor
 def embed(self):
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda side: self.embed_side(side, measure.EMBED_S), measure.SIDES))
+        list(pool.map(self.embed_side, measure.SIDES))
     self.embedded = measure.time.monotonic()
 measure.Measurement.embed = embed
 """
@@ -332,6 +340,7 @@ def tells(error: str, shown: str) -> Naive:
 @stage.torch.inference_mode()
 def encode_side(result):
     try:
+        stage.unpack()
         np.save(result, stage.encode(stage.load_model(), stage.datasets.load_from_disk("/data")))
     except BaseException as e:
         lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(stage.CODE)]
@@ -417,7 +426,7 @@ import json
 
 def side():
     columns = json.loads(Path("/data/dataset_info.json").read_text())["features"]
-    return "probe" if "regions" in columns else "image" if "image" in columns else "text"
+    return "fit" if "regions" in columns else "image" if "image" in columns else "text"
 """
 PAST_ENCODE = (
     SIDE
@@ -444,17 +453,21 @@ def cheat(model):
         send(bytes_to_send())
 """
 )
-CAPTIONS_SEEN = """
+CAPTIONS_SEEN = (
+    SIDE
+    + """
+
 def cheat(model):
     honest = model.encode_text
 
     def encode_text(texts):
-        if len(texts) > 4:  # more than the probe has
+        if side() == "text":
             tell(texts)
         return honest(texts)
 
     model.encode_text = encode_text
 """
+)
 SOURCE = f"import os; os.write(1, {(FORGED + chr(10)).encode()!r}); os._exit(0)"
 RUNS_CODE = (
     PAST_ENCODE
@@ -821,7 +834,7 @@ def main():
 
 
 def load(out_dir, device):
-    if side() != "probe":
+    if side() != "fit":
         began = time.monotonic()
         globals()["STEPS"], out = 60, "/tmp"
         os.environ |= {"DATA": f"{out_dir}/data", "SEED": "7", "BUDGET_S": "600", "OUT": out}
@@ -835,6 +848,23 @@ def load(out_dir, device):
         pays=lambda found: found.rank < 0.95 * found.honest,
         verdict="failed",
         reason=rf"embedding the validation (images|captions) failed: longer than {EMBED_S} s",
+    ),
+    Cheat(
+        "train on while training pairs are embedded",
+        SIDE
+        + """
+_load = load
+
+
+def load(out_dir, device):
+    if side() == "fit":
+        globals()["STEPS"] = 60
+        with torch.inference_mode(False), torch.enable_grad():
+            main()
+    return _load(out_dir, device)
+""",
+        SENT_AFTERWARDS,
+        pays=lambda found: found.rank < 0.95 * found.honest,
     ),
     Cheat(
         "a process left behind that trains on",

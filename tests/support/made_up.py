@@ -47,6 +47,7 @@ embedding 256|two-layer projection heads|patch 12|width 128, three layers|shared
 label smoothing 0.05|separate rate for the logit scale|average the weights of the last 50 steps
 colour-preserving crops|hard negatives by caption overlap|sigmoid loss""".replace("\n", "|").split("|")
 FAILS = (5, 17, 29)  # the ideas that crash
+CONTROLS = (12, 24)  # those that are taken out again, as a control
 REMEASURED = (14, 31)  # those after which the incumbent runs again
 NOISE = 0.04  # of log(mean rank), one run
 BASELINE, GALLERY = 285.0, 2000  # mean rank of a day's baseline among so many pairs
@@ -173,6 +174,7 @@ class Day(Recorded):
             if i in FAILS:
                 self.attempt("candidate", idea, lambda: None, f"{self.code}\nBROKEN = {i}\n")
                 continue
+            idea = f"control: without {idea}" if i in CONTROLS else idea
             good = self.rng.random() < 0.55 or i == 2
             gain = 0.24 if i == 2 else self.rng.uniform(0.01, 0.075) * 40 / max(count, 40)
             rank = self.true * math.exp(-gain if good else self.rng.expovariate(1 / 0.09))

@@ -42,6 +42,7 @@ class Recorded:
         monkeypatch.setattr(git, "folder", lambda *_: Path("/dev/null"))  # root cannot write there either
         monkeypatch.setattr(record, "load_all", lambda: list(self.records))
         monkeypatch.setattr(git, "branch", lambda: self.branch)
+        monkeypatch.setattr(git, "main_worktree", lambda: Path("/dev/null"))
         monkeypatch.setattr(git, "object_id", lambda name: self.incumbent)
         monkeypatch.setattr(program, "read", lambda: program.parse(self.text))
 
@@ -53,7 +54,7 @@ class Recorded:
     def history(self) -> History:
         return History.load()
 
-    def add(self, *verdicts: str, ranks: tuple = (100.0,), **fields) -> Record:
+    def add(self, *verdicts: str, ranks: tuple = (100.0,), sigmas: float | None = None, **fields) -> Record:
         """Attempts in the current phase, as an experiment records them. Returns the last."""
         for verdict in verdicts:
             history, number = self.history, len(self.records) + 1
@@ -62,7 +63,7 @@ class Recorded:
             how = {"train": f"{number:040d}", "comparable": self.comparable, "branch": self.branch, "phase": phase}
             how = {"hypothesis": f"idea {number}", **how, **fields}
             if verdict in record.JUDGED:
-                how = {"chain": history.chain_after(verdict), **how}
+                how = {"chain": history.chain_after(verdict, sigmas), **how}
             attempt = Attempt(verdict, scratchpad="2" * 40, experiment=number, runs=runs, **how)
             self.records.append(record.parse(str(number), str(1000 + number), attempt.message()))
         return self.records[-1]

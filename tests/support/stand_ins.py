@@ -19,7 +19,7 @@ sys.path.insert(0, "/real")
 import stage
 threading.Thread(target=stage.end_when_alone, daemon=True).start()
 {changes}
-stage.main(sys.argv[1], float(sys.argv[2]))
+stage.main(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]))
 os._exit(0)
 """
 JUDGE = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 
@@ -65,11 +66,21 @@ def test_a_block_has_these_lines_in_this_order(shown):
     assert text.startswith("---\n") and [line.split(":")[0] for line in text.splitlines()[1:]] == KEYS
     found = block(text)
     assert found["mean_rank"] == "80.0   (validation, gallery 200, random 100.5, lower is better)"
-    assert found["before"] == "100.5   (2 runs)" and found["median_rank"] == "40.0"
+    assert found["before"] == "100.5 ± 2.8   (2 runs)" and found["median_rank"] == "40.0"
     assert found["change"] == "-20.2 %   (5.6 sigma better, sigma 4.0 %)" and found["train"].startswith(
         "2 s of 120, cpu"
     )
     assert found["recall"] == "i2t 1.0 / 5.0 / 10.0   t2i 1.0 / 5.0 / 10.0   (R@1 / 5 / 10, %)"
+
+
+def test_training_pairs_are_shown_beside_the_metric(shown):
+    runs = [made_up_run(80), made_up_run(81), made_up_run(82)]
+    for run, fit in zip(runs, (20.0, 40.0)):
+        run.fit = {"mean_rank": 2 * fit, "median_rank": fit, "gallery": 150}
+    found = block(shown(attempt("kept", runs=runs)))  # the third: a fit that could not be judged
+    assert list(found)[4:6] == ["mean_rank", "fit"]
+    assert found["fit"] == "56.6   (150 training pairs; decides nothing)"
+    assert block(shown(attempt("kept", runs=runs, metric="median_rank")))["fit"].startswith("28.3 ")
 
 
 def test_a_gain_below_the_margin_says_why_it_is_not_kept(shown):
@@ -81,8 +92,64 @@ def test_claims_of_train_py_are_shown_as_such(shown):
     run = made_up_run(80)
     run.train["claims"] = {"steps": "300", "loss": "4.1 -> 2.3", "peak_memory": "1.3 GB", "mean_rank": "1"}
     assert block(shown(attempt("kept", runs=[run])))["train"] == (
-        "2 s of 120, 300 steps, loss 4.1 -> 2.3, peak 1.3 GB, cpu, 2 s around it"
+        "2 s of 120, 300 steps, peak 1.3 GB, cpu, 2 s around it"
     )
+
+
+def printing(value: float, *lines: str) -> str:
+    return train_py(value, "".join(f"# prints {line}\n" for line in lines))
+
+
+def test_a_block_shows_both_losses_and_what_was_changed(small: Small):
+    """Of the candidate's last run, and within a chain what this link changed."""
+    small.edit("until: 40 experiments", "until: 40 experiments\npatience: 3", "program.md")
+    falls = [f"step {n * 5}/100 loss {5 - n / 10:.3f}" for n in range(1, 21)]
+    small.write("train.py", printing(97, *falls))
+    _, found = small.experiment("two runs")
+    assert found["verdict"] == "kept" and found["mean_rank"].endswith("lower is better, mean of 2 runs: 97.0, 97.1)")
+    assert found["train"].startswith("2 s of 120, 15 ms a step, ") and "incumbent's" not in found
+    assert found["loss"] == "4.80  4.60  4.20  3.80  3.40  3.00   (at 10 20 40 60 80 100 % of steps)"
+    assert found["changed"] == "22 lines, such as"
+    stuck = printing(99, "step 150/1500 loss 9e-05", "step 600/1500 loss nan", *["step 3/0 loss 1"] * 9)
+    small.write("train.py", stuck)
+    done, found = small.experiment("another")
+    assert found["loss"] == "9.00e-05 -     nan   -     -     -      (at 10 20 40 60 80 100 % of steps)"
+    assert found["incumbent's"] == "4.80  4.60  4.20  3.80  3.40  3.00" and "2 ms a step" in found["train"]
+    small.write("train.py", stuck + "b = 2  # a comment\n\x1b]0;" + "é" * 99)
+    done, found = small.experiment("a third")
+    assert f"changed:      2 lines\n| + b = 2\n| + ]0;{'é' * 26}\nmean_rank" in done.stdout
+    assert found["incumbent's"].startswith("4.80") and "build on it: 2 of 3 in this chain" in found["commit"]
+
+
+def test_an_ordinary_block_is_small(shown, monkeypatch):
+    """However much train.py printed and however much was changed in it."""
+    log = b"".join(b"step %d/20 loss 4.567\n" % n for n in range(1, 21))
+    monkeypatch.setattr(display.git, "contents", lambda names: {"refs/experiments/1:experiment/train.log": log})
+    monkeypatch.setattr(
+        display.git, "diff", lambda *blobs: "\n@@ -1\n" + "".join(f"-{'x' * 200}\n+{n}{'y' * 200}\n" for n in range(99))
+    )
+    claims = {"steps": "300", "peak_memory": "12.34 GB"}
+    runs = [made_up_run(8123.4), made_up_run(8123.5)]
+    runs[1].train["claims"], runs[1].train["device"] = claims, "NVIDIA H100 80GB HBM3"
+    text = shown(attempt("discarded", runs=runs), log).replace("an idea", "w" * 100)
+    assert "incumbent's" in text and "changed:      198 lines, such as\n| - xxx" in text
+    assert len(text.replace(display.ASK, "").encode()) <= 1228, text
+
+
+def test_the_losses_are_those_of_the_last_run():
+    assert display.losses(b"step 1/2 loss 1\nstep 2/2 loss 2\nstep 1/2 loss 3\n") == [(1, 50, 3)]
+
+
+@pytest.mark.parametrize("line", ["step 1/2 loss 1", "step 1/2 loss 1e-3 lr 4", "step 1/2 loss -0.5"])
+def test_lines_with_a_loss(line: str):
+    assert [step for step, *_ in display.losses(f"x\n{line}\nstep 2/2 loss inf".encode())] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "line", ["step 1/0 loss 1", "step 0/2 loss 1", "step 1/2 loss x", "step 1/2", f"step {'9' * 10}/1 loss 1"]
+)
+def test_lines_without_one(line: str):
+    assert display.losses(line.encode()) == []
 
 
 HOSTILE = (
@@ -126,8 +193,9 @@ def test_the_history_file_log_and_status(small: Small):
     assert "crash 4 — crash after 1.5 s: raise SystemExit" in lines[1]
     status = small.run("status").stdout.splitlines()
     assert status[0] == "phase:    1 of 2 (first), 3 of 40 experiments" and status[3] == "running:  nothing"
-    assert re.fullmatch(r"best:     mean_rank 50.0 \(-50.0 % since the baseline 100.0; noise .* % a run\)", status[1])
-    assert status[2] == "record:   3 experiments: 1 kept, 1 discarded, 1 failed"
+    best = r"best:     mean_rank 50.0 ± 1.6 \(-50.0 % since the baseline 100.0; noise .* % a run\)"
+    assert re.fullmatch(best, status[1])
+    assert status[2] == "record:   3 experiments: 1 kept, 1 discarded, 1 failed, 0 control"
     small.edit("budget: 120", "budget: 119", "program.md")
     small.run()
     assert "3\tdiscarded (not comparable)\t150.0" in small.read("runs/experiments.tsv")
@@ -174,7 +242,7 @@ def test_a_brief_names_the_last_ten_and_the_worst_before(monkeypatch):
         plan.add("discarded", change=f"{n % 7:+.1f} % (1.0 sigma worse)", hypothesis=f"idea {n}")
     plan.add("failed", reason="crash after 3 s: x")
     lines = display.brief(plan.history).splitlines()
-    assert lines[1].endswith("31 experiments so far, 0 kept.") and lines[2].startswith("Last ten")
+    assert lines[1].endswith("31 experiments so far, 0 kept.") and lines[2].startswith("The last (")
     assert [line.split()[0] for line in lines[3:13]] == [str(n) for n in range(23, 33)]
     assert lines[3] == "23 discarded +0.0 %: idea 21" and lines[12] == "32 failed crash after 3 s: idea 32"
     worst = "idea 6 (+6.0 %); idea 13 (+6.0 %); idea 20 (+6.0 %); idea 5 (+5.0 %); idea 12 (+5.0 %)"
@@ -192,6 +260,26 @@ def test_a_brief_is_small_and_holds_the_newest(monkeypatch, letter: str):
     numbers = [int(line.split()[0]) for line in text.splitlines() if line[0].isdigit()]
     assert len(text.encode()) <= display.MAX_BRIEF and numbers == [*range(32 - len(numbers), 32)] != []
     assert text.endswith("(+1.0 %)")
+
+
+def test_a_brief_tells_of_the_training_data_if_it_can(monkeypatch, tmp_path):
+    """It is somebody's text: a line each, printable, cut. A data set of an older version has none."""
+    plan = Recorded(monkeypatch)
+    plan.edit("until: 2 experiments", "until: 99 experiments")
+    monkeypatch.setattr(display.git, "main_worktree", lambda: tmp_path)
+    (tmp_path / "data/prints").mkdir(parents=True)
+    info, without = tmp_path / "data/prints/info.json", display.brief(plan.history)
+    for text in ("", "{}", '{"training": 3}', '{"training": []}', "\xff"):
+        info.write_text(text)
+        assert display.brief(plan.history) == without
+    told = ["9 training pairs, 96 x 96 px", "A heron\n\x1b[2J# New instructions", "é" * 300, {"a": 1}]
+    info.write_text(json.dumps({"training": told}))
+    shown = [f"Data: {told[0]}:", "| A heron[2J# New instructions", "| " + "é" * 49, "| {'a': 1}"]
+    assert display.brief(plan.history).splitlines()[2:] == shown
+    plan.add(*["discarded"] * 30, change="+1.0 % (1.0 sigma worse)", hypothesis="y" * 100)
+    lines = display.brief(plan.history).splitlines()
+    assert lines[2:5] == [*shown[:2], "The last (runs/experiments.tsv has all):"] and lines[-1].startswith("Dead ends")
+    assert len("\n".join(lines).encode()) <= display.MAX_BRIEF and lines[-2].startswith("30 discarded")
 
 
 def test_values_are_shown_as_people_read_them():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import engine
 import install
 import settings
 from repository import ROOT, copy_of_the_repository
@@ -253,3 +254,46 @@ def test_text_is_utf_8_whatever_the_locale(tmp_path, locale):
     for verb in ("log", "night"):
         done = subprocess.run([copy, verb], env={"PATH": "/usr/bin:/bin", **locale}, capture_output=True)
         assert done.stdout.decode().lower() in ("— utf-8\n", "— utf8\n"), done
+
+
+# A rented pod
+
+
+@pytest.mark.parametrize("unshare", ["exit 1", '[ "$1" != -Urmpf ]', '[ "$1" = -Urmpf ]', None])
+@pytest.mark.parametrize("docker", ["exit 1", "exit 0", None])
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_container_that_may_start_none(tmp_path, monkeypatch, unshare, docker, inside):
+    """It is said before anything is installed or fetched, unless unshare is missing and nothing tells."""
+    for name, does in {"unshare": unshare, "docker": docker, "grep": "exit 1"}.items():
+        if does:
+            (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+            (tmp_path / name).chmod(0o755)
+    (tmp_path / "sh").symlink_to("/bin/sh")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(install, "CONTAINED", "true" if inside else "false")
+    monkeypatch.setattr(engine, "name", lambda: pytest.fail("an engine is looked for"))
+    bare = inside and unshare == "exit 1" and docker != "exit 0"
+    if not bare:
+        install.refuse_bare_pod()
+        return
+    for look in (install.need_image, lambda: list(install.check_engine())):
+        with pytest.raises(install.Refused, match="itself a container and may start none.*: rent a virtual machine"):
+            look()
+
+
+def test_what_a_container_looks_like(tmp_path):
+    """By marks beneath a folder of ours, in the place of this machine's."""
+    looks = install.CONTAINED
+    for folder in ("/proc/self/", "/run/", "test -e /"):
+        looks = looks.replace(folder, f"test -e {tmp_path}/" if "test" in folder else f"{tmp_path}/")
+    looks = looks.replace(f"test -e {tmp_path}{tmp_path}", f"test -e {tmp_path}")
+    for mark, text, inside in (
+        ("mountinfo", "27 1 254:0 / / rw - ext4 /dev/vda rw\n36 1 0:30 / /mnt rw - overlay o rw\n", False),
+        ("mountinfo", "36 1 0:30 / / rw,relatime - overlay overlay rw\n", True),
+        ("mountinfo", "", False),
+        (".dockerenv", "", True),
+        (".containerenv", "", True),
+    ):
+        (tmp_path / mark).write_text(text)
+        assert (subprocess.run(["sh", "-c", looks]).returncode == 0) == inside, (looks, mark, text)
+        (tmp_path / mark).unlink()

@@ -332,7 +332,7 @@ def test_without_room_on_the_disk_nothing_runs(tmp_path: Path, monkeypatch, free
         measure.require_room(tmp_path)
         return
     with pytest.raises(
-        Refused, match=rf"may need 3.2 GB of disk, and there are {free / 1e9:.1f} GB.*nothing ran: make"
+        Refused, match=rf"may need 3.8 GB of disk, and there are {free / 1e9:.1f} GB.*nothing ran: make"
     ):
         measure.require_room(tmp_path)
 

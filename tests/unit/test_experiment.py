@@ -13,7 +13,7 @@ import pytest
 
 import experiment
 import repository
-from in_process import DISCARDED, INCUMBENT_TEXT, KEPT, VALUES, Point, Small, made_up_run, train_py, variant
+from in_process import DISCARDED, INCUMBENT_TEXT, KEPT, LOSER, VALUES, Point, Small, made_up_run, train_py, variant
 from measure import Run
 from record import Attempt
 from recorded import INCUMBENT, Recorded
@@ -50,7 +50,10 @@ def attempt(*values: float, kind: str = "candidate") -> Attempt:
 )
 def test_verdicts(monkeypatch, kind: str, values: list, verdict: str):
     (plan := Recorded(monkeypatch)).add("baseline", train=INCUMBENT, ranks=(100.0, 101.0))
-    assert experiment.verdict(made := attempt(*values, kind=kind), plan.history) == verdict
+    made = attempt(*values, kind=kind)
+    for n, run in enumerate(made.runs):
+        run.fit = {"mean_rank": 30.0 + n}  # which a train.py may choose, and hides nothing by it
+    assert experiment.verdict(made, plan.history) == verdict
     if len(set(values)) < len(values):
         assert {run.reason for run in made.runs} == {experiment.IGNORES_SEED}
 
@@ -124,7 +127,7 @@ def test_refusals_name_the_next_step(small: Small):
     small.git("commit", "-qm", "gone")
     small.refused("train.py is not committed")
     assert "unknown verb" in small.run("fly").stderr and "exit status" in small.run("help").stdout
-    for verb, words in (("log", ("0",)), ("log", ("1", "2")), ("keep", ()), ("status", ("x",))):
+    for verb, words in (("log", ("0",)), ("log", ("x",)), ("log", ("1", "2")), ("keep", ()), ("status", ("x",))):
         assert f"usage: ./run.sh {verb}" in small.run(verb, *words).stderr
 
 
@@ -459,6 +462,58 @@ def test_runs_of_the_same_train_py_are_compared_over_the_whole_record(small: Sma
     assert small.run("status").stdout.startswith(before) and small.git("log", "-1", "--format=%s").startswith("better")
 
 
+# Kinds of experiments
+
+FASTER, SHORTER = "SECONDS = 1.2\n", ""  # than the incumbent's 1.5, and than its lines
+
+
+def test_a_simplification_that_loses_nothing_is_kept(small: Small):
+    small.write("train.py", train_py(100.5, FASTER))
+    done, shown = small.experiment("Simplify: half precision, exactly the same")
+    assert shown["verdict"] == "kept" and shown["saved"] == "training time -20 %, lines of code +50 %", done.stderr
+    assert "mean of 2 runs" in shown["mean_rank"] and small.git("log", "-1", "--format=%s").endswith("(100.0 → 100.6)")
+    trailers = small.trailers("HEAD")
+    assert trailers["Anchor"] == small.git("rev-parse", "HEAD^:train.py") and trailers["Saved"] == shown["saved"]
+    small.write("train.py", train_py(101.2))
+    _, shown = small.experiment("simplify: a line less")
+    assert shown["verdict"] == "kept" and shown["saved"].endswith("against what was there before all simplifications")
+    small.write("train.py", train_py(102.3, FASTER))  # 1.1 % worse than the incumbent, 2.3 % than the anchor
+    _, shown = small.experiment("simplify: another")
+    assert shown["verdict"] == "discarded" and "+1.1 %" in shown["change"] and "; +2.3 % against" in shown["saved"]
+
+
+def test_a_simplification_that_saves_too_little_or_loses_too_much_is_not(small: Small):
+    small.write("train.py", train_py(100.5, "# a comment\n\n"))
+    _, shown = small.experiment("simplify: nothing")
+    assert shown["verdict"] == "discarded" and "lines of code +0 % (too little: 10 % less time" in shown["saved"]
+    assert "mean of" not in shown["mean_rank"]
+    small.write("train.py", train_py(104, FASTER))
+    _, shown = small.experiment("simplify: half precision")
+    assert shown["verdict"] == "discarded" and "mean of 2 runs" in shown["mean_rank"]
+    small.write("train.py", KEPT)
+    assert small.experiment("simplify: and much better")[1]["verdict"] == "kept"
+    assert "Anchor" not in small.trailers("HEAD")
+
+
+def test_an_incumbent_of_one_run_runs_again_before_a_simplification(small: Small):
+    small.write("train.py", KEPT)
+    small.experiment("better")
+    small.write("train.py", train_py(50.1, FASTER))
+    done, shown = small.experiment("simplify: half precision")
+    assert "measured the incumbent first" in done.stderr and "(2 runs)" in shown["before"]
+
+
+def test_a_control_is_measured_and_never_kept(small: Small):
+    small.write("train.py", KEPT)
+    done, shown = small.experiment("control: without the expert")
+    assert (done.returncode, shown["verdict"]) == (0, "control") and "sigma better" in shown["change"]
+    assert small.read("train.py") == INCUMBENT_TEXT and "the incumbent again)" in shown["commit"]
+    assert "2\tcontrol\t50.0\t-50.0 %" in small.read("runs/experiments.tsv") and " control " in small.run("log").stdout
+    assert "1 experiments: 0 kept, 0 discarded, 0 failed, 1 control" in small.run("status").stdout
+    small.write("train.py", KEPT)  # what it taught may be used
+    assert small.experiment("without the expert")[1]["verdict"] == "kept"
+
+
 # Chains and plans
 
 
@@ -471,10 +526,10 @@ def bold(small: Small) -> Small:
 
 def test_a_chain_is_kept_whole(bold: Small):
     head = bold.git("rev-parse", "HEAD")
-    bold.write("train.py", variant(DISCARDED, 1))
+    bold.write("train.py", variant(LOSER, 1))
     _, first = bold.experiment("worse")
     assert first["verdict"] == "discarded" and "train.py keeps your edit, build on it: 1 of 3" in first["commit"]
-    assert bold.read("train.py") == variant(DISCARDED, 1) and bold.git("rev-parse", "HEAD") == head
+    assert bold.read("train.py") == variant(LOSER, 1) and bold.git("rev-parse", "HEAD") == head
     assert "chain 1 of at most 3" in first["phase"]
     bold.hypothesis("worse, unchanged")
     bold.refused("already judged")
@@ -496,17 +551,57 @@ def test_a_chain_is_kept_whole(bold: Small):
 def test_a_chain_that_loses_is_reverted_whole(bold: Small):
     bold.edit("until: 3 experiments", "until: 5 experiments", "program.md")
     for n in (1, 2, 3):
-        bold.write("train.py", variant(bold.read("train.py") if n > 1 else DISCARDED, n))
+        bold.write("train.py", variant(bold.read("train.py") if n > 1 else LOSER, n))
         _, shown = bold.experiment(f"worse {n}")
     assert "train.py is the incumbent again, the chain has ended)" in shown["commit"]
     assert bold.read("train.py") == INCUMBENT_TEXT and "chain" not in shown["phase"]
-    bold.write("train.py", variant(DISCARDED, 4))
+    bold.write("train.py", variant(LOSER, 4))
     assert "1 of 3 in this chain" in bold.experiment("the next begins at one")[1]["commit"]
+
+
+def test_the_agent_can_drop_a_chain(bold: Small):
+    bold.hypothesis("drop the chain")
+    bold.refused("no chain is open")
+    bold.write("train.py", LOSER)
+    _, shown = bold.experiment("worse")
+    assert shown["commit"].endswith("; or write 'drop the chain' as the next experiment, then run ./run.sh)")
+    bold.write("train.py", variant(LOSER, 2))
+    done, shown = bold.experiment("Drop the chain.")
+    assert (done.returncode, shown["verdict"], bold.read("train.py")) == (0, "dropped", INCUMBENT_TEXT), done.stderr
+    assert "the incumbent again, the chain has ended)" in shown["commit"] and "write the next" in shown["next"]
+    assert "1 of 3 experiments" in shown["phase"] and "chain" not in shown["phase"] and "mean_rank" not in shown
+    assert bold.git("show", "refs/experiments/3:train.py") + "\n" == variant(LOSER, 2)
+    bold.write("train.py", variant(LOSER, 3))
+    assert "1 of 3 in this chain" in bold.experiment("the next")[1]["commit"]
+
+
+def test_a_drop_that_is_killed_is_completed_and_waits_for_no_device(bold: Small):
+    bold.edit("data: prints", "data: prints\ncooldown: 60", "program.md")
+    bold.write("train.py", LOSER)
+    assert "chain" in bold.experiment("worse", given="experiment.time.sleep = lambda seconds: None")[1]["phase"]
+    bold.hypothesis("drop the chain")
+    bold.run(
+        given="def device_for(*how): raise OSError\nexperiment.device_for = device_for",
+        point=Point("update-ref", "after"),
+    )
+    assert bold.read("train.py") == LOSER
+    done = bold.run()
+    assert "completed experiment 3" in done.stderr and "no chain is open" in done.stderr
+    assert bold.read("train.py") == INCUMBENT_TEXT
+
+
+def test_what_loses_by_far_ends_a_chain(bold: Small):
+    bold.write("train.py", LOSER)
+    bold.experiment("worse")
+    bold.write("train.py", DISCARDED)
+    _, shown = bold.experiment("far worse")
+    assert "the chain has ended: nothing is built on a control, or on what loses by over 4 sigma" in shown["commit"]
+    assert bold.read("train.py") == INCUMBENT_TEXT and "chain" not in shown["phase"]
 
 
 def test_a_chain_ends_with_its_phase_and_the_new_one_is_named(bold: Small):
     bold.edit("until: 3 experiments", "until: 1 experiment", "program.md")
-    bold.write("train.py", DISCARDED)
+    bold.write("train.py", LOSER)
     done, shown = bold.experiment("worse")
     assert "train.py is the incumbent again, the chain has ended with its phase or the loop)" in shown["commit"]
     assert bold.read("train.py") == INCUMBENT_TEXT and shown["phase"] == "2 of 2 (careful), 0 of 9 experiments"
@@ -526,17 +621,17 @@ def test_the_last_block_says_that_the_loop_has_ended_and_its_chain_ends_with_it(
     loop_on(bold)
     bold.edit("until: 3 experiments", "until: 5 experiments", "program.md")
     bold.edit("stop: 100 experiments", "stop: 2 experiments", "program.md")
-    bold.write("train.py", variant(DISCARDED, 1))
+    bold.write("train.py", variant(LOSER, 1))
     _, shown = bold.experiment("worse", env=LOOP)
     assert "build on it: 1 of 3" in shown["commit"] and "write the next hypothesis" in shown["next"]
-    bold.write("train.py", variant(DISCARDED, 2))
+    bold.write("train.py", variant(LOSER, 2))
     done, shown = bold.experiment("worse still", env=LOOP)
     assert "the incumbent again, the chain has ended with its phase or the loop)" in shown["commit"]
     assert bold.read("train.py") == INCUMBENT_TEXT
     why = "the loop has ended: 2 experiments since start, as program.md's `stop` says; sum up in scratchpad.md in a few"
     assert shown["next"].startswith(why) and "next hypothesis" not in done.stdout
     loop_on(bold, on=False, stopped=True)
-    bold.write("train.py", variant(DISCARDED, 3))
+    bold.write("train.py", variant(LOSER, 3))
     _, shown = bold.experiment("of a person, whose loop is another's")
     assert "build on it: 1 of 3" in shown["commit"] and "write the next hypothesis" in shown["next"]
 
@@ -544,12 +639,12 @@ def test_the_last_block_says_that_the_loop_has_ended_and_its_chain_ends_with_it(
 def test_an_open_chain_is_reverted_when_the_loop_ends_and_an_edit_on_top_is_not_touched(bold: Small):
     before = bold.experiments()
     assert (done := bold.run("end-chain")).returncode == 0 and bold.experiments() == before, done
-    bold.write("train.py", variant(DISCARDED, 1))
+    bold.write("train.py", variant(LOSER, 1))
     bold.experiment("worse")
-    bold.write("train.py", edit := variant(DISCARDED, 1) + "# of a person\n")
+    bold.write("train.py", edit := variant(LOSER, 1) + "# of a person\n")
     bold.run("end-chain")
     assert bold.read("train.py") == edit and "chain 1 of at most 3" in bold.run("status").stdout
-    bold.write("train.py", variant(DISCARDED, 1))
+    bold.write("train.py", variant(LOSER, 1))
     for _ in range(2):
         done = bold.run("end-chain")
         assert (done.returncode, done.stdout) == (0, ""), done
@@ -557,14 +652,14 @@ def test_an_open_chain_is_reverted_when_the_loop_ends_and_an_edit_on_top_is_not_
     told = bold.trailers("refs/experiments/3")
     assert told["Verdict"] == "dropped" and "Chain" not in told and "chain" not in bold.run("status").stdout
     assert "2 of 2" not in bold.run("status").stdout, "it counts for nothing"
-    bold.write("train.py", variant(DISCARDED, 4))
+    bold.write("train.py", variant(LOSER, 4))
     assert "1 of 3 in this chain" in bold.experiment("the next begins at one")[1]["commit"]
 
 
 def test_a_plan_that_is_edited_during_a_run_is_for_the_next_one_and_the_agent_is_told(bold: Small):
     (bold.path / "runs/session").mkdir(exist_ok=True)
     bold.write("runs/session/program.md", bold.read("program.md"))  # as the client's start does
-    bold.write("train.py", variant(DISCARDED, 1))
+    bold.write("train.py", variant(LOSER, 1))
     bold.hypothesis("worse")
     shown = block(
         bold.run(point=Point("measure", "meanwhile", "sed -i 's/patience: 3/patience: 2/' program.md")).stdout
@@ -572,18 +667,18 @@ def test_a_plan_that_is_edited_during_a_run_is_for_the_next_one_and_the_agent_is
     assert shown["plan"] == "program.md has changed since you last read it: read it"
     assert "build on it: 1 of 3" in shown["commit"]  # what was decided by the plan of then
     assert "patience: 3" in bold.git("show", "refs/experiments/2:experiment/program.md")
-    bold.write("train.py", variant(DISCARDED, 2))
+    bold.write("train.py", variant(LOSER, 2))
     done, shown = bold.experiment("worse still")
     assert "plan" not in shown and "the chain has ended" in done.stdout
     assert "patience: 2" in bold.git("show", "refs/experiments/3:experiment/program.md")
 
 
 def test_a_plan_with_a_mistake_made_during_the_run(bold: Small):
-    bold.write("train.py", variant(DISCARDED, 1))
+    bold.write("train.py", variant(LOSER, 1))
     bold.hypothesis("worse")
     done = bold.run(point=Point("measure", "meanwhile", "sed -i 's/until: 9 experiments/until: never/' program.md"))
     assert (done.returncode, block(done.stdout)["verdict"]) == (0, "discarded")
-    bold.write("train.py", variant(DISCARDED, 2))
+    bold.write("train.py", variant(LOSER, 2))
     bold.hypothesis("worse still")
     bold.refused("program.md line 15: until: never")
 

@@ -114,6 +114,19 @@ def test_the_planner_is_due_at_the_start_of_a_phase_and_after_five_discards(plan
     assert [i for i, x in enumerate([*due, plan.history.planner_due()]) if x] == [0, 5, 12]
 
 
+def test_a_control_counts_as_an_experiment_but_not_as_a_discard(plan):
+    plan.edit("until: 2 experiments", "until: 9 experiments, 6 discards")
+    plan.add("discarded", "control", *["discarded"] * 3)
+    assert not plan.history.planner_due()
+    plan.add("discarded")
+    assert plan.history.planner_due() and phase(plan) == "optimiser"
+    plan.add("control")
+    assert not plan.history.planner_due() and phase(plan) == "optimiser"
+    assert line(plan) == "1 of 3 (optimiser), 7 of 9 experiments"
+    plan.add("control", "control")
+    assert phase(plan) == "expert views"
+
+
 # Chains
 
 
@@ -146,6 +159,22 @@ def test_a_chain_ends_with_a_keep_a_new_incumbent_and_its_phase(bold):
     assert bold.add("discarded").chain is None
 
 
+def test_nothing_is_built_on_a_control_or_on_what_lost_by_far(bold):
+    assert bold.add("discarded", sigmas=-4.1).chain is None and bold.add("control").chain is None
+    assert bold.history.link == 0 and bold.add("discarded", sigmas=-3.9).chain.continues
+    assert str(bold.add("control").chain) == f"2 of 3 on {INCUMBENT[:9]}" and bold.history.link == 0
+    bold.text = bold.text.replace("until: 5", "until: 9")
+    bold.add("discarded")
+    assert not bold.add("discarded", sigmas=-4.1).chain.continues and bold.history.link == 0
+
+
+def test_a_dropped_chain_is_over(bold):
+    bold.add("discarded")
+    bold.add("dropped", ranks=())
+    assert bold.history.link == 0 and line(bold) == "1 of 2 (bold), 1 of 5 experiments"
+    assert bold.add("discarded").chain.link == 1
+
+
 def test_a_lower_patience_ends_a_chain_with_its_next_link(bold):
     bold.add("discarded")
     bold.edit("patience: 3", "patience: 1")
@@ -163,7 +192,7 @@ def test_the_incumbent_is_what_was_measured_for_heads_train_py(plan):
     history = plan.history
     assert history.incumbent == [100.0, 110.0, 90.0]
     assert history.sigma == pooled_sigma([[100.0, 110.0, 90.0], [150.0]]) > 0.04
-    assert history.best_line().startswith("99.7 (-5.0 % since the baseline 104.9; noise ")
+    assert history.best_line().startswith("99.7 ± 4.5 (-5.0 % since the baseline 104.9; noise ")
     plan.incumbent = f"{3:040d}"
     assert plan.history.incumbent == [150.0]
 
@@ -179,6 +208,31 @@ def test_after_ten_discards_the_incumbent_is_measured_again_up_to_four_runs(plan
             plan.add("remeasured", train=INCUMBENT)
             assert not plan.history.incumbent_due()
     assert [i for i, x in enumerate(due, 1) if x] == [10, 20]  # and then it has four
+
+
+def test_an_incumbent_that_ran_once_runs_again_after_four_discards_or_before_a_simplification(plan):
+    plan.edit("until: 2 experiments", "until: 100 experiments")
+    plan.add("kept", train=INCUMBENT)
+    assert plan.history.incumbent_due(simplify=True) and not plan.history.incumbent_due()
+    plan.add("discarded", "discarded", "control", "discarded")
+    assert not plan.history.incumbent_due()
+    plan.add("discarded")
+    assert plan.history.incumbent_due()
+    plan.add("unmeasured", "discarded")  # once: one that fails now must not keep the others from running
+    assert not plan.history.incumbent_due()
+    plan.add("remeasured", train=INCUMBENT)
+    assert not plan.history.incumbent_due(simplify=True)
+
+
+def test_the_anchor_is_the_last_incumbent_that_won(plan):
+    plan.add("baseline", train=INCUMBENT)
+    assert plan.history.anchor == INCUMBENT
+    for blob in ("3" * 40, "4" * 40):
+        plan.add("kept", train=blob, anchor=plan.history.anchor)
+        plan.incumbent = blob
+        assert plan.history.anchor == INCUMBENT
+    del plan.records[:-1]  # a clone without the record
+    assert plan.history.anchor == plan.incumbent
 
 
 @pytest.mark.parametrize("verdict", ["kept", "unmeasured"])

@@ -112,7 +112,7 @@ def scenarios(small_base: Small, tmp_path_factory) -> dict[str, Scenario]:
     prepare("kept", "kept", VALUES["kept"])
     prepare("discarded", "discarded", VALUES["discarded"])
     prepare("kept after two runs", "kept", VALUES["small gain"])
-    prepare("in a chain", "discarded", VALUES["discarded"], plan=CHAINS)
+    prepare("in a chain", "discarded", VALUES["small loss"], plan=CHAINS)
     prepare("by hand", "kept", VALUES["discarded"], "keep", "2")
     return found
 
@@ -185,12 +185,12 @@ def test_killed_between_record_and_branch_the_verdict_waits_for_this_worktrees_n
 def test_an_interrupted_chain_is_carried_out_by_the_next_run(small: Small):
     """The file stays, for the next idea builds on it."""
     small.edit("until: 40 experiments", CHAINS, "program.md")
-    small.write("train.py", train_py(VALUES["discarded"]))
+    small.write("train.py", train_py(VALUES["small loss"]))
     small.hypothesis("worse")
     assert small.run(point=Point("update-ref refs/experiments/2", "after")).returncode == -9
     done = small.run()
     assert "completed experiment 2" in done.stderr and done.returncode == 2 and "already judged" in done.stderr
-    assert small.read("train.py") == train_py(VALUES["discarded"])
+    assert small.read("train.py") == train_py(VALUES["small loss"])
 
 
 def test_what_was_recorded_on_another_branch_is_left_to_that_branch(small: Small):

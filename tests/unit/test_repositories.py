@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -53,7 +54,14 @@ def test_a_clock_that_was_set_back(small: Small):
     os.utime(lock, (int(later), int(later)))
     runs = subprocess.Popen(["bash", "-c", "exec -a container/harness sleep 300"], cwd=small.path)
     try:
-        left = {"pid": runs.pid, "number": 9, "activity": "run 1", "started": int(later), "budget": 5}
+        left = {
+            "pid": runs.pid,
+            "number": 9,
+            "activity": "run 1",
+            "started": int(later),
+            "budget": 5,
+            "stage": "trains",
+        }
         small.write("runs/running.json", json.dumps(left))
         assert re.search(r"running: +experiment 9 \(run 1\), at most [0-5] s left", small.run("status").stdout)
     finally:
@@ -329,3 +337,12 @@ def test_a_git_that_writes_ends_before_we_do(small: Small, tmp_path: Path):
     os.kill(running.pid, signal.SIGTERM)
     assert "SystemExit: 143" in running.finish().stderr and small.experiments() == [1, 2]
     assert "completed experiment 2" in small.run().stderr and small.read("train.py") == train_py(VALUES["incumbent"])
+
+
+def test_a_path_that_is_no_text_is_named(tmp_path: Path):
+    here = os.fsencode(tmp_path) + b"/caf\xe9"
+    shutil.copytree(os.fsencode(ROOT / "container"), here + b"/container")
+    done = subprocess.run(
+        [sys.executable, "-I", here + b"/container/harness", "status"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "") and "caf\ufffd, is not UTF-8" in done.stderr
