@@ -90,3 +90,4 @@ def test_the_size_of_an_archive_is_known_before_it_is_sent(monkeypatch, tmp_path
     for size in (0, 1, 512, 5000, 9000, 10240, 100_000):
         (tmp_path / f"{size}").write_bytes(b"x" * size)
         assert stage.archive(out := io.BytesIO()) == len(out.getvalue()) > size
+        assert stage.archive(io.BytesIO(), lambda *_, **__: None) == len(out.getvalue())  # and without reading it

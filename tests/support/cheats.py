@@ -307,9 +307,9 @@ stage.end_everybody_else = wait_for_everybody_else
 )
 SENT_AFTERWARDS = Naive(  # what training left, when training pairs have been embedded
     stage="""
-def archive(out, real=stage.archive):
+def archive(*how, real=stage.archive):
     stage.in_child(lambda result: stage.encode_fit(4, result), 60)
-    return real(out)
+    return real(*how)
 stage.archive = archive
 """
 )

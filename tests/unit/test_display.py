@@ -142,7 +142,7 @@ def test_the_losses_are_those_of_the_last_run():
 
 @pytest.mark.parametrize("line", ["step 1/2 loss 1", "step 1/2 loss 1e-3 lr 4", "step 1/2 loss -0.5"])
 def test_lines_with_a_loss(line: str):
-    assert [step for step, *_ in display.losses(f"x\n{line}\nstep 2/2 loss inf".encode())] == [1, 2]
+    assert [step for step, *_ in display.losses(f"x\n{line}\nstep 2/2 loss inf\n".encode())] == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,6 +21,7 @@ import engine
 import install
 import measure
 import program
+import sandbox
 from in_process import VALUES, Small, train_py
 from project import ROOT, Refused
 from repository import block
@@ -408,10 +410,42 @@ def test_what_an_engine_does_to_a_training(machine, tmp_path, monkeypatch, statu
     machine(podman=script)
     for folder in ("train", "val/images", "val/captions"):
         (tmp_path / "data/x" / folder).mkdir(parents=True)
+    (tmp_path / "data/x/val.key.npy").write_bytes(bytes(136))
     (tmp_path / "work").mkdir()
     monkeypatch.setattr(measure, "ROOM", 0)
     found = measure.run(measure.Job(tmp_path / "work", tmp_path / "data/x", 5, "1g", 1, tmp_path / "log", "image"))
     assert found.outcome == outcome and words in found.reason
+
+
+def test_what_a_sandbox_sends_is_taken_part_by_part(tmp_path: Path):
+    """As soon as all of a part is there, without waiting for the sandbox's end."""
+    made = sandbox.Sandbox.__new__(sandbox.Sandbox)
+    made.process = subprocess.Popen(["sh", "-c", "printf abcdefg; exec sleep 60"], stdout=subprocess.PIPE)
+    made.killed, made.kill = False, lambda: None
+    for size, want in ((3, b"abc"), (4, b"defg")):
+        made.copy_to(tmp_path / "part", 4, 20, size)
+        assert (tmp_path / "part").read_bytes() == want and made.process.poll() is None
+    made.process.kill()
+    made.process.wait()
+
+
+@pytest.mark.parametrize("end", [{}, {"status": "crashed"}, {"status": "ok", "bytes": 7}])
+def test_a_run_goes_on_where_training_pairs_could_not_be_embedded(tmp_path: Path, monkeypatch, end: dict):
+    def embed(self, side):
+        raise measure.Failed("the side's own reason")
+
+    def copy_to(*_):
+        raise measure.Failed("invalid output: too much")
+
+    trainer = SimpleNamespace(message=lambda limit_s: end, copy_to=copy_to)
+    job = measure.Job(tmp_path, tmp_path, 5, "1g", 1, tmp_path / "log", "image")
+    (measurement := measure.Measurement(job)).report = {"seconds": 3.0}
+    measurement.embed_fit(trainer)
+    assert "/fit.npy" not in measure.judge_mounts(job)
+    monkeypatch.setattr(measure.Measurement, "sides_as_started", lambda self: iter(measure.SIDES))
+    monkeypatch.setattr(measure.Measurement, "embed_side", embed)
+    with pytest.raises(measure.Failed, match="own reason" if end.get("status") == "ok" else "^load: "):
+        measurement.embed()
 
 
 def test_without_gpus_nothing_can_have_gone(machine, monkeypatch):
