@@ -35,7 +35,7 @@ def empty(measured: Project, tmp_path_factory) -> Project:
     for n in made.experiments():
         made.git("update-ref", "-d", f"refs/experiments/{n}")
     shutil.rmtree(made.path / "runs")
-    (made.path / ".git" / history.COMPARED).unlink()
+    (made.path / ".git" / history.COMPARED).unlink(missing_ok=True)
     made.write("program.md", made_up.PLAN)
     made.git("commit", "-qam", "a plan of five phases")
     return made
