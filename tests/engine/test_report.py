@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
+import history
 import made_up
 import publish
 from keep_rule import geometric_mean
@@ -34,6 +35,7 @@ def empty(measured: Project, tmp_path_factory) -> Project:
     for n in made.experiments():
         made.git("update-ref", "-d", f"refs/experiments/{n}")
     shutil.rmtree(made.path / "runs")
+    (made.path / ".git" / history.COMPARED).unlink(missing_ok=True)
     made.write("program.md", made_up.PLAN)
     made.git("commit", "-qam", "a plan of five phases")
     return made
