@@ -28,8 +28,8 @@ from session import Session
 IDLE_TURNS = 3
 STATUS_WIDTH = 96  # columns: the client takes four of a terminal for its margins
 GO_ON = (
-    "Next experiment: {}read what the last result taught, write one line under '## Next experiment' in scratchpad.md, "
-    "edit train.py, run ./run.sh. Do not ask the person; nobody is watching."
+    "Next: {}write one line under '## Next experiment' in scratchpad.md, edit train.py, run ./run.sh. "
+    "Do not ask the person; nobody is watching."
 )
 STILL_ON = "The loop is still on: answer the person in a few lines, then go on with the next experiment in this turn."
 OFF = "The loop is off: do not run another experiment. Sum up in a few lines what was learned. 'start' goes on."

@@ -474,4 +474,4 @@ def test_the_first_request_is_small(made_up, home):
     assert own <= set(request.names) <= own | {"DeferredToolPlaceholder"}
     sizes = f"{request.size} bytes: system {request.system}, tools {request.tools}, messages {request.messages}"
     print(sizes)
-    assert request.size <= 24_500, sizes
+    assert request.size <= 24_000, sizes
