@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,8 +21,8 @@ import notify
 import session
 import settings
 from history import History
-from project import ROOT, visible
-from session import Session
+from project import visible
+from session import Session, end_chain
 
 IDLE_TURNS = 3
 STATUS_WIDTH = 96  # columns: the client takes four of a terminal for its margins
@@ -32,7 +31,7 @@ GO_ON = (
     "Do not ask the person; nobody is watching."
 )
 STILL_ON = "The loop is still on: answer the person in a few lines, then go on with the next experiment in this turn."
-OFF = "The loop is off: do not run another experiment. Sum up in a few lines what was learned. 'start' goes on."
+OFF = f"The loop is off: do not run another experiment; {session.SUM_UP}. 'start' goes on."
 
 
 def context(call: dict, text: str) -> dict:
@@ -133,7 +132,7 @@ def main() -> None:
         was_on = now.on
         answer = status_line(call, now) if sys.argv[1:] else json.dumps(EVENTS[event](call, now))
         if was_on and not now.on and not session.current_night():  # which goes on in its next conversation
-            subprocess.run([ROOT / "run.sh", "end-chain"], stdin=subprocess.DEVNULL, capture_output=True)
+            end_chain()
     except Exception as e:  # program.md cannot be read, most often: the loop ends; person and agent both see why
         told = {} if event == "Stop" else context(call, f"{e}. Tell the person; nothing can run before it is fixed.")
         answer = str(e)[:150] if sys.argv[1:] else json.dumps({"systemMessage": f"The loop cannot go on: {e}", **told})

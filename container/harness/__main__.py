@@ -40,6 +40,8 @@ def one_experiment() -> int:
         proof.unlink()
         try:
             return experiment.run()
+        except BrokenPipeError:  # the client is gone, and what it asked for is recorded
+            raise
         except (Broken, OSError) as error:
             notify.tell(f"{notify.NOTHING_RUNS}: {error}")
             raise

@@ -128,7 +128,7 @@ def missing_limits() -> list[str]:
     asked = DOCKER_HOLDS if name() == "docker" else "{{.Host.CgroupControllers}}"
     info = run([*client(), "info", "--format", asked])
     if info.returncode:
-        raise Refused(f"{name()} fails: {words_of(info)}; ./run.sh doctor says more")
+        raise Broken(f"{name()} fails: {words_of(info)}; ./run.sh doctor says more")
     controllers = re.findall(r"\w+", info.stdout)
     return [limit for limit, controller in LIMITS.items() if controller not in controllers]
 
@@ -139,7 +139,7 @@ def all_gpus() -> tuple[Gpu, ...]:
     if not shutil.which("nvidia-smi"):
         if NVIDIA.is_dir():
             remedy = "install it (the driver's nvidia-utils), or set CUDA_VISIBLE_DEVICES=-1 to train on the CPU"
-            raise Refused(f"there is an NVIDIA GPU ({NVIDIA}), but no nvidia-smi: {remedy}")
+            raise Broken(f"there is an NVIDIA GPU ({NVIDIA}), but no nvidia-smi: {remedy}")
         return ()
     listed = run(["timeout", "-k", "5", str(SMI_TIMEOUT_S), "nvidia-smi", "-L"])
     found: dict[str, Gpu] = {}
@@ -187,7 +187,7 @@ def gpu_called(word: str) -> Gpu:
         if word in (gpu.name, gpu.name.partition(":")[0]) or gpu.uuid.startswith(word) and not word.isdigit():
             return gpu
     there = ", ".join(f"{gpu.name} ({gpu.uuid})" for gpu in all_gpus()) or "none"
-    raise Refused(f"CUDA_VISIBLE_DEVICES names a GPU '{word}' that is not here; nvidia-smi knows: {there}")
+    raise Broken(f"CUDA_VISIBLE_DEVICES names a GPU '{word}' that is not here; nvidia-smi knows: {there}")
 
 
 def device_kind() -> str:

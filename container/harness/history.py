@@ -200,8 +200,8 @@ def is_over(phase: plan.Phase, rows: list[Record]) -> bool:
 
 
 def discards_in_a_row(records: list[Record]) -> int:
-    """Counted from the newest; a failure counts, a control does not, a keep ends it."""
-    tried = [r for r in records if r.verdict != "control"]
+    """Counted from the newest; a failure counts, a control never does, a keep ends it."""
+    tried = [r for r in records if not r.is_a(record.CONTROL)]
     return next((i for i, r in enumerate(reversed(tried)) if r.verdict == "kept"), len(tried))
 
 

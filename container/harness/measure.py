@@ -203,10 +203,10 @@ class Measurement:
 
     def embed_fit(self, trainer: Sandbox) -> None:
         """Store what the trainer embeds of its own table, for the judge. Without that a run goes on all the same."""
-        end = trainer.message(self.embed_s + GRACE_S)
-        self.loads = end.get("status") == "ok"
-        if self.loads:
-            with contextlib.suppress(Failed):  # the judge takes nothing that is incomplete
+        with contextlib.suppress(Failed, Lost):  # the judge takes nothing that is incomplete
+            end = trainer.message(self.embed_s + GRACE_S)
+            self.loads = end.get("status") != "crashed"
+            if end.get("status") == "ok":
                 trainer.copy_to(self.job.work / "fit.npy", ARRAY_BYTES, EMBED_S, end["bytes"])
 
     def sides_as_started(self) -> Iterator[str]:
@@ -250,12 +250,12 @@ class Measurement:
 
     def end(self) -> None:
         """End what still runs; also where the engine's client alone was killed."""
+        self.ended.set()
         shutil.rmtree(self.job.work / "alive", ignore_errors=True)  # the lifelines: they end at the same time
         for sandbox in self.sandboxes.values():
             if sandbox.process.poll() != 0:
                 sandbox.kill()
         self.log.close()
-        self.ended.set()
         self.drawer.join(5)  # a terminal that is held up holds up nothing else
 
     def timing(self) -> dict[str, float]:

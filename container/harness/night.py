@@ -26,7 +26,7 @@ import notify
 from history import History
 from project import ROOT, RUNS, Refused, visible, write_json
 from record import JUDGED
-from session import NIGHT, NIGHT_LOCK, Night, Session, current_night, load, progressed
+from session import NIGHT, NIGHT_LOCK, Night, Session, current_night, end_chain, load, progressed
 
 LOG, OUTPUT = RUNS / "night.log", RUNS / "night.out"  # OUTPUT: the client's, which says how the conversation ended
 FIRST_WAIT = 10  # s until the client is started again; doubled after each conversation without an experiment
@@ -116,7 +116,7 @@ class Keeper:
         while self.experiment() and self.stops < 2:  # its client was killed
             time.sleep(POLL)
         self.end_experiment()
-        run([ROOT / "run.sh", "end-chain"], stdin=DEVNULL, capture_output=True)
+        end_chain()
         self.check()
         in_vain = f"{fruitless} conversations in a row brought no experiment; the last said: {self.message}"
         self.log_summary(why or in_vain)

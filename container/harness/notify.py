@@ -59,7 +59,8 @@ def notify(line: str = "") -> None:
         command = ["timeout", "-k", "5", str(LIMIT_S), *words]
         status = subprocess.run(command, input=given.encode(), stdout=log, stderr=log, cwd=ROOT).returncode
     fault = before.get("fault") or ("new" if line else "said")
-    write_json(STATE, {"told": told, "when": now, "fault": fault if status else ""})
+    arrived = {"told": "", "when": 0.0} if status else {"told": told, "when": now}
+    write_json(STATE, {**arrived, "fault": fault if status else ""})
     if status:
         said = visible(" ".join(LOG.read_text(errors="replace").split()))[-200:] or "it said nothing"
         raise Refused(f"program.md's `notify` failed ({f'after {LIMIT_S} s' if status == 124 else status}): {said}")

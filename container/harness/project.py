@@ -29,8 +29,8 @@ class Broken(Refused):
 
 
 def say(text: str) -> None:
-    """A line for whoever watches; results alone go to standard output."""
-    print(text, file=sys.stderr, flush=True)
+    """A line for whoever watches, in place of a live one; results alone go to standard output."""
+    print("\x1b[K" * sys.stderr.isatty() + text, file=sys.stderr, flush=True)
 
 
 def visible(text: str) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import git
 import locks
 from keep_rule import geometric_mean
-from project import ROOT, RUNS, Refused, number, read_json, say, visible, write_json, write_whole
+from project import ROOT, RUNS, Broken, Refused, number, read_json, say, visible, write_json, write_whole
 
 if TYPE_CHECKING:  # the guard reads the record before every run, and need not import what measures
     from measure import Run
@@ -166,7 +166,7 @@ class Attempt(Outcome):
         if self.verdict == "kept" and self.values() and self.before:
             before, after = geometric_mean(self.before), geometric_mean(self.values())
             return f"{self.hypothesis} ({number(before)} → {number(after)})"
-        named = self.by_hand or self.verdict in ("baseline", "audit", "final")
+        named = self.by_hand or self.verdict in ("baseline", "audit", "final", "control")
         return self.hypothesis if named else f"{self.verdict}: {self.hypothesis}"
 
     def message(self) -> str:
@@ -233,7 +233,7 @@ def claim(n: int, commit: str) -> bool:
     if (found := git.object_id(ref)) == commit:
         return True
     if not found and not (git.folder() / ref).exists():
-        raise Refused(f"cannot write {ref} (disk full or read-only?)")
+        raise Broken(f"cannot write {ref} (disk full or read-only?)")
     for kind in ("log", "diff", "pending"):
         if run_file(n, kind).exists():
             run_file(n, kind).rename(run_file(n + 1, kind))

@@ -11,9 +11,11 @@ import fcntl
 import json
 import os
 import re
+import subprocess
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from subprocess import DEVNULL
 
 from history import History
 from project import ROOT, RUNS, read_json, write_json, write_whole
@@ -25,6 +27,7 @@ BOOT = Path("/proc/sys/kernel/random/boot_id")  # another one after every start 
 NIGHT, NIGHT_LOCK = RUNS / "night.json", RUNS / "night.lock"
 FORMATS = {"experiments": "d", "hours": ".1f", "tokens": ",d", "usd": ".2f"}  # of what program.md's `stop` limits
 SUM_UP = "sum up in scratchpad.md in a few lines what was learned and what to try next, then end your turn"
+END_CHAIN_S = 15
 TRANSCRIPT_TAIL, LOOKS = 1 << 19, 25  # bytes that are looked at, and how often: the client writes it 70 ms late
 TOKENS = ("input_tokens", "output_tokens", "cache_creation_input_tokens")  # what the cache gave is not counted
 
@@ -201,6 +204,12 @@ def next_time(clock: str, since: float) -> float:
     day, (hour, minute) = time.localtime(since), map(int, clock.split(":"))
     today, tomorrow = (time.mktime((*day[:2], day.tm_mday + n, hour, minute, 0, 0, 0, -1)) for n in (0, 1))
     return today if today > since else tomorrow
+
+
+def end_chain() -> None:
+    """An open chain ends with the loop. An engine that hangs does not hold up who calls this."""
+    with contextlib.suppress(subprocess.TimeoutExpired, OSError):
+        subprocess.run([ROOT / "run.sh", "end-chain"], stdin=DEVNULL, capture_output=True, timeout=END_CHAIN_S)
 
 
 def used_in_all() -> str:

@@ -149,7 +149,7 @@ def test_lines_with_a_loss(line: str):
     "line", ["step 1/0 loss 1", "step 0/2 loss 1", "step 1/2 loss x", "step 1/2", f"step {'9' * 10}/1 loss 1"]
 )
 def test_lines_without_one(line: str):
-    assert display.losses(line.encode()) == []
+    assert display.losses(f"{line}\n".encode()) == []
 
 
 HOSTILE = (
