@@ -309,7 +309,7 @@ def sweep(shared_as: str = "") -> None:
 
 def image_tag(base: str) -> str:
     """The tag is a hash of everything the image is made of, so an unchanged one is found at once."""
-    content = base.encode() + b"".join((ROOT / "container" / f).read_bytes() for f in IMAGE_MADE_OF)
+    content = base.encode() + b"".join((IMAGE / f).read_bytes() for f in IMAGE_MADE_OF)
     return f"{IMAGE_NAME}:{hashlib.sha256(content).hexdigest()[:12]}"
 
 

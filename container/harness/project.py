@@ -17,7 +17,7 @@ DATA_NAME = r"(?!(?i:weights)$|.*\.(?i:partial|download)$)[A-Za-z0-9][A-Za-z0-9_
 DATA_NAME_HINT = "up to 41 letters, digits, dots, dashes and underscores, but not weights, *.partial or *.download"
 DATA_FORMAT = 3  # of a data set's info.json
 MEASURES = ("inside/judge.py", "inside/stage.py", "image/seccomp.json")  # in container/: results depend on these
-IMAGE_MADE_OF = ("image/Containerfile", "image/requirements.txt")  # likewise
+IMAGE_MADE_OF = ("Containerfile", "requirements.txt")  # in container/image/, likewise
 
 
 class Refused(Exception):
