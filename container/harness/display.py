@@ -201,7 +201,7 @@ def next_step(attempt: Attempt, history: History) -> str:
     if attempt.verdict == "lost":
         return "nothing is held against this idea: run ./run.sh again, as it is"
     step = "write the next hypothesis in scratchpad.md, edit train.py, run ./run.sh"
-    step = ASK + step if history.planner_due() else step
+    step = ASK + step if history.planner_due() and attempt.verdict != "dropped" else step
     chain = attempt.chain
     if attempt.verdict == "failed" and chain and chain.continues:
         return f"fix it where it stands, or try something else on top; {step}"

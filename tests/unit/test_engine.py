@@ -429,7 +429,7 @@ def test_what_a_sandbox_sends_is_taken_part_by_part(tmp_path: Path):
     made.process.wait()
 
 
-@pytest.mark.parametrize("end", [{}, {"status": "crashed"}, {"status": "ok", "bytes": 7}])
+@pytest.mark.parametrize("end", [None, {}, {"status": "limit"}, {"status": "crashed"}, {"status": "ok", "bytes": 7}])
 def test_a_run_goes_on_where_training_pairs_could_not_be_embedded(tmp_path: Path, monkeypatch, end: dict):
     def embed(self, side):
         raise measure.Failed("the side's own reason")
@@ -437,14 +437,19 @@ def test_a_run_goes_on_where_training_pairs_could_not_be_embedded(tmp_path: Path
     def copy_to(*_):
         raise measure.Failed("invalid output: too much")
 
-    trainer = SimpleNamespace(message=lambda limit_s: end, copy_to=copy_to)
+    def message(limit_s: float) -> dict:
+        if end is None:
+            raise measure.Lost("Slurm: time limit")
+        return end
+
+    trainer = SimpleNamespace(message=message, copy_to=copy_to)
     job = measure.Job(tmp_path, tmp_path, 5, "1g", 1, tmp_path / "log", "image")
     (measurement := measure.Measurement(job)).report = {"seconds": 3.0}
     measurement.embed_fit(trainer)
     assert "/fit.npy" not in measure.judge_mounts(job)
     monkeypatch.setattr(measure.Measurement, "sides_as_started", lambda self: iter(measure.SIDES))
     monkeypatch.setattr(measure.Measurement, "embed_side", embed)
-    with pytest.raises(measure.Failed, match="own reason" if end.get("status") == "ok" else "^load: "):
+    with pytest.raises(measure.Failed, match="^load: " if end == {"status": "crashed"} else "own reason"):
         measurement.embed()
 
 

@@ -116,14 +116,17 @@ def test_the_planner_is_due_at_the_start_of_a_phase_and_after_five_discards(plan
 
 def test_a_control_counts_as_an_experiment_but_not_as_a_discard(plan):
     plan.edit("until: 2 experiments", "until: 9 experiments, 6 discards")
-    plan.add("discarded", "control", *["discarded"] * 3)
+    control = {"hypothesis": "control: without the expert"}
+    plan.add("discarded")
+    plan.add("control", "failed", **control)  # nor does one that crashed
+    plan.add(*["discarded"] * 3)
     assert not plan.history.planner_due()
     plan.add("discarded")
     assert plan.history.planner_due() and phase(plan) == "optimiser"
-    plan.add("control")
+    plan.add("control", **control)
     assert not plan.history.planner_due() and phase(plan) == "optimiser"
-    assert line(plan) == "1 of 3 (optimiser), 7 of 9 experiments"
-    plan.add("control", "control")
+    assert line(plan) == "1 of 3 (optimiser), 8 of 9 experiments"
+    plan.add("control", **control)
     assert phase(plan) == "expert views"
 
 

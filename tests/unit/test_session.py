@@ -49,7 +49,7 @@ class Loop:
         spec = importlib.util.spec_from_file_location("loop", ROOT / ".claude/hooks/loop.py")
         spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
         self.main, self.chains_ended = module.main, 0
-        monkeypatch.setattr(module.subprocess, "run", self.end_chain)
+        monkeypatch.setattr(session.subprocess, "run", self.end_chain)
 
     def end_chain(self, command: list, **_) -> None:
         assert [str(word) for word in command] == [f"{ROOT}/run.sh", "end-chain"]
