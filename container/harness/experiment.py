@@ -318,7 +318,7 @@ def lines_of_code(source: bytes) -> int:
     with contextlib.suppress(tokenize.TokenError, SyntaxError):
         for token in tokenize.tokenize(io.BytesIO(source).readline):
             if token.type == tokenize.NEWLINE or token.string == ";":
-                count += statement != [tokenize.STRING]
+                count += statement not in ([], [tokenize.STRING])
                 statement = []
             elif token.type not in NO_CODE:
                 statement.append(token.type)
