@@ -6,7 +6,6 @@ It runs in the background and in run.sh's clean environment; nothing waits for i
 from __future__ import annotations
 
 import contextlib
-import re
 import subprocess
 import time
 from subprocess import DEVNULL
@@ -16,10 +15,11 @@ from history import History
 from project import ROOT, RUNS, Refused, read_json, say, visible, write_json
 from record import Attempt
 
-STATE, LOG = RUNS / "notify.json", RUNS / "notify.log"  # what was told last; what the command said then
+STATE, LOG = RUNS / "notify.json", RUNS / "notify.log"  # whether the command fails; what it said the last time
+TROUBLE = RUNS / "notify.trouble"  # an empty file, which a full disk takes too: when NOTHING_RUNS was told last
 LIMIT_S = 30  # for the command, with what it started
 NOTHING_RUNS = "nothing runs, please see to it"
-AGAIN_S = 3600  # until that is told once more for the same reason: the agent tries again and again
+AGAIN_S = 3600  # until that is told once more: the agent tries again and again
 MAX_LINE = 300  # characters
 
 
@@ -34,10 +34,10 @@ def tell(text: str) -> None:
 
 def tell_result(attempt: Attempt, history: History) -> None:
     """A large improvement, and the end of a phase. history: by which the experiment was planned."""
-    if (state := read_json(STATE, {})).get("fault") == "new":
+    if read_json(STATE, {}).get("fault") == "new":
         say("run.sh: warning: program.md's `notify` fails; ./run.sh notify, in a terminal, shows how")
         with contextlib.suppress(OSError):  # a full disk
-            write_json(STATE, {**state, "fault": "said"})
+            write_json(STATE, {"fault": "said"})
     now = History.load(history.program)
     best, phase = f"{now.program.metric} {now.best_line()}", now.phase.name if now.phase else ""
     if attempt.verdict == "kept" and -(attempt.percent or 0) > now.program.notify_gain:
@@ -48,19 +48,19 @@ def tell_result(attempt: Attempt, history: History) -> None:
 
 def notify(line: str = "") -> None:
     """Run the command to its end; without a line, for a person who tries it. Raises Refused when it fails."""
-    words, before, now = program.read().notify, read_json(STATE, {}, told=str, when=float, fault=str), time.time()
+    words, trouble = program.read().notify, NOTHING_RUNS in line
     if not words:
         raise Refused("program.md has no `notify` under Settings; .claude/README.md says what it may be")
-    told = re.sub(r"\d", "", line)
-    if NOTHING_RUNS in line and told == before.get("told") and 0 <= now - before["when"] < AGAIN_S:
+    if trouble and TROUBLE.exists() and 0 <= time.time() - TROUBLE.stat().st_mtime < AGAIN_S:
         return
     given = (line or f"{ROOT.name}: a line to try `notify`") + "\n"
     with LOG.open("wb") as log:
         command = ["timeout", "-k", "5", str(LIMIT_S), *words]
         status = subprocess.run(command, input=given.encode(), stdout=log, stderr=log, cwd=ROOT).returncode
-    fault = before.get("fault") or ("new" if line else "said")
-    arrived = {"told": "", "when": 0.0} if status else {"told": told, "when": now}
-    write_json(STATE, {**arrived, "fault": fault if status else ""})
+    if trouble and not status:
+        TROUBLE.touch()
+    fault = read_json(STATE, {}, fault=str).get("fault") or ("new" if line else "said")
+    write_json(STATE, {"fault": fault if status else ""})
     if status:
         said = visible(" ".join(LOG.read_text(errors="replace").split()))[-200:] or "it said nothing"
         raise Refused(f"program.md's `notify` failed ({f'after {LIMIT_S} s' if status == 124 else status}): {said}")

@@ -84,12 +84,14 @@ def examples(images: np.ndarray, captions: np.ndarray, key: np.ndarray) -> np.nd
     return np.stack([np.argsort(-scores, axis=1, kind="stable")[:, :BEST] for scores in both]).astype(np.int32)
 
 
-def fit(path: str, most: int) -> dict:
-    """How training pairs rank, the images first in one array; {} where that cannot be judged: it never decides."""
+def fit(path: str, pairs: int) -> dict:
+    """How so many training pairs rank, the images first in one array; {} where that cannot be judged: it never decides.
+
+    Nor where there are fewer: in a smaller gallery ranks are lower by that alone.
+    """
     try:
-        m = max(1, min(len(np.lib.format.open_memmap(path, mode="r")) // 2, most))
-        rows = load_embeddings(path, 2 * m, "fit")
-        metrics, _ = retrieval(rows[:m], rows[m:], np.arange(m))
+        rows = load_embeddings(path, 2 * pairs, "fit")
+        metrics, _ = retrieval(rows[:pairs], rows[pairs:], np.arange(pairs))
     except Exception:  # no such file, and whatever a forged one raises
         return {}
     return {name: metrics[name] for name in ("mean_rank", "median_rank", "gallery")}

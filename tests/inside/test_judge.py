@@ -102,7 +102,8 @@ def test_training_pairs_are_ranked_among_themselves(tmp_path: Path):
     fit = judge.fit(str(tmp_path / "fit.npy"), 30)
     assert fit == {name: expected[name] for name in ("mean_rank", "median_rank", "gallery")} and fit["gallery"] == 30
     np.save(tmp_path / "fit.npy", np.concatenate([images, images]))
-    assert judge.fit(str(tmp_path / "fit.npy"), 40)["mean_rank"] == 1
+    assert judge.fit(str(tmp_path / "fit.npy"), 30)["mean_rank"] == 1
+    assert judge.fit(str(tmp_path / "fit.npy"), 40) == {}
 
 
 @pytest.mark.parametrize(

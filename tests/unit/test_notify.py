@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from pathlib import Path
@@ -104,20 +105,32 @@ def test_it_is_told_in_the_background(told, monkeypatch):
 
 
 def test_that_nothing_runs_is_told_once_an_hour(told, monkeypatch, tmp_path):
+    """Whatever the reason, and also where nothing can be remembered but that it was told."""
     told("tee -a told")
-    monkeypatch.setattr(notify, "ROOT", tmp_path)
-    monkeypatch.setattr(notify, "STATE", tmp_path / "state")
-    monkeypatch.setattr(notify, "LOG", tmp_path / "log")
-    full = notify.NOTHING_RUNS + ": 3.1 GB free"
-    lines = [full, full.replace("3.1", "2.9"), notify.NOTHING_RUNS + ": no GPU", "17 kept: a", "18 kept: a"]
-    for line in lines:
-        notify.notify(line)
-    assert (tmp_path / "told").read_text().splitlines() == [lines[0], *lines[2:]]
-    notify.notify(full)
+    for name in ("ROOT", "STATE", "LOG", "TROUBLE"):
+        monkeypatch.setattr(notify, name, tmp_path / name if name != "ROOT" else tmp_path)
+
+    def full(*_) -> None:
+        raise OSError(28, "No space left")
+
+    monkeypatch.setattr(notify, "write_json", full)
+    lines = ["17 kept: a", notify.NOTHING_RUNS + ": 3.1 GB free", notify.NOTHING_RUNS + ": no GPU", "18 kept: a"]
+    for line in [*lines, lines[1]]:
+        with contextlib.suppress(OSError):
+            notify.notify(line)
+    assert (tmp_path / "told").read_text().splitlines() == [lines[0], lines[1], lines[3]]
     later = time.time() + 3601
     monkeypatch.setattr(time, "time", lambda: later)
-    notify.notify(full)
-    assert (tmp_path / "told").read_text().splitlines()[-2:] == [full, full]
+    with contextlib.suppress(OSError):
+        notify.notify(lines[2])
+    assert (tmp_path / "told").read_text().splitlines()[-1] == lines[2]
+
+
+def test_trouble_that_did_not_arrive_is_told_again(told, monkeypatch, tmp_path):
+    (repo := told("false")).run("notify", notify.NOTHING_RUNS)
+    assert not (repo.path / "runs/notify.trouble").exists()
+    (repo := told("true")).run("notify", notify.NOTHING_RUNS)
+    assert (repo.path / "runs/notify.trouble").exists()
 
 
 @pytest.mark.parametrize(("words", "fault"), [(["a line"], "new"), ([], "said")])
@@ -130,7 +143,7 @@ def test_a_person_who_tries_it_is_not_told_twice(told, words, fault):
 
 def test_a_failure_is_said_once(small: Small):
     """Without what the command said: the agent reads this too."""
-    small.write("runs/notify.json", '{"told": "", "when": 1.5, "fault": "new"}')
+    small.write("runs/notify.json", '{"fault": "new"}')
     words = "run.sh: warning: program.md's `notify` fails; ./run.sh notify"
     for n, said in enumerate((1, 0)):
         small.write("train.py", train_py(150 + n))
@@ -241,6 +254,7 @@ def test_a_night_that_waits_or_ends(keeper, lines, monkeypatch):  # noqa: F811
     look = one.check
     monkeypatch.setattr(one, "check", lambda: look() or "it is late" * (lines != [] or time.monotonic() > until))
     monkeypatch.setattr(night, "run", lambda *_, **__: CompletedProcess([], 0, "", ""))
+    monkeypatch.setattr(night, "end_chain", lambda: None)
     one.keep()
     assert lines[0] == f"{notify.NOTHING_RUNS}: the client ended with status 1: overloaded", lines
     assert lines[-1].startswith("the night has ended: it is late; mean_rank not measured yet")
