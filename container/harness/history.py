@@ -201,8 +201,8 @@ def is_over(phase: plan.Phase, rows: list[Record]) -> bool:
 
 def discards_in_a_row(records: list[Record]) -> int:
     """Counted from the newest; a failure counts, a control never does, a keep ends it."""
-    tried = [r for r in records if not r.is_a(record.CONTROL)]
-    return next((i for i, r in enumerate(reversed(tried)) if r.verdict == "kept"), len(tried))
+    since = takewhile(lambda r: r.verdict != "kept", reversed(records))
+    return sum(r.verdict == "discarded" or not r.is_a(record.CONTROL) for r in since)
 
 
 def with_error(values: list[float], sigma: float) -> str:

@@ -34,6 +34,8 @@ def tell(text: str) -> None:
 
 def tell_result(attempt: Attempt, history: History) -> None:
     """A large improvement, and the end of a phase. history: by which the experiment was planned."""
+    if not history.program.notify:
+        return
     if read_json(STATE, {}).get("fault") == "new":
         say("run.sh: warning: program.md's `notify` fails; ./run.sh notify, in a terminal, shows how")
         with contextlib.suppress(OSError):  # a full disk

@@ -88,7 +88,7 @@ class Sandbox:
         # the device, the one file here that is inheritable, as long as it lives
         where = {"cwd": container.folder, "close_fds": False}
         self.process = subprocess.Popen(argv, stdin=PIPE, stdout=PIPE, stderr=PIPE, **where)
-        self.killed, self.last_error = False, b""
+        self.killed, self.ready, self.last_error = False, False, b""
         self.last_beat, self.longest_silence = time.monotonic(), 0.0
         threading.Thread(target=self._beat, daemon=True).start()
         self.log_reader = threading.Thread(target=self._read_log, daemon=True)
@@ -124,6 +124,7 @@ class Sandbox:
         else:
             up = self.message(IMPORT_S)
         if up and (ready := self.message(IMPORT_S)):
+            self.ready = True
             return ready
         error = " | ".join(self.last_error[-300:].decode("utf-8", "replace").strip().splitlines())
         error = f"the sandbox of {self.stage} did not start: {error or 'no message in time'}"
@@ -192,16 +193,19 @@ class Sandbox:
         elif self.container.launch:
             errors = re.findall(r"^(?:srun|slurmstepd\S*): .*", self.last_error.decode("utf-8", "replace"), re.M)
             cause = next((reason for pattern, reason in SLURM if re.search(pattern, "\n".join(errors))), "")
-        if not cause and (status < 0 or status in ENGINE_FAILED):
-            cause = f"{engine.name()} failed (its client ended with {status})"
-        elif not cause and status == KILLED and self.knows_oom() and not (self.container.folder / "oom").exists():
-            cause = "the sandbox was killed from outside"
+        if not cause and self.ready:  # else whoever waits for it tells what the engine says
+            cause = self.ended_by_others(status)
         if cause:
             raise Lost(f"{cause}: {NOT_YOURS}")
 
-    def knows_oom(self) -> bool:
-        """Whether a file "oom" would be there if its memory had run out."""
-        return engine.name() == "podman" and not self.container.launch
+    def ended_by_others(self, status: int) -> str:
+        """What the engine did to a sandbox that was ready, or somebody; '' where its memory may have run out."""
+        if status < 0 or status in ENGINE_FAILED:
+            return f"{engine.name()} failed (its client ended with {status})"
+        knows_oom = engine.name() == "podman" and not self.container.launch
+        if status == KILLED and knows_oom and not (self.container.folder / "oom").exists():
+            return "the sandbox was killed from outside"
+        return ""
 
     def wait(self) -> None:
         """Until it has ended and its log is complete."""

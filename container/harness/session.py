@@ -209,7 +209,8 @@ def next_time(clock: str, since: float) -> float:
 def end_chain() -> None:
     """An open chain ends with the loop. An engine that hangs does not hold up who calls this."""
     with contextlib.suppress(subprocess.TimeoutExpired, OSError):
-        subprocess.run([ROOT / "run.sh", "end-chain"], stdin=DEVNULL, capture_output=True, timeout=END_CHAIN_S)
+        if History.load().link:
+            subprocess.run([ROOT / "run.sh", "end-chain"], stdin=DEVNULL, capture_output=True, timeout=END_CHAIN_S)
 
 
 def used_in_all() -> str:

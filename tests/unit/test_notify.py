@@ -144,6 +144,7 @@ def test_a_person_who_tries_it_is_not_told_twice(told, words, fault):
 def test_a_failure_is_said_once(small: Small):
     """Without what the command said: the agent reads this too."""
     small.write("runs/notify.json", '{"fault": "new"}')
+    small.edit("## Settings\n", "## Settings\nnotify: true\n", "program.md")
     words = "run.sh: warning: program.md's `notify` fails; ./run.sh notify"
     for n, said in enumerate((1, 0)):
         small.write("train.py", train_py(150 + n))
@@ -162,7 +163,7 @@ def test_a_failure_is_said_once(small: Small):
     ],
 )
 def test_a_large_improvement(small: Small, text, settings, wanted):
-    small.edit("## Settings\n", f"## Settings\n{settings}", "program.md")
+    small.edit("## Settings\n", f"## Settings\nnotify: true\n{settings}", "program.md")
     small.write("train.py", text)
     small.hypothesis("an idea")
     done = small.run(given=TOLD)
@@ -175,6 +176,7 @@ def test_a_large_improvement(small: Small, text, settings, wanted):
 )
 def test_the_end_of_a_phase(small: Small, until, second, end):
     small.edit("until: 40 experiments", f"until: {until} experiments", "program.md")
+    small.edit("## Settings\n", "## Settings\nnotify: true\n", "program.md")
     small.edit("## Phase 2 — second\n", f"## Phase 2 — second\n{second}\n", "program.md")
     small.write("train.py", DISCARDED)
     small.hypothesis("an idea")

@@ -21,6 +21,7 @@ import pytest
 import display
 import locks
 import night
+import record
 import session
 from recorded import Recorded
 from repository import PROGRAM, ROOT
@@ -49,10 +50,9 @@ class Loop:
         spec = importlib.util.spec_from_file_location("loop", ROOT / ".claude/hooks/loop.py")
         spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
         self.main, self.chains_ended = module.main, 0
-        monkeypatch.setattr(session.subprocess, "run", self.end_chain)
+        monkeypatch.setattr(module, "end_chain", self.end_chain)
 
-    def end_chain(self, command: list, **_) -> None:
-        assert [str(word) for word in command] == [f"{ROOT}/run.sh", "end-chain"]
+    def end_chain(self) -> None:
         self.chains_ended += 1
 
     def call(self, *words: str, **given) -> str:
@@ -246,6 +246,22 @@ def test_the_last_phase(loop):
     loop.type("start")
     loop.plan.add("discarded")
     assert "all phases of program.md are done" in loop.end()
+
+
+def test_a_chain_is_ended_where_one_is_open(loop, monkeypatch):
+    """And an engine that hangs holds up nothing."""
+    calls = []
+
+    def hangs(command: list, timeout: float, **_) -> None:
+        calls.append([str(word) for word in command])
+        raise session.subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(session.subprocess, "run", hangs)
+    session.end_chain()
+    assert calls == []
+    loop.plan.add("discarded", chain=record.Chain(1, 3, loop.plan.incumbent[:9], True))
+    session.end_chain()
+    assert calls == [[f"{ROOT}/run.sh", "end-chain"]]
 
 
 def test_hours_and_several_limits(loop, monkeypatch):
