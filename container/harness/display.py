@@ -102,7 +102,7 @@ def metric_rows(attempt: Attempt) -> list[tuple]:
         lucky = attempt.verdict == "discarded" and 0 < attempt.sigmas < MARGIN
         note = f"; below {MARGIN} sigma nothing is kept" if lucky else ""
         rows.append(("change", f"{attempt.percent:+.1f} %   ({attempt.gain}, sigma {attempt.sigma * 100:.1f} %){note}"))
-    rows.append(("saved", attempt.saved))
+    rows.append(("costs", attempt.saved))
     other = "median_rank" if attempt.metric == "mean_rank" else "mean_rank"
     rows.append((other, number(geometric_mean(attempt.values(other)))))
     return [*rows, ("recall", recall(measured))]

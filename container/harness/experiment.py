@@ -303,7 +303,7 @@ def simplified(attempt: Attempt, history: History) -> list[float] | None:
     attempt.saved = f"training time {100 * time_change:+.0f} %, lines of code {100 * lines_change:+.0f} %"
     if time_change > -keep_rule.LESS_TIME and lines_change > -keep_rule.FEWER_LINES:
         enough = f"{keep_rule.LESS_TIME:.0%} less time or {keep_rule.FEWER_LINES:.0%} fewer lines".replace("%", " %")
-        attempt.saved += f" (too little: {enough})"
+        attempt.saved += f" (too little saved: {enough})"
         return None
     anchor = history.values_by_train[history.anchor]
     if history.anchor != history.incumbent_train:

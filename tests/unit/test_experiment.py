@@ -470,16 +470,16 @@ FASTER, SHORTER = "SECONDS = 1.2\n", ""  # than the incumbent's 1.5, and than it
 def test_a_simplification_that_loses_nothing_is_kept(small: Small):
     small.write("train.py", train_py(100.5, FASTER))
     done, shown = small.experiment("Simplify: half precision, exactly the same")
-    assert shown["verdict"] == "kept" and shown["saved"] == "training time -20 %, lines of code +100 %", done.stderr
+    assert shown["verdict"] == "kept" and shown["costs"] == "training time -20 %, lines of code +100 %", done.stderr
     assert "mean of 2 runs" in shown["mean_rank"] and small.git("log", "-1", "--format=%s").endswith("(100.0 → 100.6)")
     trailers = small.trailers("HEAD")
-    assert trailers["Anchor"] == small.git("rev-parse", "HEAD^:train.py") and trailers["Saved"] == shown["saved"]
+    assert trailers["Anchor"] == small.git("rev-parse", "HEAD^:train.py") and trailers["Saved"] == shown["costs"]
     small.write("train.py", train_py(101.2))
     _, shown = small.experiment("simplify: a line less")
-    assert shown["verdict"] == "kept" and shown["saved"].endswith("against what was there before all simplifications")
+    assert shown["verdict"] == "kept" and shown["costs"].endswith("against what was there before all simplifications")
     small.write("train.py", train_py(102.3, FASTER))  # 1.1 % worse than the incumbent, 2.3 % than the anchor
     _, shown = small.experiment("simplify: another")
-    assert shown["verdict"] == "discarded" and "+1.1 %" in shown["change"] and "; +2.3 % against" in shown["saved"]
+    assert shown["verdict"] == "discarded" and "+1.1 %" in shown["change"] and "; +2.3 % against" in shown["costs"]
 
 
 @pytest.mark.parametrize(
@@ -501,7 +501,7 @@ def test_what_counts_as_a_line_of_code(source: str, count: int):
 def test_a_simplification_that_saves_too_little_or_loses_too_much_is_not(small: Small):
     small.write("train.py", train_py(100.5, "# a comment\n\n"))
     _, shown = small.experiment("simplify: nothing")
-    assert shown["verdict"] == "discarded" and "lines of code +0 % (too little: 10 % less time" in shown["saved"]
+    assert shown["verdict"] == "discarded" and "lines of code +0 % (too little saved: 10 % less time" in shown["costs"]
     assert "mean of" not in shown["mean_rank"]
     small.write("train.py", train_py(104, FASTER))
     _, shown = small.experiment("simplify: half precision")
