@@ -27,18 +27,13 @@ USAGE = "prints | ukiyo-e [--annotations DIR] [--images DIR_OR_ZIP] [--weights D
 CA_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem")
 
 
-def folder(name: str) -> Path:
-    """data/<name> in the main worktree, so that all worktrees share it."""
-    return git.main_worktree() / "data" / name
-
-
 def verified_hash(name: str) -> str:
     """The hash of a data set, every file of which is what info.json says. Raises Refused.
 
     Sizes are checked every time, content only where a file is not the very one that was read before: 0.3 ms for the
     8,000 prints, and 0.3 s the first time.
     """
-    data, remedy = folder(name), f"move it away and run ./run.sh data {name} in a terminal"
+    data, remedy = git.data_folder(name), f"move it away and run ./run.sh data {name} in a terminal"
     if not (data / "info.json").exists():
         raise Refused(f"data/{name}/info.json is missing: run ./run.sh data {name} in a terminal")
     info = read_json(data / "info.json", {})
@@ -91,7 +86,7 @@ def prepare(name: str = "", *options: str) -> int:
 def prepare_alone(name: str, options: tuple[str, ...]) -> int:
     """Under the lock of this data set."""
     words = [part for word in options for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    if folder(name).exists() and "--add" not in words:
+    if git.data_folder(name).exists() and "--add" not in words:
         raise Refused(f"data/{name} exists already; move it away first")
     own = {}  # what a person gives: where it is inside, and here
     for at, option in enumerate(words[:-1], 1):
@@ -115,7 +110,7 @@ def prepare_alone(name: str, options: tuple[str, ...]) -> int:
     command = ["python", "/repo/prepare_data.py", name, *words, "--out", f"/writable/{name}"]
     container = engine.Container(f"ar-{os.getpid()}-data", engine.find_image(), command, MEMORY, mounts)
     container.network, container.environment = network, environment
-    container.writable, container.shared_as = folder(name).parent, f"data-{name}"
+    container.writable, container.shared_as = git.data_folder(name).parent, f"data-{name}"
     container.writable.mkdir(exist_ok=True)
     engine.sweep(container.shared_as)  # what a killed one left would go on writing
     try:

@@ -208,9 +208,8 @@ def next_step(attempt: Attempt, history: History) -> str:
     if attempt.verdict == "failed":
         diff = run_file(attempt.experiment, "diff").relative_to(ROOT)
         return f"your edit is in {diff}: make it again, fixed, or drop the idea; then {step}"
-    return (
-        f"note in scratchpad.md what this taught; then {step}" if attempt.verdict in ("discarded", "control") else step
-    )
+    taught = attempt.verdict in ("discarded", "control")
+    return f"note in scratchpad.md what this taught; then {step}" if taught else step
 
 
 def log_end(n: int) -> list[str]:
@@ -283,8 +282,8 @@ def status() -> None:
 
 def training_data(name: str) -> list[str]:
     """What prepare_data.py found, captions quoted: data, not instructions. [] where an older version of it prepared."""
-    info = git.main_worktree() / "data" / name / "info.json"
-    found = [visible(str(line)) for line in read_json(info, {"training": []}, training=list)["training"]]
+    info = read_json(git.data_folder(name) / "info.json", {"training": []}, training=list)
+    found = [visible(str(line)) for line in info["training"]]
     quoted = [cut(f"| {caption}", DATA_WIDTH) for caption in found[1:]]
     return [f"Data: {found[0]}:", *quoted] if found else []
 

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import dataset
 import display
 import engine
 import git
@@ -112,13 +111,15 @@ def make_plan(incumbent_only: bool) -> tuple[History, list[Attempt]]:
             raise Refused(f"no chain is open: write the next hypothesis in the place of '{DROP}', then run ./run.sh")
         return history, [Attempt("dropped", DROP, train=train, scratchpad=scratchpad)]
     attempts, changed = [], train != history.incumbent_train
-    hypothesis = new_hypothesis(history, train) if changed and not incumbent_only else ""
-    if not history.incumbent or not changed or history.incumbent_due(hypothesis.lower().startswith(record.SIMPLIFY)):
+    candidate = Attempt(train=train, scratchpad=scratchpad)
+    if changed and not incumbent_only:
+        candidate.hypothesis = new_hypothesis(history, train)
+    if not history.incumbent or not changed or history.incumbent_due(candidate.is_a(record.SIMPLIFY)):
         kind = "remeasured" if history.incumbent else "baseline"
         committed = git.object_id("HEAD:scratchpad.md") or scratchpad
         attempts.append(Attempt(kind=kind, train=history.incumbent_train, scratchpad=committed))
-    if hypothesis:
-        attempts.append(Attempt(train=train, scratchpad=scratchpad, hypothesis=hypothesis))
+    if candidate.hypothesis:
+        attempts.append(candidate)
     elif not attempts:  # another worktree was faster
         raise Refused("the baseline is measured by now; ./run.sh status shows it")
     elif history.incumbent and os.environ.get("CLAUDECODE"):
@@ -253,7 +254,7 @@ def job(history: History, work: Path, source: bytes, device: int, **how) -> meas
     (work / "train.py").write_bytes(source)
     settings = history.program
     where = {"device": device, "measured_on": history.measured_on if history.incumbent else ""}
-    place = {"work": work, "data": dataset.folder(settings.data), "log": work / "train.log", "image": history.image}
+    place = {"work": work, "data": git.data_folder(settings.data), "log": work / "train.log", "image": history.image}
     limits = {"budget": settings.budget, "memory": settings.memory, "launch": settings.launch}
     return measure.Job(**{**place, **limits, **where, **how}, seed=measure.fresh_seed())
 

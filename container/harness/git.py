@@ -121,6 +121,11 @@ def main_worktree() -> Path:
     return link.resolve()
 
 
+def data_folder(name: str) -> Path:
+    """data/<name> in the main worktree, so that all worktrees share it. Raises Refused."""
+    return main_worktree() / "data" / name
+
+
 def branch() -> str:
     return read("symbolic-ref", "--short", "-q", "HEAD", check=False).strip() or "detached"
 

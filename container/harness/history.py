@@ -217,7 +217,7 @@ def with_error(values: list[float], sigma: float) -> str:
 
 def settings(program: plan.Program) -> str:
     """What decides what is comparable and can be read at once: all but the device."""
-    content = read_json(git.main_worktree() / "data" / program.data / "info.json", {}).get("hash")
+    content = read_json(git.data_folder(program.data) / "info.json", {}).get("hash")
     files = (*MEASURES, *(f"image/{f}" for f in IMAGE_MADE_OF))
     code = zlib.crc32(b"".join((ROOT / "container" / f).read_bytes() for f in files))
     return f"{program.data} {content} {program.budget} {' '.join(program.launch)} {code}"

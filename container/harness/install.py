@@ -123,7 +123,7 @@ def pip_settings() -> str:
 def setup() -> int:
     """Only what is missing: engine, image, built-in data, baseline. Returns an exit status."""
     image, plan = need_image(), program.read()
-    if not (dataset.folder(plan.data) / "info.json").exists():
+    if not (git.data_folder(plan.data) / "info.json").exists():
         if plan.data != "prints":
             remedy = f"./run.sh data {plan.data} makes it, of your own data with --odvg DIR (program.md names it)"
             raise Refused(f"data/{plan.data} is missing; {remedy}")

@@ -195,7 +195,7 @@ def draw_pairs(history: History) -> str:
 def run_final(trainings: Trainings) -> tuple[Attempt, dict]:
     """Train the best on all but the test pairs, for longer, and evaluate it on the test pairs once."""
     settings = trainings.history.program
-    joined = (dataset.folder(settings.data) / "trainval").is_dir()
+    joined = (git.data_folder(settings.data) / "trainval").is_dir()
     if not joined and dataset.prepare(settings.data, "--add", "trainval"):
         raise Refused("training and validation pairs could not be joined (see above)")
     budget = settings.final_budget or FINAL_BUDGETS * settings.budget
@@ -258,16 +258,13 @@ def show_audit(a: dict) -> list[str]:
 
 
 def show_final(f: dict, evaluations: int) -> list[str]:
-    m = f["metrics"]
+    m, fit = f["metrics"], f["fit"]
     size = f"gallery {m['gallery']}, random {m['random']:.1f}"
     rows = [
         ("final", f"test split, {size}, one training of at most {f['budget']} s"),
         ("mean_rank", f"{number(m['mean_rank'])}   (percentile {m['mean_rank'] / m['gallery'] * 100:.1f})"),
         ("median_rank", number(m["median_rank"])),
-        (
-            "fit",
-            f"mean_rank {number(fit['mean_rank'])} of {fit['gallery']} training pairs" if (fit := f["fit"]) else "",
-        ),
+        ("fit", f"mean_rank {number(fit['mean_rank'])} of {fit['gallery']} training pairs" if fit else ""),
         ("recall", recall([m])),
         ("evaluation", f"{evaluations} of this test split, by anybody; quote it"),
     ]

@@ -14,7 +14,6 @@ import subprocess
 import time
 from dataclasses import asdict
 
-import dataset
 import display
 import engine
 import git
@@ -113,7 +112,7 @@ def gather() -> dict:
 
 def draw(found: dict) -> dict[str, str]:
     """{file: content in base64}, drawn in a container. Raises Refused."""
-    data = dataset.folder(found["program"]["data"])
+    data = git.data_folder(found["program"]["data"])
     mounts = {"/harness": INSIDE, "/data/val": data / "val", "/data/val.key.npy": data / "val.key.npy"}
     mounts = {inside: host for inside, host in mounts.items() if host.exists()}
     name, command = f"ar-{os.getpid()}-report", ["nice", "-n19", "python", "-I", "/harness/draw_report.py"]

@@ -18,7 +18,7 @@ from pathlib import Path
 from subprocess import DEVNULL
 
 from history import History
-from project import ROOT, RUNS, read_json, write_json, write_whole
+from project import ROOT, RUNS, Refused, read_json, write_json, write_whole
 from record import OURS
 
 SESSIONS = RUNS / "session"
@@ -207,8 +207,8 @@ def next_time(clock: str, since: float) -> float:
 
 
 def end_chain() -> None:
-    """An open chain ends with the loop. An engine that hangs does not hold up who calls this."""
-    with contextlib.suppress(subprocess.TimeoutExpired, OSError):
+    """An open chain ends with the loop. Neither an engine that hangs nor a broken plan holds up who calls this."""
+    with contextlib.suppress(subprocess.TimeoutExpired, OSError, Refused):
         if History.load().link:
             subprocess.run([ROOT / "run.sh", "end-chain"], stdin=DEVNULL, capture_output=True, timeout=END_CHAIN_S)
 

@@ -331,7 +331,7 @@ DAMAGE = [
 
 def test_damaged_data_are_named(small: Small, monkeypatch):
     data, kept = small.path / "data/prints", small.path / "data/kept"
-    monkeypatch.setattr(dataset, "folder", lambda name: small.path / "data" / name)
+    monkeypatch.setattr(dataset.git, "data_folder", lambda name: small.path / "data" / name)
     monkeypatch.setattr(dataset, "VERIFIED", small.path / "runs/data.json")
     shutil.copytree(data, kept)
     content = dataset.verified_hash("prints")

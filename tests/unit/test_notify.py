@@ -9,7 +9,6 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
-from test_session import Loop, keeper, loop  # noqa: F401
 
 import night
 import notify
@@ -218,7 +217,7 @@ def lines(monkeypatch) -> list[str]:
     return found
 
 
-def test_the_loop_ends_or_stands_still(loop, lines):  # noqa: F811
+def test_the_loop_ends_or_stands_still(loop, lines):
     loop.stop_at("1 experiments")
     loop.hook("StopFailure", error="rate_limit")
     loop.type("start")
@@ -239,7 +238,7 @@ def test_the_loop_ends_or_stands_still(loop, lines):  # noqa: F811
     assert lines.pop().startswith("the loop has ended: 3 turns in a row brought no experiment")
 
 
-def test_a_night_tells_its_own_end(loop, lines):  # noqa: F811
+def test_a_night_tells_its_own_end(loop, lines):
     loop.type("start")
     with loop.night(since=1.0, stop="it is late"):
         loop.type("start")
@@ -248,7 +247,7 @@ def test_a_night_tells_its_own_end(loop, lines):  # noqa: F811
     assert lines == []
 
 
-def test_a_night_that_waits_or_ends(keeper, lines, monkeypatch):  # noqa: F811
+def test_a_night_that_waits_or_ends(keeper, lines, monkeypatch):
     monkeypatch.setattr(night, "FIRST_WAIT", 0.1)
     monkeypatch.setattr(night, "LONGEST_WAIT", 0.2)
     monkeypatch.setattr(night.signal, "signal", lambda *_: None)

@@ -1,109 +1,25 @@
-"""The loop in one conversation: on and off, what counts, what ends it, in and outside of a night; loop.py, in process.
+"""The loop in one conversation: on and off, what counts, what ends it; loop.py, in process.
 
 The record and the plan are made up (support/recorded.py); files are real.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import importlib.util
-import io
 import json
-import os
 import re
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 import display
-import locks
-import night
 import record
 import session
-from recorded import Recorded
+from looping import add, message
 from repository import PROGRAM, ROOT
-from session import Night, Session
+from session import Session
 
 GO_ON = "write one line under '## Next experiment' in scratchpad.md, edit train.py, run ./run.sh"
-
-
-class Loop:
-    """loop.py and a made-up record; every method is in conversation "s", unless another is named."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys, folder: Path):
-        self.patch, self.capsys, self.folder = monkeypatch, capsys, folder
-        self.plan = Recorded(monkeypatch, PROGRAM)
-        (folder / "runs").mkdir()
-        (folder / "program.md").write_text(PROGRAM)
-        for name, file in {
-            "SESSIONS": "runs/session",
-            "PLAN": "program.md",
-            "KNOWN_PLAN": "runs/session/program.md",
-            "NIGHT": "runs/night.json",
-            "NIGHT_LOCK": "runs/night.lock",
-        }.items():
-            monkeypatch.setattr(session, name, folder / file)
-        monkeypatch.setattr(locks, "running", lambda: None)
-        spec = importlib.util.spec_from_file_location("loop", ROOT / ".claude/hooks/loop.py")
-        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-        self.main, self.chains_ended = module.main, 0
-        monkeypatch.setattr(module, "end_chain", self.end_chain)
-
-    def end_chain(self) -> None:
-        self.chains_ended += 1
-
-    def call(self, *words: str, **given) -> str:
-        """What loop.py prints."""
-        text = json.dumps({"session_id": "s", **given})
-        self.patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
-        self.patch.setattr(sys, "argv", ["loop.py", *words])
-        self.main()
-        return self.capsys.readouterr().out
-
-    def hook(self, event: str, **given) -> dict:
-        return json.loads(self.call(hook_event_name=event, **given))
-
-    def type(self, prompt: str, **given) -> str:
-        """What the agent is told with it."""
-        answer = self.hook("UserPromptSubmit", prompt=prompt, **given)
-        return answer.get("hookSpecificOutput", {}).get("additionalContext", "")
-
-    def turn(self, **given) -> dict:
-        """The end of a turn."""
-        return self.hook("Stop", **given)
-
-    def end(self, **given) -> str:
-        """What the person is told at the end of a turn that is the last; '' if it is not."""
-        return self.turn(**given).get("systemMessage", "")
-
-    def stop_at(self, stop: str) -> None:
-        """The line of the plan."""
-        self.plan.text = PROGRAM.replace("stop: 100 experiments", f"stop: {stop}")
-
-    @property
-    def session(self) -> Session:
-        return Session.load("s")
-
-    @property
-    def why(self) -> str:
-        return self.session.reason_to_end(self.plan.history)
-
-    @contextlib.contextmanager
-    def night(self, **state):
-        """As if one were under way: its lock is held."""
-        (self.folder / "runs/night.json").write_text(json.dumps(state))
-        with (self.folder / "runs/night.lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-
-
-@pytest.fixture
-def loop(monkeypatch, capsys, tmp_path) -> Loop:
-    return Loop(monkeypatch, capsys, tmp_path)
-
 
 # On and off
 
@@ -249,7 +165,7 @@ def test_the_last_phase(loop):
 
 
 def test_a_chain_is_ended_where_one_is_open(loop, monkeypatch):
-    """And an engine that hangs holds up nothing."""
+    """An engine that hangs holds up nothing."""
     calls = []
 
     def hangs(command: list, timeout: float, **_) -> None:
@@ -262,6 +178,8 @@ def test_a_chain_is_ended_where_one_is_open(loop, monkeypatch):
     loop.plan.add("discarded", chain=record.Chain(1, 3, loop.plan.incumbent[:9], True))
     session.end_chain()
     assert calls == [[f"{ROOT}/run.sh", "end-chain"]]
+    loop.plan.text = "no plan"
+    session.end_chain()  # nor does a mistake in program.md, which ends a night
 
 
 def test_hours_and_several_limits(loop, monkeypatch):
@@ -320,16 +238,6 @@ def test_the_clock_ends_it(loop, zone, monkeypatch):
 
 
 # Tokens and cost
-
-
-def message(ident: str, **usage: int | None) -> str:
-    return json.dumps({"type": "assistant", "message": {"id": ident, "usage": usage}}) + "\n"
-
-
-def add(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as f:
-        f.write(text)
 
 
 def test_tokens_of_a_transcript(loop):
@@ -509,135 +417,3 @@ def test_a_turn_that_the_provider_ended(loop, monkeypatch):
         assert "STANDS STILL" not in loop.call("statusline")
     loop.hook("StopFailure", error="rate_limit")
     assert "STANDS STILL, type anything to go on: rate_limit" in loop.call("statusline")
-
-
-# In a night
-
-
-def test_start_in_a_night_is_the_nights(loop):
-    since = time.time() - 3 * 3600
-    loop.stop_at("2 hours, 50 USD")
-    loop.type("start")
-    assert loop.turn()["decision"] == "block"
-    with loop.night(since=since, usd=99, clock=""):
-        assert loop.turn()["decision"] == "block", "begun before"
-        loop.type("start")
-        assert "3.0 hours since start" in loop.end()
-    loop.type("start")
-    assert loop.turn()["decision"] == "block", "the night is over"
-
-
-def test_a_nights_tokens_cost_and_experiments_are_of_all_its_conversations(loop):
-    loop.stop_at("5 experiments, 1000 tokens, 2 USD")
-    loop.plan.add(*["discarded"] * 3)
-    with loop.night(since=time.time(), after=1, tokens=600, usd=1.5):
-        add(loop.folder / "t.jsonl", message("m1", input_tokens=100))  # before `start`
-        loop.type("start", transcript_path=str(loop.folder / "t.jsonl"))
-        add(loop.folder / "t.jsonl", message("m2", input_tokens=50))
-        assert loop.session.used(loop.plan.history) == {"experiments": (2, 5), "tokens": (650, 1000), "usd": (1.5, 2)}
-
-
-def test_what_the_night_says_ends_its_conversations_alone(loop):
-    since = time.time() - 60
-    loop.type("start", session_id="before")
-    with loop.night(since=since, clock="", stop="the person said night stop"):
-        loop.type("start")
-        assert loop.why == "the person said night stop"
-        assert loop.turn(session_id="before")["decision"] == "block"
-    assert not loop.why, "its lock is free: it is over"
-
-
-def test_a_night_is_under_way_while_its_keeper_holds_the_lock(loop):
-    assert session.current_night() is None
-    with loop.night(since=1.0, pid=7, clock="07:30"):
-        assert session.current_night() == Night(since=1.0, pid=7, clock="07:30")
-        (loop.folder / "runs/night.json").write_text("half a f")
-        assert session.current_night() == Night()
-    assert session.current_night() is None
-
-
-@pytest.fixture
-def keeper(loop, monkeypatch):
-    """keeper(what claude does, in sh): a night's, which knows no other client and does not wait long."""
-    program = loop.folder / "bin/claude"
-    path = f"{program.parent}:{os.environ['PATH']}"
-    monkeypatch.setenv("PATH", path)
-    monkeypatch.setitem(night.ENV, "PATH", path)
-    monkeypatch.setattr(night, "OUTPUT", loop.folder / "runs/night.out")
-    monkeypatch.setattr(night, "NIGHT", loop.folder / "runs/night.json")
-    monkeypatch.setattr(night, "POLL", 0.05)
-
-    def make(does: str, version: str = "") -> night.Keeper:
-        program.parent.mkdir()
-        program.write_text(f"#!/bin/sh\n[ \"$1\" != --version ] || {{ echo '{version}'; exit; }}\n{does}\n")
-        program.chmod(0o755)
-        return night.Keeper(Night())
-
-    return make
-
-
-def test_a_client_without_an_experiment_is_ended(keeper, monkeypatch):
-    """But not while one runs, nor soon after one that was over between two looks."""
-    monkeypatch.setattr(night, "BARREN", 0.5)
-    one, began = keeper("exec sleep 100"), time.monotonic()
-
-    def seconds_up() -> float:
-        return time.monotonic() - began
-
-    assert "no experiment from the client" in one.run_client() and 0.5 <= seconds_up() < 5
-    began = time.monotonic()
-    person = locks.Running(0, 2, "training 1 of 6, baseline", time.time(), 120)
-    monkeypatch.setattr(locks, "running", lambda: person if seconds_up() < 1.5 else None)
-    assert "no experiment from the client" in one.run_client() and 1.9 <= seconds_up() < 7  # POLL before 1.5 s
-    began, look = time.monotonic(), one.check
-
-    def check() -> str:
-        why, one.logged = look(), 7 if seconds_up() > 0.3 else 0
-        return why
-
-    monkeypatch.setattr(one, "check", check)
-    assert "no experiment from the client" in one.run_client() and 0.8 <= seconds_up() < 6
-
-
-def test_a_night_ends_what_it_started_and_nothing_else(keeper, monkeypatch):
-    """At the second `night stop`: not a person's audit, not another conversation's experiment, but its own."""
-    ended, one = [], keeper("exec sleep 100")
-    monkeypatch.setattr(night, "end_process", lambda pid, runs: ended.append(pid) or pid < 0 and os.kill(pid, 9))
-    person = locks.Running(7, 2, "audit", 0, 120)
-    monkeypatch.setattr(locks, "running", lambda: person)
-    assert one.experiment() is None, "before its first conversation"
-    one.stops = 2
-    for conversation in ("", "another"):
-        monkeypatch.setattr(locks, "running", lambda c=conversation: locks.Running(7, 2, "", 0, 120, "", c))
-        assert "ended at once" in one.run_client()
-        assert len(ended) == 1 and ended.pop() < 0, "the client's process group"
-    monkeypatch.setattr(locks, "running", lambda: locks.Running(7, 2, "", 0, 120, "", one.conversation))
-    assert "ended at once" in one.run_client() and ended[0] == 7 and len(ended) == 2
-
-
-def test_what_runs_names_the_conversation_that_started_it(loop, monkeypatch):
-    for conversation in ("an-id", ""):
-        monkeypatch.setenv("CLAUDE_CODE_SESSION_ID", conversation)
-        monkeypatch.setattr(locks, "ROOT", loop.folder)
-        locks.announce(3, "candidate, run 1", 120)
-        assert json.loads((loop.folder / locks.RUNNING).read_text())["conversation"] == conversation
-
-
-@pytest.mark.parametrize("version", ["2.1.328 (Claude Code)", "9.0.0", ""])
-def test_the_log_names_the_client_which_does_not_update_itself(keeper, capsys, version):
-    answer = '{"result": "updates $DISABLE_AUTOUPDATER", "total_cost_usd": 1}'
-    one = keeper(f"cat << E\n{answer}\nE", version)
-    one.run_client()
-    assert one.message == "updates 1"
-    assert f"Claude Code starts, conversation 1, version {version or 'unknown'}\n" in capsys.readouterr().out
-
-
-def test_words_that_mean_nothing_to_a_night(loop, monkeypatch):
-    monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("nothing is to be killed"))
-    for words in (("keep",), ("7.30",), ("24:00",), ("stop", "now")):
-        with pytest.raises(night.Refused, match="usage: ./run.sh night"):
-            night.main(*words)
-    with loop.night(since=1.0, pid=7), pytest.raises(night.Refused, match="usage"):
-        night.main("keep")
-    with pytest.raises(night.Refused, match="no night is under way here"):
-        night.main("stop")

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-from test_session import Loop, loop  # noqa: F401
 
 import locks
 from locks import Running
@@ -107,7 +106,7 @@ def test_a_live_line_in_a_terminal_alone(monkeypatch, tmp_path, terminal):
 
 
 @pytest.mark.parametrize("activity", ["candidate, run 2", "training 99 of 100, best without 1000", "a" * 300])
-def test_the_status_line_fits_and_begins_with_what_runs(loop, monkeypatch, log, activity):  # noqa: F811
+def test_the_status_line_fits_and_begins_with_what_runs(loop, monkeypatch, log, activity):
     loop.plan.edit("## Phase 1 — first\n", "## Phase 1 — first (a (long) name)\npatience: 3\n")
     loop.plan.add("baseline", train=loop.plan.incumbent)
     runs = training(log, "step 123456789/987654321 loss 2.31\n")
