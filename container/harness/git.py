@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import subprocess
 from pathlib import Path
@@ -97,6 +98,7 @@ def diff(before: str, after: str) -> str:
     return "".join(c for c in text if c in "\n\t" or c.isprintable())  # what is invisible could fake a line
 
 
+@functools.lru_cache(maxsize=None)  # it stays where it is as long as a process of ours runs
 def folder(which: str = "--git-common-dir") -> Path:
     """The repository's own folder, or with --git-dir that of this worktree. Raises Refused."""
     within, _, path = read("rev-parse", "--show-prefix", "--path-format=absolute", which)[:-1].partition("\n")

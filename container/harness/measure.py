@@ -34,6 +34,7 @@ EXCEPTION_LENGTH = 120  # characters of an exception in the reason of a failure
 GRACE_S = 5  # between the budget, at which PID 1 inside kills, and the kill from outside
 EMBED_S = 120  # load and encode one side; no longer than training left of its budget: `load` could train on
 EMBED_LEAST_S = 30  # but so long at least
+FIT_PAIRS = 1000  # of training, embedded to tell fit from generalisation, or as many as are judged
 JUDGE_S = 120
 JUDGE_MEMORY = "4g"
 OUT_SIZE = "2g"  # tmpfs for what training leaves, within the memory limit
@@ -146,7 +147,8 @@ class Measurement:
         """seconds: that its work gets; more: other fields of engine.Container."""
         job = self.job
         # on a node, sandboxes of other machines may have our process id
-        pairs = (job.data / f"{job.split}.key.npy").stat().st_size // 8 - 16  # judged: int64 after 128 bytes of header
+        judged = (job.data / f"{job.split}.key.npy").stat().st_size // 8 - 16  # pairs: int64 after 128 bytes of header
+        pairs = min(judged, FIT_PAIRS)
         name, command = f"ar-{os.getpid()}-{time.time_ns()}-{stage}", [*RUN_STAGE, stage, str(seconds), str(pairs)]
         where = {"device": job.device, "launch": job.launch, "folder": job.work}
         container = engine.Container(name, job.image, command, job.memory, mounts, OUT_SIZE, **where)

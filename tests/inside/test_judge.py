@@ -94,16 +94,32 @@ def test_lengths_do_not_count_and_zero_rows_are_allowed(tmp_path: Path):
     assert np.allclose(one[:4], two[:4], atol=1e-6) and not two[4].any()
 
 
-def test_training_pairs_are_ranked_among_themselves(tmp_path: Path):
+def made_up_pairs(count: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(4)
-    images, captions = (rng.normal(size=(30, 4)).astype(np.float32) for _ in "ab")
+    images = rng.normal(size=(count, 4)).astype(np.float32)
+    return images, (images + rng.normal(size=images.shape)).astype(np.float32)
+
+
+def test_training_pairs_are_ranked_among_themselves(tmp_path: Path):
+    images, captions = made_up_pairs(30)
     np.save(tmp_path / "fit.npy", np.concatenate([images, captions]))
     expected, _ = judge.retrieval(unit(images), unit(captions), np.arange(30))
     fit = judge.fit(str(tmp_path / "fit.npy"), 30)
     assert fit == {name: expected[name] for name in ("mean_rank", "median_rank", "gallery")} and fit["gallery"] == 30
     np.save(tmp_path / "fit.npy", np.concatenate([images, images]))
-    assert judge.fit(str(tmp_path / "fit.npy"), 30)["mean_rank"] == 1
-    assert judge.fit(str(tmp_path / "fit.npy"), 40) == {}
+    assert judge.fit(str(tmp_path / "fit.npy"), 40)["mean_rank"] == 1
+
+
+def test_fewer_training_pairs_rank_as_in_a_gallery_of_the_judged_size(tmp_path: Path):
+    images, captions = made_up_pairs(2000)
+    whole, _ = judge.retrieval(unit(images), unit(captions), np.arange(2000))
+    parts = []
+    for part in np.split(np.arange(2000), 8):
+        np.save(tmp_path / "fit.npy", np.concatenate([images[part], captions[part]]))
+        parts.append(judge.fit(str(tmp_path / "fit.npy"), 2000))
+    assert {fit["gallery"] for fit in parts} == {250}
+    for metric, rel in (("mean_rank", 0.01), ("median_rank", 0.05)):
+        assert np.mean([fit[metric] for fit in parts]) == pytest.approx(whole[metric], rel=rel)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +127,7 @@ def test_training_pairs_are_ranked_among_themselves(tmp_path: Path):
     [
         None,
         np.ones((62, 4), np.float32),  # more pairs than are judged
+        np.ones((2, 4), np.float32),  # no gallery
         np.ones((41, 4), np.float32),
         np.ones((0, 4), np.float32),
         np.ones((1, 4), np.float32),
