@@ -32,11 +32,9 @@ def one_experiment() -> int:
         name = re.sub(r"[^A-Za-z0-9_-]", "", os.environ.get("CLAUDE_CODE_SESSION_ID", ""))
         proof = RUNS / "session" / f"proof.{name}"
         if not name or not proof.is_file():
-            raise Refused(
-                "called by Claude Code, but its guard did not approve this call: the hooks are off, another hook "
-                "changed it (./run.sh doctor names both), or this is a typed '!' command. "
-                f"Start claude in {ROOT} with its hooks on, or use a terminal."
-            )
+            why = "the hooks are off, another hook changed it (./run.sh doctor names both), or it is a '!' command"
+            remedy = f"Start claude in {ROOT} with its hooks on, or use a terminal."
+            raise Refused(f"called by Claude Code, but its guard did not approve this call: {why}. {remedy}")
         proof.unlink()
         try:
             return experiment.run()

@@ -119,10 +119,7 @@ def rootless() -> bool:
 
 @functools.lru_cache(maxsize=None)
 def missing_limits() -> list[str]:
-    """The limits that this engine cannot hold, as a kernel or systemd may withhold cgroup controllers from a user.
-
-    Raises Refused.
-    """
+    """The limits that this engine cannot hold: a kernel or systemd may withhold cgroup controllers. Raises Refused."""
     if name() == "podman" and not rootless():
         return []
     asked = DOCKER_HOLDS if name() == "docker" else "{{.Host.CgroupControllers}}"
@@ -157,10 +154,7 @@ def all_gpus() -> tuple[Gpu, ...]:
 
 
 def gpus() -> list[Gpu]:
-    """Those that trainings use: what CUDA_VISIBLE_DEVICES names, or all; and of these, the first one's model.
-
-    Raises Refused.
-    """
+    """Those for trainings: what CUDA_VISIBLE_DEVICES names, or all; of these, the first one's model. Raises Refused."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
         visible = list(all_gpus())

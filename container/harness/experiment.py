@@ -37,9 +37,7 @@ MAX_HYPOTHESIS = 100  # characters
 MAX_FILE = 1 << 20  # bytes of train.py and scratchpad.md
 LOST_MOST, LOST_PAUSE_S = 3, 15 * 60  # so many losses in a row, then the agent has to wait
 LUCK_GALLERY = 50  # pairs: in a smaller gallery two seeds may well give the same ranks
-IGNORES_SEED = (
-    "the result does not depend on SEED: take every random number from it, so that a second run means something"
-)
+IGNORES_SEED = "the result does not depend on SEED: take every random number from it"
 TITLES = {"baseline": "baseline", "remeasured": "the incumbent, measured once more", "unmeasured": "the incumbent"}
 
 
@@ -123,10 +121,7 @@ def make_plan(incumbent_only: bool) -> tuple[History, list[Attempt]]:
     elif not attempts:  # another worktree was faster
         raise Refused("the baseline is measured by now; ./run.sh status shows it")
     elif history.incumbent and os.environ.get("CLAUDECODE"):
-        raise Refused(
-            "train.py is unchanged, so there is nothing to measure; edit it as your hypothesis says, then run "
-            "./run.sh again"
-        )
+        raise Refused("train.py is unchanged, so there is nothing to measure; edit it, then run ./run.sh again")
     return history, attempts
 
 
@@ -135,27 +130,23 @@ def refuse_this_machine(history: History, incumbent_only: bool) -> None:
     then = history.measured_on
     new_baseline = then and not history.incumbent and not incumbent_only and not history.program.launch
     if new_baseline and then != (now := engine.device_kind()):
-        raise Broken(
-            f"HEAD's train.py was measured on {then}, and this machine trains on {now}: nothing ran. If that is a "
-            "fault, ./run.sh doctor says more; if not, ./run.sh setup in a terminal measures a new baseline"
-        )
+        other = f"HEAD's train.py was measured on {then}, and this machine trains on {now}: nothing ran"
+        remedy = "if not, ./run.sh setup in a terminal measures a new baseline"
+        raise Broken(f"{other}. If that is a fault, ./run.sh doctor says more; {remedy}")
     if os.environ.get("CLAUDECODE") and len(history.lost) >= LOST_MOST:
         left = history.lost[0].when + LOST_PAUSE_S - time.time()
         if 0 < left <= LOST_PAUSE_S:
-            raise Broken(
-                f"the last {len(history.lost)} experiments were lost ({history.lost[0].reason}): not again for "
-                f"{left / 60:.0f} minutes. Tell the person, who may see more with ./run.sh doctor, and end your turn"
-            )
+            lost = f"the last {len(history.lost)} experiments were lost ({history.lost[0].reason})"
+            advice = "Tell the person, who may see more with ./run.sh doctor, and end your turn"
+            raise Broken(f"{lost}: not again for {left / 60:.0f} minutes. {advice}")
 
 
 def snapshot(name: str) -> str:
     """The blob of a file's bytes. Raises Refused when it is not one ordinary file."""
     file = ROOT / name
     if file.is_symlink() or not file.is_file() or file.stat().st_nlink != 1 or file.stat().st_size > MAX_FILE:
-        raise Refused(
-            f"{name} must be one ordinary file below 1 MiB, not missing, a link or a folder; "
-            f"a person can put it back with: git checkout {name}"
-        )
+        remedy = f"a person can put it back with: git checkout {name}"
+        raise Refused(f"{name} must be one ordinary file below 1 MiB, not missing, a link or a folder; {remedy}")
     return git.blob_of(name)
 
 
@@ -173,10 +164,7 @@ def written_hypothesis() -> str:
     if not line or PLACEHOLDER in line:
         raise Refused("no hypothesis: write one line under '## Next experiment' in scratchpad.md, then run ./run.sh")
     if len(line) > MAX_HYPOTHESIS:
-        raise Refused(
-            f"the hypothesis has {len(line)} characters; make the line under '## Next experiment' in "
-            f"scratchpad.md {MAX_HYPOTHESIS} or fewer"
-        )
+        raise Refused(f"the hypothesis has {len(line)} characters; make it {MAX_HYPOTHESIS} or fewer in scratchpad.md")
     return line
 
 
@@ -193,10 +181,8 @@ def new_hypothesis(history: History, train: str) -> str:
         )
     last = next(reversed(history.own(judged)), None)
     if last and last.hypothesis == line:
-        raise Refused(
-            f"the hypothesis is still that of experiment {last.number} ({last.verdict}); write the new one under "
-            "'## Next experiment' in scratchpad.md, then run ./run.sh"
-        )
+        old = f"that of experiment {last.number} ({last.verdict})"
+        raise Refused(f"the hypothesis is still {old}; write the new one in scratchpad.md, then run ./run.sh")
     if other := locks.worktree_that_judges(train):
         raise Refused(f"this very train.py is being judged in the worktree {other}; change something else")
     if history.phase is None:
@@ -413,10 +399,7 @@ def files_of(attempt: Attempt, plan: str, web: bytes) -> dict[str, str]:
 
 
 def end_chain() -> None:
-    """With the loop: where a chain is open, train.py is the incumbent again. What it was is in the record.
-
-    Raises Refused.
-    """
+    """With the loop: where a chain is open, train.py is the incumbent again; the record has it. Raises Refused."""
     with workspace():
         history = History.load()
         if history.link:
@@ -430,8 +413,7 @@ def keep(word: str = "") -> None:
     if not word.isdecimal():
         raise Refused("usage: ./run.sh keep N")
     with workspace():
-        train = git.object_id(f"{record.REFS}{int(word)}:train.py")
-        if not train:
+        if not (train := git.object_id(f"{record.REFS}{int(word)}:train.py")):
             raise Refused(f"there is no experiment {word}")
         history = History.load(image=engine.find_image())
         if train == history.incumbent_train:
