@@ -25,6 +25,7 @@ from pathlib import Path
 from subprocess import PIPE
 
 import engine
+import locks
 from project import Broken, say
 
 QUEUE_LIMIT_S = 23 * 3600  # until a launch command has found a node; Claude Code waits 24 hours for ./run.sh
@@ -222,10 +223,15 @@ class Log:
         self.file = path.open("ab", buffering=0)
         self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self.size, self.tail = 0, b""  # bytes so far; the last of those that went beyond LOG_HEAD
+        self.first, self.step_ms = (), 0.0  # when a step was told of first, and which; milliseconds of one since then
 
     def write(self, data: bytes) -> None:
         text = self.decode(data).replace("\r", "\n")
         data = re.sub(r"[^\n\t -~]+", lambda odd: "".join(filter(str.isprintable, odd[0])), text).encode()
+        for step in (int(claim[0]) for claim in locks.STEP.findall(data)):
+            self.first = self.first or (time.monotonic(), step)
+            passed, steps = time.monotonic() - self.first[0], step - self.first[1]
+            self.step_ms = round(1000 * passed / steps, 1) if steps > 0 else 0.0
         room = max(0, LOG_HEAD - self.size)
         self.size += len(data)
         self.file.write(data[:room])

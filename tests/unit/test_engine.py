@@ -429,6 +429,34 @@ def test_what_a_sandbox_sends_is_taken_part_by_part(tmp_path: Path):
     made.process.wait()
 
 
+@pytest.mark.parametrize(
+    ("log", "most", "shown"),
+    [
+        ("step 3/60\nstep 42/60 loss 3.6\n", 0.9, "42 of 60 steps"),
+        ("step 42/60\nstep 54/60\n", 0.9, ""),
+        ("step 42/60\nstep 54/60\n", 9, "54 of 60 steps"),
+        ("step 60/60\nstep 20/20\n", 0.9, ""),
+        ("no steps\n", 0.9, ""),
+    ],
+)
+def test_how_far_a_training_came(tmp_path: Path, log: str, most: float, shown: str):
+    (tmp_path / "log").write_text(log)
+    assert measure.last_step(tmp_path / "log", most) == shown
+
+
+def test_the_time_of_a_step_is_without_what_comes_before_the_first(tmp_path: Path, monkeypatch):
+    """Data are loaded and a model is compiled before it."""
+    log, now = sandbox.Log(tmp_path / "log"), [100.0]
+    monkeypatch.setattr(sandbox.time, "monotonic", lambda: now[0])
+    found = []
+    for seconds, text in ((20, "loading\n"), (1, "step 10/50\n"), (1, "x\nstep 20/50 loss 1\n"), (3, "step 50/50\n")):
+        now[0] += seconds
+        log.write(text.encode())
+        found.append(log.step_ms)
+    log.write(b"step 1/9\n")  # another part of the training begins
+    assert (found, log.step_ms) == ([0, 0, 100, 100], 0)
+
+
 @pytest.mark.parametrize("end", [None, {}, {"status": "limit"}, {"status": "crashed"}, {"status": "ok", "bytes": 7}])
 def test_a_run_goes_on_where_training_pairs_could_not_be_embedded(tmp_path: Path, monkeypatch, end: dict):
     def embed(self, side):
