@@ -6,6 +6,7 @@ import re
 import statistics
 import time
 
+from collections import Counter
 import git
 import locks
 import program
@@ -253,15 +254,16 @@ def log(count: str = "20") -> None:
 
 def spent(history: History) -> list[tuple]:
     """What the loop took so far, '' where nothing tells. Between two runs the model thinks, unless that is long."""
-    rows, training, total, model, ended = history.own(history.records), 0.0, 0.0, 0.0, 0
+    rows, took, ended = history.own(history.records), Counter(), 0
     for r, result in zip(rows, results(rows)):
         timings = [run["timing"] for run in result.get("runs", []) if r.comparable]
-        seconds = sum(timing.get("total", 0) for timing in timings)
-        training, total = training + sum(timing.get("train", 0) for timing in timings), total + seconds
-        between, ended = r.when - seconds - ended, r.when
-        model += between if seconds and 0 < between < PAUSE_S else 0
-    parts, whole = {"training": training, "harness": total - training, "model": model}, total + model
-    shares = ", ".join(f"{what} {s / whole * 100:.0f} %" for what, s in parts.items() if whole)
+        training, total = (sum(timing.get(stage, 0) for timing in timings) for stage in ("train", "total"))
+        waited = result.get("waited", 0)
+        between, ended = r.when - total - waited - ended, r.when
+        model = between if total and 0 < between < PAUSE_S else 0
+        took.update(training=training, harness=total - training, waiting=waited, model=model)
+    whole = sum(took.values())
+    shares = ", ".join(f"{what} {s / whole * 100:.0f} %" for what, s in took.items() if s)
     return [("time", f"{whole / 3600:.1f} h: {shares}" if whole else ""), ("used", session.used_in_all())]
 
 

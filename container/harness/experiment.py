@@ -50,9 +50,10 @@ def run(incumbent_only: bool = False) -> int:
         history, attempts = make_plan(incumbent_only)
         last = attempts[-1]
         locks.announce(history.next_number, "begins", history.program.budget, last.train)
-        measured = last.verdict != "dropped"
+        measured, began = last.verdict != "dropped", time.monotonic()
         time.sleep(history.program.cooldown * measured)
         with device_for(history, last.train) if measured else contextlib.nullcontext(0) as device:
+            attempts[0].waited = round(time.monotonic() - began)
             for attempt in attempts:
                 decided_by = measure_and_decide(attempt, history, device)
                 commit, edited = record_and_carry_out(attempt, decided_by, history)

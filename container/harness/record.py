@@ -140,6 +140,7 @@ class Attempt(Outcome):
     kind: str = "candidate"  # or "baseline", or "remeasured": the incumbent, once more
     scratchpad: str = ""  # blob of scratchpad.md
     experiment: int = 0  # its number
+    waited: int = 0  # seconds before the first of them, for `cooldown` and a free device
     metric: str = "mean_rank"  # what decides: a key of METRICS
     runs: list[Run] = field(default_factory=list)
     before: list[float] = field(default_factory=list)  # the incumbent's runs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -256,6 +257,14 @@ def test_a_change_that_helps_is_kept_and_one_that_hurts_is_reverted(small: Small
     )
     assert "the sign turned" in small.read("runs/experiments.tsv") and small.read("notes.txt") == "mine, edited"
     assert "VALUE = 150" in small.git("show", "refs/experiments/3")
+
+
+def test_what_is_waited_for_is_recorded(small: Small):
+    """So that it is not taken for the model's time."""
+    small.edit("data: prints", "data: prints\ncooldown: 2", "program.md")
+    small.write("train.py", DISCARDED)
+    small.experiment("an idea")
+    assert json.loads(small.blob("refs/experiments/2:experiment/result.json"))["waited"] == 2
 
 
 def test_a_small_gain_is_run_twice_with_fresh_seeds(small: Small):
