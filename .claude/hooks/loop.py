@@ -2,9 +2,7 @@
 """Keeps the research loop going: the events in EVENTS, and the status line. Standard library only.
 
 usage: loop.py [statusline]     what the client says on standard input, the answer or the line on standard output
-
-The loop is on in the conversation in which a person typed "start", until program.md's `stop`, "stop", or three turns
-in a row that brought no experiment. In a night (./run.sh night) `stop` counts over all its conversations.
+.claude/README.md says when the loop is on. In a night (./run.sh night) `stop` counts over all its conversations.
 """
 
 from __future__ import annotations
@@ -26,10 +24,6 @@ from session import Session, end_chain
 
 IDLE_TURNS = 3
 STATUS_WIDTH = 96  # columns: the client takes four of a terminal for its margins
-GO_ON = (
-    "Next: {}write one line under '## Next experiment' in scratchpad.md, edit train.py, run ./run.sh. "
-    "Do not ask the person; nobody is watching."
-)
 STILL_ON = "The loop is still on: answer the person in a few lines, then go on with the next experiment in this turn."
 OFF = f"The loop is off: do not run another experiment; {session.SUM_UP}. 'start' goes on."
 
@@ -41,8 +35,8 @@ def context(call: dict, text: str) -> dict:
 
 
 def go_on(history: History, now: Session) -> str:
-    planner = display.ASK if history.planner_due() else ""
-    return f"Phase {history.phase_line()}.{now.progress(history)} {GO_ON.format(planner)}"
+    step = display.ASK * history.planner_due() + display.STEP
+    return f"Phase {history.phase_line()}.{now.progress(history)} Next: {step}. Do not ask the person: nobody watches."
 
 
 def session_start(call: dict, now: Session) -> dict:
@@ -50,8 +44,8 @@ def session_start(call: dict, now: Session) -> dict:
     if now.on:
         session.plan_has_changed()  # with CLAUDE.md comes the plan as it is now
     history = History.load()
-    loop = f"on. {go_on(history, now)}" if now.on else "off until the person types: start"
-    told = context(call, f"{display.brief(history)}\nThe loop is {loop}")
+    loop = f"is on. {go_on(history, now)}" if now.on else "begins when the person types: start"
+    told = context(call, f"{display.brief(history)}\nThe loop {loop}")
     if problem := settings.in_the_way():
         told["hookSpecificOutput"]["additionalContext"] += f"\nTell the person what is in the way: {problem}"
         told["systemMessage"] = f"The loop cannot work like this. {problem}"
@@ -104,8 +98,7 @@ def stop_failure(call: dict, now: Session) -> dict:
 
 def status_line(call: dict, now: Session) -> str:
     """What matters now comes first: a line that is too wide is cut off at its end."""
-    cost = (call.get("cost") or {}).get("total_cost_usd")
-    if cost is not None:
+    if (cost := (call.get("cost") or {}).get("total_cost_usd")) is not None:
         now.note_cost(cost)
     history = History.load()
     halted = f"THE LOOP STANDS STILL, type anything to go on: {now.fault}" if now.on and now.fault else ""
@@ -130,6 +123,8 @@ def main() -> None:
         now, event = Session.load(call.get("session_id", "")), call.get("hook_event_name", "")
         now.transcript = call.get("transcript_path") or now.transcript
         was_on = now.on
+        if not was_on and session.OPEN_CHAIN.exists() and not sys.argv[1:]:
+            end_chain()  # that of a loop which is over
         answer = status_line(call, now) if sys.argv[1:] else json.dumps(EVENTS[event](call, now))
         if was_on and not now.on and not session.current_night():  # which goes on in its next conversation
             end_chain()

@@ -29,6 +29,7 @@ PAUSE_S = 30 * 60  # so long no model thinks
 CLAIMS = {"steps": "{} steps", "peak_memory": "peak {}"}  # of train.py that are shown, and how
 ASK = "ask the planner (Agent, subagent_type planner), then "
 
+STEP = "write the next hypothesis in scratchpad.md, edit train.py, run ./run.sh"
 
 def lines(rows: list[tuple], width: int = 13) -> list[str]:
     """`key: value`, without those that have no value."""

@@ -21,7 +21,7 @@ from history import History
 from project import ROOT, RUNS, Refused, read_json, write_json, write_whole
 from record import OURS
 
-SESSIONS = RUNS / "session"
+SESSIONS, OPEN_CHAIN = RUNS / "session", RUNS / "open-chain"
 PLAN, KNOWN_PLAN = ROOT / "program.md", SESSIONS / "program.md"
 BOOT = Path("/proc/sys/kernel/random/boot_id")  # another one after every start of the machine
 NIGHT, NIGHT_LOCK = RUNS / "night.json", RUNS / "night.lock"
@@ -207,10 +207,12 @@ def next_time(clock: str, since: float) -> float:
 
 
 def end_chain() -> None:
-    """An open chain ends with the loop. Neither an engine that hangs nor a broken plan holds up who calls this."""
-    with contextlib.suppress(subprocess.TimeoutExpired, OSError, Refused):
+    """An open chain ends with the loop. Nothing holds up who calls this: OPEN_CHAIN asks the hooks to try again."""
+    with contextlib.suppress(subprocess.SubprocessError, OSError, Refused):
+        OPEN_CHAIN.touch()
         if History.load().link:
-            subprocess.run([ROOT / "run.sh", "end-chain"], stdin=DEVNULL, capture_output=True, timeout=END_CHAIN_S)
+            subprocess.check_output([ROOT / "run.sh", "end-chain"], stdin=DEVNULL, stderr=DEVNULL, timeout=END_CHAIN_S)
+        OPEN_CHAIN.unlink()
 
 
 def used_in_all() -> str:

@@ -261,7 +261,7 @@ def test_a_conversation_without_start_is_left_alone(quick, home):
     hook(quick, "UserPromptSubmit", prompt="start")  # in conversation "s"
     other = Conversation(quick.path, home, [RUN, say("noted")]).run("hello, please run it once")
     assert len(other.model.requests) == 2 and len(quick.experiments()) == 2 and not texts(other, "Stop hook feedback")
-    assert "The loop is off until the person types: start" in other.model.requests[0].shown.text
+    assert "The loop begins when the person types: start" in other.model.requests[0].shown.text
 
     hook(quick, "UserPromptSubmit", prompt="start", session_id=other.id)
     turns = [say("hello again"), RUN, say("a"), say("b"), say("c")]

@@ -29,6 +29,7 @@ class Loop:
         (folder / "program.md").write_text(PROGRAM)
         for name, file in {
             "SESSIONS": "runs/session",
+            "OPEN_CHAIN": "runs/open-chain",
             "PLAN": "program.md",
             "KNOWN_PLAN": "runs/session/program.md",
             "NIGHT": "runs/night.json",
@@ -38,11 +39,14 @@ class Loop:
         monkeypatch.setattr(locks, "running", lambda: None)
         spec = importlib.util.spec_from_file_location("loop", ROOT / ".claude/hooks/loop.py")
         spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-        self.main, self.chains_ended = module.main, 0
+        self.module, self.main, self.chains_ended = module, module.main, 0
         monkeypatch.setattr(module, "end_chain", self.end_chain)
 
     def end_chain(self) -> None:
         self.chains_ended += 1
+
+    def use_the_real_end_chain(self) -> None:
+        self.patch.setattr(self.module, "end_chain", session.end_chain)
 
     def call(self, *words: str, **given) -> str:
         """What loop.py prints."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import time
 from pathlib import Path
 
@@ -18,8 +19,6 @@ import session
 from looping import add, message
 from repository import PROGRAM, ROOT
 from session import Session
-
-GO_ON = "write one line under '## Next experiment' in scratchpad.md, edit train.py, run ./run.sh"
 
 # On and off
 
@@ -42,7 +41,7 @@ def test_it_is_on_in_its_own_conversation(loop):
     assert loop.turn(session_id="other") == {} and loop.type("hello", session_id="other") == ""
     assert "The loop is on." in loop.hook("SessionStart")["hookSpecificOutput"]["additionalContext"]
     other = loop.hook("SessionStart", session_id="other")["hookSpecificOutput"]["additionalContext"]
-    assert "The loop is off until the person types: start" in other
+    assert "The loop begins when the person types: start" in other and "off" not in other
 
 
 def test_it_says_where_things_stand_and_when_to_ask_the_planner(loop):
@@ -50,7 +49,7 @@ def test_it_says_where_things_stand_and_when_to_ask_the_planner(loop):
     loop.plan.add("discarded")
     reason = loop.turn()["reason"]
     assert reason.startswith("Phase 1 of 2 (first), 1 of 40 experiments. Since start 1 of 100 experiments. Next")
-    assert GO_ON in reason and display.ASK not in reason
+    assert display.STEP in reason and display.ASK not in reason
     loop.plan.add(*["discarded"] * 4)
     assert display.ASK in loop.turn()["reason"]
 
@@ -174,12 +173,40 @@ def test_a_chain_is_ended_where_one_is_open(loop, monkeypatch):
 
     monkeypatch.setattr(session.subprocess, "run", hangs)
     session.end_chain()
-    assert calls == []
+    assert calls == [] and not session.OPEN_CHAIN.exists()
     loop.plan.add("discarded", chain=record.Chain(1, 3, loop.plan.incumbent[:9], True))
     session.end_chain()
-    assert calls == [[f"{ROOT}/run.sh", "end-chain"]]
+    assert calls == [[f"{ROOT}/run.sh", "end-chain"]] and session.OPEN_CHAIN.exists()
     loop.plan.text = "no plan"
     session.end_chain()  # nor does a mistake in program.md, which ends a night
+
+
+@pytest.mark.parametrize("prompt", ["what now?", "start"])
+def test_a_chain_that_could_not_be_ended_is_ended_at_the_next_chance(loop, monkeypatch, prompt: str):
+    """A run that was just stopped may still have the lock."""
+    status = [2]
+
+    def answers(command: list, check: bool = False, **_) -> subprocess.CompletedProcess:
+        done = subprocess.CompletedProcess(command, status[0])
+        loop.chains_ended += not status[0]
+        if check:
+            done.check_returncode()
+        return done
+
+    loop.plan.add("discarded", chain=record.Chain(1, 3, loop.plan.incumbent[:9], True))
+    monkeypatch.setattr(session.subprocess, "run", answers)
+    loop.use_the_real_end_chain()
+    loop.type("start")
+    loop.type("stop")
+    loop.hook("SessionStart", session_id="other")
+    assert loop.chains_ended == 0, "the lock is held still"
+    status[0] = 0
+    loop.call("statusline")
+    assert loop.chains_ended == 0, "a status line has no time for that"
+    loop.type(prompt, session_id="other")
+    assert loop.chains_ended == 1
+    loop.type(prompt, session_id="a third")
+    assert loop.chains_ended == 1
 
 
 def test_hours_and_several_limits(loop, monkeypatch):
