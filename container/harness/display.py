@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import statistics
 import time
-
 from collections import Counter
+
 import git
 import locks
 import program
@@ -28,8 +29,8 @@ CHANGED, CHANGED_WIDTH = {"-": 1, "+": 2}, 48  # lines of train.py that a block 
 PAUSE_S = 30 * 60  # so long no model thinks
 CLAIMS = {"steps": "{} steps", "peak_memory": "peak {}"}  # of train.py that are shown, and how
 ASK = "ask the planner (Agent, subagent_type planner), then "
-
 STEP = "write the next hypothesis in scratchpad.md, edit train.py, run ./run.sh"
+
 
 def lines(rows: list[tuple], width: int = 13) -> list[str]:
     """`key: value`, without those that have no value."""
@@ -37,8 +38,10 @@ def lines(rows: list[tuple], width: int = 13) -> list[str]:
 
 
 def cut(text: str, most: int) -> str:
-    """The beginning of a text, so many bytes at most."""
-    return text.encode()[:most].decode("utf-8", "ignore")
+    """The beginning of a text, so many bytes at most, and not within a word unless that is a long one."""
+    beginning = text.encode()[:most].decode("utf-8", "ignore")
+    words = text[: len(beginning) + 1].rpartition(" ")[0]
+    return words if beginning != text and 2 * len(words) > len(beginning) else beginning
 
 
 def fitted(first: list[str], middle: list[str], last: list[str], most: int) -> str:
@@ -51,38 +54,47 @@ def fitted(first: list[str], middle: list[str], last: list[str], most: int) -> s
 def block(attempt: Attempt, commit: str, plan: program.Program, edited: str = "") -> str:
     """The result block, below 2 KB.
 
-    plan: what the run began with, for where program.md has a mistake by now. edited: what to do where train.py is not
-    what the verdict says.
+    plan: the run's, for where program.md has a mistake by now. edited: what to do where train.py is not the verdict's.
     """
     try:
         history = History.load()  # what was edited while this ran is for the next experiment
     except program.ProgramError:
         history = History.load(plan)
     phase, before = history.phase.name if history.phase else "", git.object_id(f"{commit}^:train.py")
-    log = run_file(attempt.experiment, "log")
-    curve = losses(log.read_bytes() if log.is_file() else b"")
+    log, failed = run_file(attempt.experiment, "log"), attempt.failure()
+    why = session.Session.load().reason_to_end(history)
+    printed = log.read_bytes() if log.is_file() else b""
+    curve, quoted = losses(printed), log_end(printed) if failed else []
+    earlier = [r for r in history.compared if r.number < attempt.experiment and attempt.kind == "candidate"]
     first = [
         ("experiment", attempt.experiment),
         ("verdict", attempt.verdict),
         ("hypothesis", attempt.hypothesis),
         ("changed", changed(attempt, history, before)),
+        ("tried before", tried_before(history, attempt.train, earlier)),
         *metric_rows(attempt),
-        ("reason", attempt.reason),
-        ("train", training(attempt, plan.budget, curve)),
+        ("reason" if failed else "note", attempt.reason),
+        ("train", training(attempt, plan.budget)),
         *loss_rows(curve, losses(earlier_log(history, before, attempt.experiment))),
     ]
     last = [
         ("plan", "program.md has changed since you last read it: read it" if session.plan_has_changed() else ""),
         ("new phase", f"{phase}: read its section in program.md" if phase and attempt.phase not in ("", phase) else ""),
-        ("commit", commit[:9] + (" (in the record)" if edited else consequence(attempt))),
+        ("commit", commit[:9] + (" (in the record)" if edited else consequence(attempt, why))),
         ("train.py", edited),
         ("log", log.relative_to(ROOT)),
         ("elsewhere", history.better_elsewhere()),
         ("phase", history.phase_line()),
-        ("next", "first see train.py above; then " * bool(edited) + next_step(attempt, history)),
+        ("next", "first see train.py above; then " * bool(edited) + next_step(attempt, history, why)),
     ]
-    quoted = log_end(attempt.experiment) if attempt.reason else []
     return fitted(["---", *lines(first)], quoted, lines(last), MAX_BLOCK)
+
+
+def tried_before(history: History, train: str, records: list[Record]) -> str:
+    """The first of these attempts that measured this very train.py, as a control or the baseline may have, or ''."""
+    same = next((r for r in records if r.train == train and history.values(r)), None)
+    measured = f"{history.program.metric} {shown_value(history, same)}" if same else ""
+    return f"experiment {same.number}, {same.verdict}, {measured} ({same.hypothesis})" if same else ""
 
 
 def metric_rows(attempt: Attempt) -> list[tuple]:
@@ -91,8 +103,7 @@ def metric_rows(attempt: Attempt) -> list[tuple]:
     if not measured:
         return []
     size = f"gallery {measured[0]['gallery']}, random {measured[0]['random']:.1f}"
-    each = ", ".join(map(number, attempt.values()))
-    twice = f", mean of {len(measured)} runs: {each}" if len(measured) > 1 else ""
+    twice = f", mean of {len(measured)} runs: {', '.join(map(number, attempt.values()))}" if len(measured) > 1 else ""
     value = number(geometric_mean(attempt.values()))
     rows = [(attempt.metric, f"{value}   (validation, {size}, lower is better{twice})")]
     if fits := [run.fit for run in attempt.runs if run.fit]:
@@ -104,10 +115,9 @@ def metric_rows(attempt: Attempt) -> list[tuple]:
         lucky = attempt.verdict == "discarded" and 0 < attempt.sigmas < MARGIN
         note = f"; below {MARGIN} sigma nothing is kept" if lucky else ""
         rows.append(("change", f"{attempt.percent:+.1f} %   ({attempt.gain}, sigma {attempt.sigma * 100:.1f} %){note}"))
-    rows.append(("costs", attempt.saved))
     other = "median_rank" if attempt.metric == "mean_rank" else "mean_rank"
-    rows.append((other, number(geometric_mean(attempt.values(other)))))
-    return [*rows, ("recall", recall(measured))]
+    value = number(geometric_mean(attempt.values(other)))
+    return [*rows, ("costs", attempt.saved), (other, value), ("recall", recall(measured))]
 
 
 def recall(measured: list[dict]) -> str:
@@ -130,9 +140,19 @@ def changed(attempt: Attempt, history: History, before: str) -> str:
     hunks = git.diff(before, attempt.train).partition("\n@@")[2].splitlines()[1:]
     found = [line for line in hunks if line[:1] in ("-", "+") and line[1:].strip()]
     first = [line for sign, most in CHANGED.items() for line in [x for x in found if x[0] == sign][:most]]
-    code = [f"| {line[0]} {visible(line[1:].partition('  #')[0])}" for line in first]
-    shown = "".join("\n" + cut(line, CHANGED_WIDTH) for line in code)
-    return f"{len(found)} lines{', such as' * (len(found) > len(code))}{shown}" if found else ""
+    count = f"{len(found)} lines" + f" ({len(first)} shown)" * (len(found) > len(first))
+    return "\n".join([count, *told_apart(first)]) if found else ""
+
+
+def told_apart(lines: list[str]) -> list[str]:
+    """Lines of a diff, cut: an old and a new one that begin alike around the first difference."""
+    texts = [line[1:].expandtabs(4) for line in lines]
+    bare = [re.sub(r"(?<=\S)  #.*", "", text).strip() for text in texts]
+    texts = bare if len({*bare}) == len(bare) else texts  # else a comment or the indentation is what was changed
+    alike = os.path.commonprefix(texts[:2]) if [line[0] for line in lines[:2]] == ["-", "+"] else ""
+    if len(alike.encode()) > CHANGED_WIDTH - 12:  # else the difference is shown anyway
+        texts[:2] = [f"…{text[len(alike) - 10 :]}" for text in texts[:2]]
+    return [cut(f"| {line[0]} {text}", CHANGED_WIDTH) for line, text in zip(lines, texts)]
 
 
 def losses(log: bytes) -> list[tuple[int, float, float]]:
@@ -166,20 +186,20 @@ def earlier_log(history: History, train: str, n: int) -> bytes:
     return b"".join(git.contents(names).values())
 
 
-def training(attempt: Attempt, budget: int, curve: list[tuple]) -> str:
-    """Seconds are the harness's, the rest are train.py's own claims; curve: its losses."""
+def training(attempt: Attempt, budget: int) -> str:
+    """Seconds are the harness's, the rest are train.py's own claims."""
     if not attempt.runs:
         return ""
     run = attempt.runs[-1]
     claims, seconds = run.train.get("claims", {}), run.timing["train"]
     claimed = [words.format(claims[key]) for key, words in CLAIMS.items() if key in claims]
-    pace = f"{seconds * 1000 / curve[-1][0]:.0f} ms a step" if curve else ""
+    pace = f"{run.train['step_ms']:.0f} ms a step" if run.train.get("step_ms") else ""
     around = f"{run.timing['total'] - seconds:.0f} s around it"
     return ", ".join(filter(None, [f"{seconds:.0f} s of {budget}", pace, *claimed, run.train.get("device"), around]))
 
 
-def consequence(attempt: Attempt) -> str:
-    """What became of the edit."""
+def consequence(attempt: Attempt, why: str) -> str:
+    """What became of the edit. why: the loop has ended, '' while it goes on."""
     chain = attempt.chain
     if attempt.verdict == "lost":
         return " (in the record, and counted for nothing; train.py is as it was)"
@@ -192,32 +212,27 @@ def consequence(attempt: Attempt) -> str:
     if attempt.verdict == "control" or (attempt.sigmas or 0) < -HOPELESS:
         ended += f": nothing is built on a control, or on what loses by over {HOPELESS} sigma" if chain else ""
     elif chain and chain.link < chain.limit:
-        ended += " with its phase or the loop"
+        ended += " with the loop" if why else " with its phase"
     return f" (in the record; train.py is the incumbent again{ended})"
 
 
-def next_step(attempt: Attempt, history: History) -> str:
-    why = session.Session.load().reason_to_end(history)
+def next_step(attempt: Attempt, history: History, why: str) -> str:
+    """One order: the first that applies."""
     if why or history.phase is None:
         return f"the loop has ended: {why or history.phase_line()}; {session.SUM_UP}"
     if attempt.verdict == "lost":
         return "nothing is held against this idea: run ./run.sh again, as it is"
-    step = "write the next hypothesis in scratchpad.md, edit train.py, run ./run.sh"
-    step = ASK + step if history.planner_due() and attempt.verdict != "dropped" else step
-    chain = attempt.chain
-    if attempt.verdict == "failed" and chain and chain.continues:
-        return f"fix it where it stands, or try something else on top; {step}"
-    if attempt.verdict == "failed":
+    due = history.planner_due() and attempt.verdict != "dropped"
+    if attempt.verdict == "failed" and not due:
         diff = run_file(attempt.experiment, "diff").relative_to(ROOT)
-        return f"your edit is in {diff}: make it again, fixed, or drop the idea; then {step}"
+        return f"make your edit ({diff}) work, or write another hypothesis and edit train.py for it; then run ./run.sh"
     taught = attempt.verdict in ("discarded", "control")
-    return f"note in scratchpad.md what this taught; then {step}" if taught else step
+    return "note in scratchpad.md what this taught; " * taught + ASK * due + STEP
 
 
-def log_end(n: int) -> list[str]:
-    """The last lines of a log, quoted: data, not instructions."""
-    log = run_file(n, "log")
-    text = log.read_bytes()[-LOG_BYTES:].decode("utf-8", "replace") if log.is_file() else ""
+def log_end(log: bytes) -> list[str]:
+    """Its last lines, quoted: data, not instructions."""
+    text = log[-LOG_BYTES:].decode("utf-8", "replace")
     quoted = [("| " if line[:1].strip() else "|   ") + visible(line)[:LOG_WIDTH] for line in text.splitlines()]
     return [line for line in quoted if line.strip("| ")][-LOG_LINES:]
 
@@ -297,8 +312,7 @@ def brief(history: History) -> str:
     kept, best = sum(r.verdict == "kept" for r in rows), f"Best {history.program.metric}: {history.best_line()}"
     first = [f"Phase {history.phase_line()}.", f"{best}. {len(rows)} experiments so far, {kept} kept."]
     first += training_data(history.program.data)[: 3 if len(rows) < BRIEF_NEWEST else 2]  # then the record needs room
-    if rows:
-        first.append("The last (runs/experiments.tsv has all):")
+    first += ["The last (runs/experiments.tsv has all):"] * bool(rows)
     newest = []
     for r in rows[-BRIEF_NEWEST:]:
         outcome = r.change.split(" (")[0] or r.reason.split(":")[0]

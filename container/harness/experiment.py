@@ -173,13 +173,8 @@ def new_hypothesis(history: History, train: str) -> str:
     """The hypothesis, when both it and train.py are new. Raises Refused."""
     line = written_hypothesis()
     judged = [r for r in history.counted if r.verdict != "failed"]
-    same = next((r for r in judged if r.train == train and r.verdict != "control"), None)
-    if same:
-        value = display.shown_value(history, same)
-        raise Refused(
-            f"this very train.py was already judged: experiment {same.number}, {same.verdict}, "
-            f"{history.program.metric} {value} ({same.hypothesis}); change something else"
-        )
+    if same := display.tried_before(history, train, [r for r in judged if r.verdict != "control"]):
+        raise Refused(f"this very train.py was already judged: {same}; change something else")
     last = next(reversed(history.own(judged)), None)
     if last and last.hypothesis == line:
         old = f"that of experiment {last.number} ({last.verdict})"
@@ -341,7 +336,9 @@ def record_and_carry_out(attempt: Attempt, history: History, planned: History) -
     try:
         for file in requests:
             file.unlink(missing_ok=True)
-        edited = carry_out(attempt.experiment)
+        edited, kept = carry_out(attempt.experiment), git.object_id("HEAD")
+        if not edited and record.message(kept) == record.message(commit):
+            commit = kept  # the one that `git log` shows
         display.write_history(History.load(history.program))
     except (Refused, OSError) as error:
         if attempt.by_hand:
@@ -363,7 +360,7 @@ def complete(attempt: Attempt, history: History) -> None:
     attempt.hypothesis = TITLES.get(attempt.verdict, attempt.hypothesis)
     attempt.metric, attempt.comparable, attempt.branch = history.program.metric, history.comparable, history.branch
     attempt.before, attempt.sigma, attempt.when = history.incumbent, round(history.sigma, 4), int(time.time())
-    attempt.reason = attempt.failure()
+    attempt.reason = attempt.failure() or attempt.cut_short()
     if attempt.runs:
         attempt.device = attempt.runs[0].train.get("device", "") if history.program.launch else engine.device_kind()
     if attempt.kind != "candidate":

@@ -27,7 +27,7 @@ import git
 import locks
 import measure
 import record
-from display import lines, recall
+from display import cut, lines, recall
 from history import History
 from project import ROOT, Refused, number, read_json, say, write_json
 from record import Attempt, Record
@@ -80,8 +80,10 @@ class Trainings:
 
     def side(self, name: str, source: bytes, seeds: int) -> Attempt:
         """So many trainings of one train.py."""
-        runs = [self.run(name, source) for _ in range(seeds)]
-        return Attempt(metric=self.history.program.metric, runs=runs)
+        made = Attempt(metric=self.history.program.metric, runs=[self.run(name, source) for _ in range(seeds)])
+        if short := made.cut_short():
+            say(f"run.sh: warning: {name}: {short}")
+        return made
 
     def needed(self, name: str, train: str, seeds: int) -> Attempt:
         """Likewise, of a train.py that git has. Raises Refused when one failed."""
@@ -253,7 +255,7 @@ def show_audit(a: dict) -> list[str]:
             end = f"{row['percent']:+6.1f} %   ({row['low']:+.1f} to {row['high']:+.1f})"
         else:
             end = f"fails: {row['failed'][:60]}" if "failed" in row else "not separable"
-        ablation.append(f"without {row['experiment']:>3}  {row['hypothesis'][:50]:50} {end}")
+        ablation.append(f"without {row['experiment']:>3}  {cut(row['hypothesis'], 50):50} {end}")
     return [*lines(rows, width=12), *ablation, CITATION]
 
 

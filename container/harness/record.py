@@ -36,8 +36,7 @@ TRAILERS = {
     "number": "Experiment", "verdict": "Verdict", "hypothesis": "Hypothesis", "change": "Change", "seed": "Seed",
     "phase": "Phase", "reason": "Reason", "train": "Train", "branch": "Branch", "comparable": "Comparable",
     "device": "Device", "chain": "Chain", "web": "Web", "by_hand": "By-Hand", "split": "Split", "saved": "Saved",
-    "anchor": "Anchor",
-    "test_evaluation": "Test-Look",
+    "anchor": "Anchor", "test_evaluation": "Test-Look",
 }  # fmt: skip
 METRICS = {"mean_rank": "Mean-Rank", "median_rank": "Median-Rank"}  # likewise; with "-Runs" it is every run's value
 TRAILER = re.compile(r"([A-Z][A-Za-z-]*): (.*)")
@@ -77,7 +76,7 @@ class Outcome:
 
     verdict: str = ""
     hypothesis: str = ""
-    reason: str = ""  # of a failure or a loss, one line
+    reason: str = ""  # of a failure or a loss, or that a training was cut short; one line
     phase: str = ""
     train: str = ""  # blob of train.py
     comparable: str = ""  # hash of data, judge, image, budget and device; '' for an audit or a final
@@ -108,8 +107,7 @@ class Record(Outcome):
     @property
     def percent(self) -> float:
         """The change of the metric; negative is better."""
-        m = re.match(r"[+-]?\d+(\.\d+)?", self.change)
-        return float(m[0]) if m else 0.0
+        return next(map(float, re.findall(r"^[+-]?\d+(?:\.\d+)?", self.change)), 0.0)
 
     def values(self, metric: str) -> list[float]:
         return self.runs.get(metric, [])
@@ -140,9 +138,9 @@ class Attempt(Outcome):
     kind: str = "candidate"  # or "baseline", or "remeasured": the incumbent, once more
     scratchpad: str = ""  # blob of scratchpad.md
     experiment: int = 0  # its number
-    waited: int = 0  # seconds before the first of them, for `cooldown` and a free device
     metric: str = "mean_rank"  # what decides: a key of METRICS
     runs: list[Run] = field(default_factory=list)
+    waited: int = 0  # seconds before the first of them, for `cooldown` and a free device
     before: list[float] = field(default_factory=list)  # the incumbent's runs
     sigma: float = 0.0
     percent: float | None = None  # change of the metric; negative is better
@@ -154,6 +152,11 @@ class Attempt(Outcome):
     def failure(self) -> str:
         """Why a run failed, in one line; '' when none did."""
         return next((visible(run.reason)[:MAX_REASON] for run in self.runs if run.outcome != "ok"), "")
+
+    def cut_short(self) -> str:
+        """How far those came that ended well, but long before the last step that their own log announces."""
+        steps = " and ".join(filter(None, (run.train.get("cut_short") for run in self.runs if run.outcome == "ok")))
+        return steps and f"cut short at {steps}: this is not what a whole training gives"
 
     @property
     def gain(self) -> str:
@@ -243,7 +246,7 @@ def claim(n: int, commit: str) -> bool:
 
 def message(name: str) -> str:
     """Of a commit; '' where git does not have it."""
-    return git.read("show", "-s", "--format=%B", name, check=False)
+    return git.read("show", "-s", "--format=%B", name, check=False).strip()
 
 
 def restore() -> None:

@@ -48,6 +48,14 @@ def test_audits_and_finals_are_recorded_counted_and_change_nothing(small: Small)
     assert after == before and small.read("train.py") == CRASH and not list((small.path / "runs").glob("*pending*"))
 
 
+def test_a_training_that_was_cut_short_is_no_silent_part_of_an_audit(small: Small):
+    small.write("train.py", KEPT + "# prints step 42/60 loss 3.6\n")
+    assert small.experiment("better")[1]["verdict"] == "kept"
+    warning = "run.sh: warning: best: cut short at 42 of 60 steps and 42 of 60 steps"
+    done = small.run("audit", "2", given=NOISY)
+    assert done.returncode == 0 and warning in done.stderr and "baseline: cut" not in done.stderr
+
+
 def test_an_audit_that_is_killed_goes_on_where_it_was(small: Small):
     small.write("train.py", KEPT)
     small.experiment("better")

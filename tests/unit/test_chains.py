@@ -29,7 +29,7 @@ def test_a_chain_is_kept_whole(bold: Small):
     bold.refused("already judged")
     bold.write("train.py", CRASH)
     _, second = bold.experiment("a crash on top")
-    assert second["verdict"] == "failed" and second["next"].startswith("fix it where it stands")
+    assert second["verdict"] == "failed" and second["next"].startswith("make your edit (runs/0003.diff) work, or")
     assert bold.read("train.py") == CRASH
     bold.write("train.py", variant(KEPT, 3))
     _, third = bold.experiment("what both were for")
@@ -97,7 +97,7 @@ def test_a_chain_ends_with_its_phase_and_the_new_one_is_named(bold: Small):
     bold.edit("until: 3 experiments", "until: 1 experiment", "program.md")
     bold.write("train.py", LOSER)
     done, shown = bold.experiment("worse")
-    assert "train.py is the incumbent again, the chain has ended with its phase or the loop)" in shown["commit"]
+    assert "train.py is the incumbent again, the chain has ended with its phase)" in shown["commit"]
     assert bold.read("train.py") == INCUMBENT_TEXT and shown["phase"] == "2 of 2 (careful), 0 of 9 experiments"
     assert shown["new phase"] == "careful: read its section in program.md"
     assert "Agent, subagent_type planner" in shown["next"] and len(done.stdout.encode()) < 2048
@@ -120,7 +120,7 @@ def test_the_last_block_says_that_the_loop_has_ended_and_its_chain_ends_with_it(
     assert "build on it: 1 of 3" in shown["commit"] and "write the next hypothesis" in shown["next"]
     bold.write("train.py", variant(LOSER, 2))
     done, shown = bold.experiment("worse still", env=LOOP)
-    assert "the incumbent again, the chain has ended with its phase or the loop)" in shown["commit"]
+    assert "the incumbent again, the chain has ended with the loop)" in shown["commit"]
     assert bold.read("train.py") == INCUMBENT_TEXT
     why = "the loop has ended: 2 experiments since start, as program.md's `stop` says; sum up in scratchpad.md in a few"
     assert shown["next"].startswith(why) and "next hypothesis" not in done.stdout

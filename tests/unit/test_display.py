@@ -12,7 +12,7 @@ import display
 import program
 import project
 import session
-from in_process import Small, made_up_run, train_py
+from in_process import DISCARDED, INCUMBENT_TEXT, KEPT, Small, made_up_run, train_py
 from measure import Run
 from record import Attempt, Record
 from recorded import INCUMBENT, Recorded
@@ -91,8 +91,9 @@ def test_a_gain_below_the_margin_says_why_it_is_not_kept(shown):
 def test_claims_of_train_py_are_shown_as_such(shown):
     run = made_up_run(80)
     run.train["claims"] = {"steps": "300", "loss": "4.1 -> 2.3", "peak_memory": "1.3 GB", "mean_rank": "1"}
+    run.train["step_ms"] = 6.2
     assert block(shown(attempt("kept", runs=[run])))["train"] == (
-        "2 s of 120, 300 steps, peak 1.3 GB, cpu, 2 s around it"
+        "2 s of 120, 6 ms a step, 300 steps, peak 1.3 GB, cpu, 2 s around it"
     )
 
 
@@ -107,14 +108,14 @@ def test_a_block_shows_both_losses_and_what_was_changed(small: Small):
     small.write("train.py", printing(97, *falls))
     _, found = small.experiment("two runs")
     assert found["verdict"] == "kept" and found["mean_rank"].endswith("lower is better, mean of 2 runs: 97.0, 97.1)")
-    assert found["train"].startswith("2 s of 120, 15 ms a step, ") and "incumbent's" not in found
+    assert "incumbent's" not in found
     assert found["loss"] == "4.80  4.60  4.20  3.80  3.40  3.00   (at 10 20 40 60 80 100 % of steps)"
-    assert found["changed"] == "22 lines, such as"
+    assert found["changed"] == "22 lines (3 shown)"
     stuck = printing(99, "step 150/1500 loss 9e-05", "step 600/1500 loss nan", *["step 3/0 loss 1"] * 9)
     small.write("train.py", stuck)
     done, found = small.experiment("another")
     assert found["loss"] == "9.00e-05 -     nan   -     -     -      (at 10 20 40 60 80 100 % of steps)"
-    assert found["incumbent's"] == "4.80  4.60  4.20  3.80  3.40  3.00" and "2 ms a step" in found["train"]
+    assert found["incumbent's"] == "4.80  4.60  4.20  3.80  3.40  3.00"
     small.write("train.py", stuck + "b = 2  # a comment\n\x1b]0;" + "é" * 99)
     done, found = small.experiment("a third")
     assert f"changed:      2 lines\n| + b = 2\n| + ]0;{'é' * 20}\nmean_rank" in done.stdout
@@ -130,12 +131,100 @@ def test_an_ordinary_block_is_small(shown, monkeypatch):
     )
     claims = {"steps": "300", "peak_memory": "12.34 GB"}
     runs = [made_up_run(8123.4), made_up_run(8123.5)]
-    runs[1].train["claims"], runs[1].train["device"] = claims, "NVIDIA H100 80GB HBM3"
+    runs[1].train |= {"claims": claims, "device": "NVIDIA H100 80GB HBM3", "step_ms": 1234.5}
     for run in runs:
         run.fit = {"mean_rank": 7654.3, "median_rank": 5432.1, "gallery": 20000}
     text = shown(attempt("discarded", runs=runs), log).replace("an idea", "w" * 100)
-    assert "incumbent's" in text and "changed:      198 lines, such as\n| - xxx" in text
+    assert "incumbent's" in text and "changed:      198 lines (3 shown)\n| - xxx" in text
     assert len(text.replace(display.ASK, "").encode()) <= 1228, len(text)
+
+
+@pytest.mark.parametrize(
+    ("diff", "shown"),
+    [
+        (["-x = f(" + "a" * 60 + ", 1)", "+x = f(" + "a" * 60 + ", 20)"], ["- …aaaaaaaa, 1)", "+ …aaaaaaaa, 20)"]),
+        (["-" + "a" * 80, "+" + "a" * 80 + "b" * 80], ["- …" + "a" * 10, "+ …" + "a" * 10 + "b" * 31]),
+        (["-" + "日" * 40 + "本", "+" + "日" * 40 + "人"], ["- …" + "日" * 10 + "本", "+ …" + "日" * 10 + "人"]),
+        (["-    x = 1  # one", "+    x = 1  # two"], ["-     x = 1  # one", "+     x = 1  # two"]),
+        (["-    x = 1", "+        x = 1"], ["-     x = 1", "+         x = 1"]),
+        (["-    x = 1  # one", "+    x = 2  # one"], ["- x = 1", "+ x = 2"]),
+        (["+    # why", "+    y = 1  # how"], ["+ # why", "+ y = 1"]),
+        (["-\tx = 1\t\t# one"], ["- x = 1       # one"]),
+        (["-a_long_name = another_long_name(of_a_thing, and_more)"], ["- a_long_name = another_long_name(of_a_thing,"]),
+    ],
+)
+def test_an_old_line_and_a_new_one_do_not_look_alike(diff: list[str], shown: list[str]):
+    assert display.told_apart(diff) == [f"| {line}" for line in shown]
+    assert all(len(line.encode()) <= display.CHANGED_WIDTH for line in display.told_apart(diff))
+
+
+def test_a_training_that_was_cut_short_is_said(small: Small):
+    """In the block, the log and the record: its metric is not what a whole training gives."""
+    small.write("train.py", printing(90, "step 57/60 loss 3.1"))
+    assert "note" not in small.experiment("nearly whole")[1]
+    small.write("train.py", printing(88, "step 9/60 loss 3.6", "step 42/60 loss 3.6"))
+    done, found = small.experiment("two runs, and a slow machine")
+    note = "cut short at 42 of 60 steps and 42 of 60 steps: this is not what a whole training gives"
+    assert found["note"] == note and "reason" not in found and "\n| step" not in done.stdout
+    assert note in small.run("log", "1").stdout and small.trailers("refs/experiments/3")["Reason"] == note
+    small.write("train.py", printing(80, "step 42/60 loss 3.6") + "raise")
+    crash = "step 42/60 loss 3.6"
+    small.write("train.py", f"# prints {crash}\n{CRASH}")
+    found = small.experiment("a crash has a reason of its own")[1]
+    assert found["reason"].startswith("crash after") and "note" not in found
+
+
+def test_a_training_that_was_tried_before_is_named(small: Small):
+    """Where it is not refused: what a control measured, or the baseline."""
+    small.write("train.py", KEPT)
+    assert "tried before" not in small.experiment("control: without the expert")[1]
+    small.write("train.py", KEPT)
+    found = small.experiment("without the expert")[1]
+    assert found["tried before"] == "experiment 2, control, mean_rank 50.0 (control: without the expert)"
+    small.write("train.py", INCUMBENT_TEXT)
+    assert small.experiment("back")[1]["tried before"] == "experiment 1, baseline, mean_rank 100.0 (baseline)"
+    small.write("train.py", INCUMBENT_TEXT + "# another\n")
+    assert "tried before" not in small.experiment("another")[1]
+
+
+def test_the_commit_of_a_kept_one_is_the_branchs(small: Small):
+    """That of any other is in the record alone, and git shows both."""
+    for text, named in ((KEPT, "HEAD"), (DISCARDED, "refs/experiments/3")):
+        small.write("train.py", text)
+        shown = small.experiment("an idea for " + named)[1]["commit"].split(" ")[0]
+        assert small.git("rev-parse", named).startswith(shown) and len(shown) == 9
+        assert small.git("show", "-s", "--format=%s", shown).endswith(("(100.0 → 50.0)", named))
+
+
+@pytest.mark.parametrize(("verdict", "before"), [("failed", 4), ("failed", 0), ("discarded", 4)])
+def test_the_next_step_is_one_order(shown, monkeypatch, verdict: str, before: int):
+    """Where the planner is due it comes first, also after a crash: after the repair it would not be due any more."""
+    plan = Recorded(monkeypatch, PROGRAM)
+    plan.add("baseline", train=INCUMBENT, ranks=(100.0, 101.0))
+    plan.add(*["discarded"] * before, verdict)
+    run = Run("failed", 7, "crash", {}, {}, {"total": 3, "train": 2})
+    told = display.next_step(attempt(verdict, runs=[run], reason="crash", percent=None), plan.history, "")
+    assert (display.ASK in told) == (before == 4) and told.count("run ./run.sh") == 1
+    assert ("runs/0012.diff" in told) == (verdict == "failed" and not before)
+
+
+@pytest.mark.parametrize(
+    ("text", "most", "shown"),
+    [
+        ("A heron at dusk, above the reeds", 9, "A heron"),
+        ("A heron at dusk, above the reeds", 10, "A heron at"),
+        ("A heron at dusk, above the reeds", 11, "A heron at"),
+        ("A heron at dusk, above the reeds", 31, "A heron at dusk, above the"),
+        ("A heron at dusk, above the reeds", 32, "A heron at dusk, above the reeds"),
+        ("A " + "x" * 40, 20, "A " + "x" * 18),
+        ("葦の上の鷺、夕暮れ", 10, "葦の上"),
+        ("é" * 40, 9, "éééé"),
+        ("", 9, ""),
+    ],
+)
+def test_what_is_cut_ends_with_a_word(text: str, most: int, shown: str):
+    """Where it has words, and they are not too long."""
+    assert display.cut(text, most) == shown
 
 
 def test_the_losses_are_those_of_the_last_run():
@@ -219,6 +308,9 @@ def test_what_the_loop_took_so_far(monkeypatch, tmp_path):
     found += [{"runs": [timing]}]
     # 400 s of runs, 50 s between the first two; then a pause, which is nobody's
     assert display.spent(plan.history)[0] == ("time", "0.1 h: training 80 %, harness 9 %, model 11 %")
+    found[1]["waited"] = 30  # for a device, or since the plan has a cooldown
+    assert display.spent(plan.history)[0] == ("time", "0.1 h: training 80 %, harness 9 %, waiting 7 %, model 4 %")
+    del found[1]["waited"]
     session.Counter.update(tmp_path / "a.tokens", 1_200_000)
     session.Counter.update(tmp_path / "b.tokens", 34_567)
     assert display.spent(plan.history)[1] == ("used", "1,234,567 tokens")

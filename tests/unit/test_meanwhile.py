@@ -162,7 +162,8 @@ def test_whatever_is_edited_meanwhile_what_was_recorded_is_shown(small: Small, v
     done = small.run(point=Point(at, "meanwhile", script))
     assert (done.returncode, block(done.stdout).get("verdict")) == (int(verdict == "failed"), verdict), done.stderr
     assert small.trailers("refs/experiments/2")["Verdict"] == verdict and len(done.stdout.encode()) < 2048
-    assert block(done.stdout)["commit"].startswith(small.git("rev-parse", "refs/experiments/2")[:9])
+    commit = small.git("rev-parse", "HEAD" if verdict == "kept" else "refs/experiments/2")
+    assert block(done.stdout)["commit"].startswith(commit[:9])
 
 
 def test_where_git_is_busy_the_verdict_is_shown_and_the_next_run_carries_it_out(small: Small):

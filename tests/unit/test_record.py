@@ -80,7 +80,7 @@ def test_what_a_person_garbled_in_a_message_counts_as_not_told():
 def test_an_attempt_in_git(small: Small):
     small.write("train.py", train_py(VALUES["kept"]))
     _, shown = small.experiment("better")
-    assert shown["commit"] == small.git("rev-parse", "refs/experiments/2")[:9]
+    assert shown["commit"] == small.git("rev-parse", "HEAD")[:9]
     files = small.git("ls-tree", "--name-only", "refs/experiments/2:experiment").split()
     assert files == ["examples.npy", "program.md", "ranks.npy", "result.json", "train.log"]
     result = json.loads(small.git("show", "refs/experiments/2:experiment/result.json"))
