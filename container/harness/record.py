@@ -107,7 +107,8 @@ class Record(Outcome):
     @property
     def percent(self) -> float:
         """The change of the metric; negative is better."""
-        return next(map(float, re.findall(r"^[+-]?\d+(?:\.\d+)?", self.change)), 0.0)
+        m = re.match(r"[+-]?\d+(\.\d+)?", self.change)
+        return float(m[0]) if m else 0.0
 
     def values(self, metric: str) -> list[float]:
         return self.runs.get(metric, [])
