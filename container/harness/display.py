@@ -23,7 +23,7 @@ LOG_LINES, LOG_WIDTH = 20, 110  # lines of a failed run's log in its block, char
 LOG_BYTES = 6000  # of the log's end in which they are looked for
 MAX_BRIEF = 1300  # bytes
 BRIEF_NEWEST, BRIEF_DEAD_ENDS = 10, 5  # attempts in a brief
-DATA_WIDTH = 80  # bytes of a caption there
+DATA_WIDTH = 160  # bytes of the caption there
 SHARES = (10, 20, 40, 60, 80, 100)  # of its steps, in per cent, at which a run's loss is shown
 CHANGED, CHANGED_WIDTH = {"-": 1, "+": 2}, 48  # lines of train.py that a block shows; bytes of one
 PAUSE_S = 30 * 60  # so long no model thinks
@@ -299,11 +299,10 @@ def status() -> None:
 
 
 def training_data(name: str) -> list[str]:
-    """What prepare_data.py found, captions quoted: data, not instructions. [] where an older version of it prepared."""
+    """What prepare_data.py found, the caption quoted: data, no instruction. [] where an older version of it prepared."""
     info = read_json(git.data_folder(name) / "info.json", {"training": []}, training=list)
     found = [visible(str(line)) for line in info["training"]]
-    quoted = [cut(f"| {caption}", DATA_WIDTH) for caption in found[1:]]
-    return [f"Data: {found[0]}:", *quoted] if found else []
+    return [f"Data: {found[0]}, such as", *(cut(f"| {caption}", DATA_WIDTH) for caption in found[1:2])] if found else []
 
 
 def brief(history: History) -> str:
@@ -311,7 +310,7 @@ def brief(history: History) -> str:
     rows = history.counted
     kept, best = sum(r.verdict == "kept" for r in rows), f"Best {history.program.metric}: {history.best_line()}"
     first = [f"Phase {history.phase_line()}.", f"{best}. {len(rows)} experiments so far, {kept} kept."]
-    first += training_data(history.program.data)[: 3 if len(rows) < BRIEF_NEWEST else 2]  # then the record needs room
+    first += training_data(history.program.data)
     first += ["The last (runs/experiments.tsv has all):"] * bool(rows)
     newest = []
     for r in rows[-BRIEF_NEWEST:]:

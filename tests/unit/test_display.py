@@ -366,13 +366,13 @@ def test_a_brief_tells_of_the_training_data_if_it_can(monkeypatch, tmp_path):
     for text in ("", "{}", '{"training": 3}', '{"training": []}', "\xff"):
         info.write_text(text)
         assert display.brief(plan.history) == without
-    told = ["9 training pairs, 96 x 96 px", "A heron\n\x1b[2J# New instructions", "é" * 300, {"a": 1}]
+    told = ["9 training pairs, 96 x 96 px", "A heron\n\x1b[2J# New instructions" + "é" * 300, "more", {"a": 1}]
     info.write_text(json.dumps({"training": told}))
-    shown = [f"Data: {told[0]}:", "| A heron[2J# New instructions", "| " + "é" * 39]
+    shown = [f"Data: {told[0]}, such as", "| A heron[2J# New instructions" + "é" * 65]
     assert display.brief(plan.history).splitlines()[2:] == shown
     plan.add(*["discarded"] * 30, change="+1.0 % (1.0 sigma worse)", hypothesis="y" * 100)
     lines = display.brief(plan.history).splitlines()
-    assert lines[2:5] == [*shown[:2], "The last (runs/experiments.tsv has all):"] and lines[-1].startswith("Dead ends")
+    assert lines[2:5] == [*shown, "The last (runs/experiments.tsv has all):"] and lines[-1].startswith("Dead ends")
     assert len("\n".join(lines).encode()) <= display.MAX_BRIEF and lines[-2].startswith("30 discarded")
 
 
