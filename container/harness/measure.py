@@ -30,7 +30,7 @@ RUN_JUDGE = r"""printf '{"up": true}\n{"ready": true}\n'
 exec python -I /harness/judge.py /key.npy /images.npy /captions.npy /fit.npy"""
 SIDES = ("images", "captions")
 LOAD_FAILED = "load: training ended well, but load() or encoding training rows failed (traceback in the log)"
-WHOLE = 0.9  # share of its steps that a training makes which is not cut short: some print only every tenth
+WHOLE = 0.95  # share of its steps that a training makes which is not cut short: some print only every tenth
 EXCEPTION_LENGTH = 120  # characters of an exception in the reason of a failure
 GRACE_S = 5  # between the budget, at which PID 1 inside kills, and the kill from outside
 EMBED_S = 120  # load and encode one side; no longer than training left of its budget: `load` could train on

@@ -432,11 +432,11 @@ def test_what_a_sandbox_sends_is_taken_part_by_part(tmp_path: Path):
 @pytest.mark.parametrize(
     ("log", "most", "shown"),
     [
-        ("step 3/60\nstep 42/60 loss 3.6\n", 0.9, "42 of 60 steps"),
-        ("step 42/60\nstep 54/60\n", 0.9, ""),
+        ("step 3/60\nstep 42/60 loss 3.6\n", 0.95, "42 of 60 steps"),
+        ("step 42/60\nstep 57/60\n", 0.95, ""),
         ("step 42/60\nstep 54/60\n", 9, "54 of 60 steps"),
-        ("step 60/60\nstep 20/20\n", 0.9, ""),
-        ("no steps\n", 0.9, ""),
+        ("step 60/60\nstep 20/20\n", 0.95, ""),
+        ("no steps\n", 0.95, ""),
     ],
 )
 def test_how_far_a_training_came(tmp_path: Path, log: str, most: float, shown: str):
