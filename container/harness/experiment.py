@@ -335,7 +335,9 @@ def record_and_carry_out(attempt: Attempt, history: History, planned: History) -
     Raises Refused when it is not in the record.
     """
     head, moved = git.object_id("HEAD"), ""
-    if (now := git.object_id(f"{head}:train.py")) != planned.incumbent_train:
+    if not head or history.branch == git.DETACHED != planned.branch:  # an orphan branch, a rebase, a look at old times
+        head, history = planned.head, replace(history, branch=planned.branch)  # whose next run carries it out
+    elif (now := git.object_id(f"{head}:train.py")) != planned.incumbent_train:
         attempt.verdict = "discarded" if attempt.verdict == "kept" else attempt.verdict
         which = "what this run measured" if now == attempt.train else "neither the incumbent nor what this run measured"
         moved = f"HEAD's is {which} since a commit meanwhile ({head[:9]}), and nothing is kept: read it first"

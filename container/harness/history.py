@@ -32,7 +32,8 @@ class History:
     comparable: str  # hash of data, judge, image, budget and device
     branch: str
     records: list[Record]
-    incumbent_train: str  # blob of HEAD's train.py
+    head: str  # the commit
+    incumbent_train: str  # blob of its train.py
     # blob -> the metric of every comparable run; in the order of their first runs
     values_by_train: dict[str, list[float]] = field(default_factory=dict)
 
@@ -51,7 +52,8 @@ class History:
             remember(program, comparable)
         else:
             comparable = last_comparable(program, branch, records)
-        history = cls(program, image, comparable, branch, records, git.object_id("HEAD:train.py"))
+        head = map(git.object_id, ("HEAD", "HEAD:train.py"))
+        history = cls(program, image, comparable, branch, records, *head)
         for r in history.compared:
             history.values_by_train.setdefault(r.train, []).extend(history.values(r))
         return history

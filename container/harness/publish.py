@@ -207,7 +207,7 @@ def run_final(trainings: Trainings) -> tuple[Attempt, dict]:
 
 def save(trainings: Trainings, attempt: Attempt, more: dict) -> None:
     """Record, then show, then keep what is left: whoever has seen the numbers finds the evaluation counted."""
-    record.add(attempt, git.object_id("HEAD"), {}, **more)
+    record.add(attempt, trainings.history.head, {}, **more)
     record.carry_out(attempt.experiment)
     is_audit = attempt.verdict == "audit"
     shown = show_audit(more["audit"]) if is_audit else show_final(more["final"], attempt.test_evaluation)

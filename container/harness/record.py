@@ -214,12 +214,12 @@ def add(attempt: Attempt, head: str, files: dict[str, str], **more) -> str:
     while True:
         result = {"experiment/result.json": git.store(attempt.json(**more))}
         commit = git.commit(head, {**files, **result}, attempt.message())
-        if claim(attempt.experiment, commit):
+        if claim(attempt.experiment, commit, attempt.branch or git.branch()):
             return commit
         attempt.experiment += 1
 
 
-def claim(n: int, commit: str) -> bool:
+def claim(n: int, commit: str, branch: str) -> bool:
     """Make this commit experiment n, after a note of it. Raises Refused where git cannot; then the note stays.
 
     False where another worktree was faster, or something else has that name: note, log and diff are then of n + 1.
@@ -227,7 +227,7 @@ def claim(n: int, commit: str) -> bool:
     ref = f"{REFS}{n}"
     with locks.record():
         remove_stale_locks(list((git.folder() / REFS).glob("*.lock")))
-        write_json(run_file(n, "pending"), {"number": n, "commit": commit, "branch": git.branch()})
+        write_json(run_file(n, "pending"), {"number": n, "commit": commit, "branch": branch})
         git.call("update-ref", ref, commit, git.ABSENT, writes=True)
     restore()
     if (found := git.object_id(ref)) == commit:
@@ -317,7 +317,7 @@ def finish_interrupted() -> None:
     for file, note in pending_notes().items():
         edited, n, commit = "", note["number"], note["commit"]
         if message(commit):
-            while not claim(n, commit):  # as it may be already
+            while not claim(n, commit, note["branch"]):  # as it may be already
                 n += 1
             edited = carry_out(n)
             say(f"run.sh: completed experiment {n}, which had been interrupted")
@@ -332,11 +332,14 @@ def carry_out(n: int) -> str:
     """Carry a recorded verdict into the branch, the user's index and train.py. Every step can be repeated.
 
     Without our two entries of the index the user's next commit would undo the keep. Returns what to do where train.py
-    is then not what the verdict says, for somebody edited it meanwhile; '' where it is.
+    is then not what the verdict says, for somebody edited it meanwhile, or its branch is not checked out; '' where it
+    is.
     """
     ref = f"{REFS}{n}"
     text, before = git.read("show", "-s", "--format=%B", ref), git.object_id(f"{ref}^:train.py")
     recorded = parse(str(n), "0", text)
+    if recorded.branch and not (git.object_id("HEAD") and git.branch() == recorded.branch):
+        return f"left as it is, for HEAD has left {recorded.branch}: the next run there carries the verdict out"
     continues = recorded.chain is not None and recorded.chain.continues
     if recorded.verdict == "kept":
         head = git.object_id("HEAD")
