@@ -119,7 +119,13 @@ def main_worktree() -> Path:
     if not link.is_dir():  # none yet, or that worktree is gone
         link.unlink(missing_ok=True)
         link.symlink_to(ROOT)
+    lock(link.resolve(), "data/ of all worktrees")
     return link.resolve()
+
+
+def lock(worktree: Path, holds: str) -> None:
+    """Else `git worktree remove` takes along what git ignores, without a word. A main one can be neither."""
+    call("worktree", "lock", "--reason", f"{holds} would be lost", str(worktree))
 
 
 def data_folder(name: str) -> Path:

@@ -218,6 +218,8 @@ def save(trainings: Trainings, attempt: Attempt, more: dict) -> None:
     for file in (*work.glob("run-*/*.npy"), *(work.glob("run-*/out.tar") if is_audit else ())):
         file.unlink()
     work.rename(folder)
+    if not is_audit:
+        git.lock(ROOT, f"the checkpoint in {folder.relative_to(ROOT)}")
     print(f"record:      experiment {attempt.experiment}; logs{checkpoint} in {folder.relative_to(ROOT)}")
 
 

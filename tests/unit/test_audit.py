@@ -48,6 +48,21 @@ def test_audits_and_finals_are_recorded_counted_and_change_nothing(small: Small)
     assert after == before and small.read("train.py") == CRASH and not list((small.path / "runs").glob("*pending*"))
 
 
+def test_git_does_not_remove_a_worktree_with_a_final_checkpoint(small: Small, tmp_path: Path):
+    """Which git ignores, as it does logs: those of an audit the record has too."""
+    tree = small.worktree(tmp_path / "tree", "tree")
+    tree.write("train.py", KEPT)
+    tree.experiment("better")
+    remove = ["git", "worktree", "remove", "--force", tree.path]
+    for words, reason in ((["audit", "2"], ""), (["final"], "the checkpoint in final/0004 would be lost")):
+        done = tree.run(*words, given=NOISY)
+        assert done.returncode == 0, done.stderr
+        locked = small.git("worktree", "list", "--porcelain").partition("\nlocked")[2].strip()
+        assert locked == reason
+    refused = subprocess.run(remove, cwd=small.path, capture_output=True, text=True)
+    assert refused.returncode and reason in refused.stderr and (tree.path / "final/0004").is_dir()
+
+
 def test_an_audit_that_is_killed_goes_on_where_it_was(small: Small):
     small.write("train.py", KEPT)
     small.experiment("better")
