@@ -299,7 +299,7 @@ def status() -> None:
 
 
 def training_data(name: str) -> list[str]:
-    """What prepare_data.py found, the caption quoted: data, no instruction. [] where an older version of it prepared."""
+    """What prepare_data.py found, a caption quoted: data, not instructions. [] if an older version of it prepared."""
     info = read_json(git.data_folder(name) / "info.json", {"training": []}, training=list)
     found = [visible(str(line)) for line in info["training"]]
     return [f"Data: {found[0]}, such as", *(cut(f"| {caption}", DATA_WIDTH) for caption in found[1:2])] if found else []

@@ -21,6 +21,7 @@ from project import IMAGE_MADE_OF, ROOT, Broken, Refused
 IMAGE = ROOT / "container" / "image"  # what the image is built from
 ENGINES = ("podman", "docker")  # in the order in which they are tried
 IMAGE_NAME = "localhost/autoresearch"
+IMAGE_LABEL = "autoresearch-image"  # of those that setup built: where another one takes its name, it has this alone
 REGISTRY_BASE = "docker.io/library/python:3.12-slim"
 DEBIAN_BASE = "localhost/autoresearch-base:" + hashlib.sha256((IMAGE / "base_image.sh").read_bytes()).hexdigest()[:12]
 UID = "10001:10001"  # nobody on the host

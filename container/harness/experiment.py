@@ -37,7 +37,7 @@ MAX_HYPOTHESIS = 100  # characters
 MAX_FILE = 1 << 20  # bytes of train.py and scratchpad.md
 LOST_MOST, LOST_PAUSE_S = 3, 15 * 60  # so many losses in a row, then the agent has to wait
 LUCK_GALLERY = 50  # pairs: in a smaller gallery two seeds may well give the same ranks
-IGNORES_SEED = "the result does not depend on SEED: take every random number from it"
+IGNORES_SEED = "the result does not depend on SEED: take every random number from it, or a second run tells nothing"
 TITLES = {"baseline": "baseline", "remeasured": "the incumbent, measured once more", "unmeasured": "the incumbent"}
 
 
@@ -122,7 +122,7 @@ def make_plan(incumbent_only: bool) -> tuple[History, list[Attempt]]:
     elif not attempts:  # another worktree was faster
         raise Refused("the baseline is measured by now; ./run.sh status shows it")
     elif history.incumbent and os.environ.get("CLAUDECODE"):
-        raise Refused("train.py is unchanged, so there is nothing to measure; edit it, then run ./run.sh again")
+        raise Refused("train.py is unchanged, so nothing is measured: edit it as you planned, then run ./run.sh")
     return history, attempts
 
 
@@ -159,19 +159,13 @@ def next_experiment() -> str:
     return next(filter(None, unmarked), "")
 
 
-def written_hypothesis() -> str:
-    """The hypothesis. Raises Refused."""
+def new_hypothesis(history: History, train: str) -> str:
+    """The hypothesis, when both it and train.py are new. Raises Refused."""
     line = next_experiment()
     if not line or PLACEHOLDER in line:
         raise Refused("no hypothesis: write one line under '## Next experiment' in scratchpad.md, then run ./run.sh")
     if len(line) > MAX_HYPOTHESIS:
-        raise Refused(f"the hypothesis has {len(line)} characters; make it {MAX_HYPOTHESIS} or fewer in scratchpad.md")
-    return line
-
-
-def new_hypothesis(history: History, train: str) -> str:
-    """The hypothesis, when both it and train.py are new. Raises Refused."""
-    line = written_hypothesis()
+        raise Refused(f"the hypothesis has {len(line)} characters: make it {MAX_HYPOTHESIS} or fewer in scratchpad.md")
     judged = [r for r in history.counted if r.verdict != "failed"]
     if same := display.tried_before(history, train, [r for r in judged if r.verdict != "control"]):
         raise Refused(f"this very train.py was already judged: {same}; change something else")
@@ -317,7 +311,9 @@ def record_and_carry_out(attempt: Attempt, history: History, planned: History) -
     Raises Refused when it is not in the record.
     """
     head, moved = git.object_id("HEAD"), ""
-    if (now := git.object_id(f"{head}:train.py")) != planned.incumbent_train:
+    if not head or history.branch == git.DETACHED != planned.branch:  # an orphan branch, a rebase, a look at old times
+        head, history = planned.head, replace(history, branch=planned.branch)  # whose next run carries it out
+    elif (now := git.object_id(f"{head}:train.py")) != planned.incumbent_train:
         attempt.verdict = "discarded" if attempt.verdict == "kept" else attempt.verdict
         which = "what this run measured" if now == attempt.train else "neither the incumbent nor what this run measured"
         moved = f"HEAD's is {which} since a commit meanwhile ({head[:9]}), and nothing is kept: read it first"

@@ -19,6 +19,7 @@ QUIET = ("core.hooksPath=/dev/null", "core.fsmonitor=false", "commit.gpgSign=fal
 GIT = ("git", *(word for setting in QUIET for word in ("-c", setting)), "--no-pager")
 FALLBACK_IDENTITY = ("-c", "user.name=autoresearch", "-c", "user.email=autoresearch@localhost")
 INDEX = RUNS / "work" / "index"  # beside the user's own; the folder is emptied before and after every run
+DETACHED = "detached"  # in the place of a branch
 ABSENT = ""  # what a ref that does not exist yet is expected to hold, in SHA-256 repositories too
 MAX_ERROR = 400  # characters of git's own words
 held_locks: list[int] = []  # files that a git which writes keeps open: our locks last until it has ended
@@ -120,7 +121,13 @@ def main_worktree() -> Path:
     if not link.is_dir():  # none yet, or that worktree is gone
         link.unlink(missing_ok=True)
         link.symlink_to(ROOT)
+    lock(link.resolve(), "data/ of all worktrees")
     return link.resolve()
+
+
+def lock(worktree: Path, holds: str) -> None:
+    """Else `git worktree remove` takes along what git ignores, without a word. A main one can be neither."""
+    call("worktree", "lock", "--reason", f"{holds} would be lost", str(worktree))
 
 
 def data_folder(name: str) -> Path:
@@ -129,7 +136,8 @@ def data_folder(name: str) -> Path:
 
 
 def branch() -> str:
-    return read("symbolic-ref", "--short", "-q", "HEAD", check=False).strip() or "detached"
+    # not --short, which calls main heads/main as soon as there is a tag of that name
+    return read("symbolic-ref", "-q", "HEAD", check=False).strip()[len("refs/heads/") :] or DETACHED
 
 
 def commit(parent: str, files: dict[str, str], message: str) -> str:

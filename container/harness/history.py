@@ -32,7 +32,8 @@ class History:
     comparable: str  # hash of data, judge, image, budget and device
     branch: str
     records: list[Record]
-    incumbent_train: str  # blob of HEAD's train.py
+    head: str  # the commit
+    incumbent_train: str  # blob of its train.py
     # blob -> the metric of every comparable run; in the order of their first runs
     values_by_train: dict[str, list[float]] = field(default_factory=dict)
 
@@ -51,7 +52,8 @@ class History:
             remember(program, comparable)
         else:
             comparable = last_comparable(program, branch, records)
-        history = cls(program, image, comparable, branch, records, git.object_id("HEAD:train.py"))
+        head = map(git.object_id, ("HEAD", "HEAD:train.py"))
+        history = cls(program, image, comparable, branch, records, *head)
         for r in history.compared:
             history.values_by_train.setdefault(r.train, []).extend(history.values(r))
         return history
@@ -67,7 +69,7 @@ class History:
 
     def values(self, r: Record) -> list[float]:
         """The metric of every run, in the order they ran; [] for a failure."""
-        return r.values(self.program.metric)
+        return r.runs.get(self.program.metric, [])
 
     def own(self, records: list[Record]) -> list[Record]:
         return [r for r in records if r.branch in ("", self.branch)]

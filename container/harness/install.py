@@ -23,7 +23,7 @@ from history import History
 from project import ROOT, Broken, Refused, read_json, say
 
 ENGINE_PACKAGES = ("podman", "crun", "runc", "uidmap", "slirp4netns", "fuse-overlayfs", "ca-certificates")
-PODMAN_CDI, PODMAN_PASST = (4, 1), (5,)  # from these versions on it knows CDI, and wants passt
+PODMAN_CDI = (4, 1)  # from this version on it knows CDI
 CGROUP_REMEDY = (
     "boot with cgroup v2 (systemd.unified_cgroup_hierarchy=1), let systemd hand its controllers on (Delegate=cpu "
     "cpuset io memory pids in user@.service), or run as root"
@@ -85,6 +85,8 @@ def need_image() -> str:
 
 
 def build_image() -> str:
+    if lacks_passt():
+        install_packages("passt, from which this podman has its network,", "passt")
     base = make_base()
     say(f"building the image from {base}: torch and its friends, about 3 GB to fetch, 5 to 10 minutes")
     with tempfile.TemporaryDirectory(prefix="ar-build-") as folder:
@@ -92,6 +94,7 @@ def build_image() -> str:
         pip.write_text(pip_settings())
         secrets = ["--secret", f"id=pip_conf,src={pip}", "--secret", f"id=ca,src={dataset.certificates()}"]
         options = ["--build-arg", f"BASE={base}", "-t", engine.image_tag(base), *secrets]
+        options += ["--label", f"{engine.IMAGE_LABEL}=yes"]
         if engine.name() == "podman":
             options += engine.ulimits()
         run(*engine.client(), "build", *options, engine.IMAGE, env={**os.environ, "DOCKER_BUILDKIT": "1"})
@@ -168,11 +171,9 @@ def findings() -> Iterator[Finding]:
     yield from check_settings()
     free = shutil.disk_usage(ROOT).free / 1e9
     yield Finding("disk", free > DISK_GB, f"{free:.0f} GB free")
-    if git.call("var", "GIT_COMMITTER_IDENT").returncode == 0:
-        yield Finding("git", True, "identity set")
-    else:
-        remedy = "git config user.name and user.email set it"
-        yield Finding("git", None, f"no identity: what is kept is committed as 'autoresearch'; {remedy}")
+    known = git.call("var", "GIT_COMMITTER_IDENT").returncode == 0
+    unknown = "no identity: what is kept is committed as 'autoresearch'; git config user.name and user.email set it"
+    yield Finding("git", known or None, "identity set" if known else unknown)
 
 
 def check_engine() -> Iterator[Finding]:
@@ -184,33 +185,33 @@ def check_engine() -> Iterator[Finding]:
     text = f"{kind} {engine.name()} IGNORES {ignored} limits here: {CGROUP_REMEDY}"
     serious = None if ignored == "CPU" else False  # the others keep a training from harm
     yield Finding("limits", serious if ignored else True, text if ignored else "memory, process, CPU: enforced")
-    if engine.name() == "podman":
-        yield from check_podman(tuple(map(int, re.findall(r"\d+", version)[:2])), kind)
+    old = "podman" in version and tuple(map(int, re.findall(r"\d+", version)[:2])) < PODMAN_CDI
+    if old and engine.gpus():
+        yield Finding("engine", False, "this podman knows no CDI, so no GPU: update it to 4.1, or AR_ENGINE=docker")
+    if lacks_passt():
+        yield Finding("engine", None, "this podman wants passt for a network, which a build needs: install passt")
+    image = ""
     try:
         image = engine.find_image()
+        yield Finding("image", True, image[:12])
     except engine.ImageMissing as e:
         yield Finding("image", False, str(e))
-    else:
-        yield Finding("image", True, image[:12])
-        yield from older_images(image)
+    yield from older_images(image, engine.image_id(engine.DEBIAN_BASE))
 
 
-def check_podman(version: tuple[int, ...], kind: str) -> Iterator[Finding]:
-    """What some versions of podman need, or cannot do."""
-    no_cdi = "this podman knows no CDI, so no GPU: update it to 4.1 or later, or AR_ENGINE=docker"
-    if version < PODMAN_CDI and engine.gpus():
-        yield Finding("engine", False, no_cdi)
-    no_passt = "this podman wants passt for a network, which building and fetching need: install passt"
-    if version >= PODMAN_PASST and kind == "rootless" and not shutil.which("pasta"):
-        yield Finding("engine", None, no_passt)
+def lacks_passt() -> bool:
+    """Whether a build would have no network: from version 5 on podman takes a user's, who is not root, from passt."""
+    form = "{{.Host.RootlessNetworkCmd}} {{.Host.Pasta.Executable}}"  # which older ones, and docker, do not know
+    return engine.rootless() and engine.run([*engine.client(), "info", "--format", form]).stdout.split() == ["pasta"]
 
 
-def older_images(current: str) -> Iterator[Finding]:
-    """Images of former versions, which nothing removes by itself."""
-    form = "{{.ID}}\t{{.Size}}"
-    listed = engine.run([*engine.client(), "images", "--format", form, engine.IMAGE_NAME]).stdout
+def older_images(*current: str) -> Iterator[Finding]:
+    """Images of former versions, their bases, and builds without a name, which nothing removes by itself."""
+    ask, ours = [*engine.client(), "images", "--format", "{{.ID}}\t{{.Size}}"], f"label={engine.IMAGE_LABEL}"
+    base, unnamed = engine.DEBIAN_BASE.partition(":")[0], ["--filter", "dangling=true", "--filter", ours]
+    listed = "".join(engine.run([*ask, *kind]).stdout for kind in ([engine.IMAGE_NAME], [base], unnamed))
     sizes = dict(re.findall("^([0-9a-f]+)\t(.+)$", listed, re.M))
-    old = {ident: size for ident, size in sizes.items() if not current.startswith(ident)}
+    old = {ident: size for ident, size in sizes.items() if not any(image.startswith(ident) for image in current)}
     if old:
         remedy = f"where no worktree or clone uses them: {engine.name()} rmi {' '.join(old)}"
         yield Finding("image", None, f"{len(old)} of other versions ({', '.join(old.values())}); {remedy}")

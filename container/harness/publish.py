@@ -209,7 +209,7 @@ def run_final(trainings: Trainings) -> tuple[Attempt, dict]:
 
 def save(trainings: Trainings, attempt: Attempt, more: dict) -> None:
     """Record, then show, then keep what is left: whoever has seen the numbers finds the evaluation counted."""
-    record.add(attempt, git.object_id("HEAD"), {}, **more)
+    record.add(attempt, trainings.history.head, {}, **more)
     record.carry_out(attempt.experiment)
     is_audit = attempt.verdict == "audit"
     shown = show_audit(more["audit"]) if is_audit else show_final(more["final"], attempt.test_evaluation)
@@ -220,6 +220,8 @@ def save(trainings: Trainings, attempt: Attempt, more: dict) -> None:
     for file in (*work.glob("run-*/*.npy"), *(work.glob("run-*/out.tar") if is_audit else ())):
         file.unlink()
     work.rename(folder)
+    if not is_audit:
+        git.lock(ROOT, f"the checkpoint in {folder.relative_to(ROOT)}")
     print(f"record:      experiment {attempt.experiment}; logs{checkpoint} in {folder.relative_to(ROOT)}")
 
 

@@ -42,8 +42,7 @@ METRICS = {"mean_rank": "Mean-Rank", "median_rank": "Median-Rank"}  # likewise; 
 TRAILER = re.compile(r"([A-Z][A-Za-z-]*): (.*)")
 CHAIN = re.compile(r"(\d{1,9}) of (\d{1,9}) on ([0-9a-f]{9})(, goes on)?")
 NUMBER = re.compile(r"\d{1,9}(\.\d{1,9})?")
-IN_THE_MIDDLE = {"rebase-merge": "rebase", "rebase-apply": "rebase", "MERGE_HEAD": "MERGE",
-                 "CHERRY_PICK_HEAD": "CHERRY_PICK", "REVERT_HEAD": "REVERT"}  # fmt: skip
+IN_THE_MIDDLE = ("rebase-merge", "rebase-apply", "MERGE_HEAD", "CHERRY_PICK_HEAD", "REVERT_HEAD")
 MAX_REASON = 300  # characters
 STALE_LOCK_S = 2  # age of a lock of git's from which on nobody writes with it any more: that takes milliseconds
 
@@ -109,9 +108,6 @@ class Record(Outcome):
         """The change of the metric; negative is better."""
         m = re.match(r"[+-]?\d+(\.\d+)?", self.change)
         return float(m[0]) if m else 0.0
-
-    def values(self, metric: str) -> list[float]:
-        return self.runs.get(metric, [])
 
 
 @functools.lru_cache(maxsize=None)  # a run reads the record several times
@@ -219,12 +215,12 @@ def add(attempt: Attempt, head: str, files: dict[str, str], **more) -> str:
     while True:
         result = {"experiment/result.json": git.store(attempt.json(**more))}
         commit = git.commit(head, {**files, **result}, attempt.message())
-        if claim(attempt.experiment, commit):
+        if claim(attempt.experiment, commit, attempt.branch or git.branch()):
             return commit
         attempt.experiment += 1
 
 
-def claim(n: int, commit: str) -> bool:
+def claim(n: int, commit: str, branch: str) -> bool:
     """Make this commit experiment n, after a note of it. Raises Refused where git cannot; then the note stays.
 
     False where another worktree was faster, or something else has that name: note, log and diff are then of n + 1.
@@ -232,7 +228,7 @@ def claim(n: int, commit: str) -> bool:
     ref = f"{REFS}{n}"
     with locks.record():
         remove_stale_locks(list((git.folder() / REFS).glob("*.lock")))
-        write_json(run_file(n, "pending"), {"number": n, "commit": commit, "branch": git.branch()})
+        write_json(run_file(n, "pending"), {"number": n, "commit": commit, "branch": branch})
         git.call("update-ref", ref, commit, git.ABSENT, writes=True)
     restore()
     if (found := git.object_id(ref)) == commit:
@@ -293,9 +289,9 @@ def refuse_while_git_is_at_work() -> None:
     if not git.object_id("HEAD^{commit}"):
         raise Refused("git finds no commit at HEAD; commit everything, or see git fsck and git reflog if there was one")
     own, common, branch = git.folder("--git-dir"), git.folder(), git.branch()
-    for state, name in IN_THE_MIDDLE.items():
+    for state in IN_THE_MIDDLE:
         if (own / state).exists():
-            raise Refused(f"git is in the middle of a {name}; finish or abort it first")
+            raise Refused(f"git is in the middle of a {re.split('-|_HEAD', state)[0]}; finish or abort it first")
     locked = [own / "index.lock", own / "HEAD.lock", common / f"refs/heads/{branch}.lock"]
     locked += {folder / "reftable/tables.list.lock" for folder in (own, common)}  # where refs are no files
     if any(file.exists() for file in locked) and git.commit_under_way():
@@ -322,7 +318,7 @@ def finish_interrupted() -> None:
     for file, note in pending_notes().items():
         edited, n, commit = "", note["number"], note["commit"]
         if message(commit):
-            while not claim(n, commit):  # as it may be already
+            while not claim(n, commit, note["branch"]):  # as it may be already
                 n += 1
             edited = carry_out(n)
             say(f"run.sh: completed experiment {n}, which had been interrupted")
@@ -337,11 +333,13 @@ def carry_out(n: int) -> str:
     """Carry a recorded verdict into the branch, the user's index and train.py. Every step can be repeated.
 
     Without our two entries of the index the user's next commit would undo the keep. Returns what to do where train.py
-    is then not what the verdict says, for somebody edited it meanwhile; '' where it is.
+    is then not what the verdict says, for somebody edited it or went elsewhere meanwhile; '' where it is.
     """
     ref = f"{REFS}{n}"
     text, before = git.read("show", "-s", "--format=%B", ref), git.object_id(f"{ref}^:train.py")
     recorded = parse(str(n), "0", text)
+    if recorded.branch and not (git.object_id("HEAD") and git.branch() == recorded.branch):
+        return f"left as it is, for HEAD has left {recorded.branch}: the next run there carries the verdict out"
     continues = recorded.chain is not None and recorded.chain.continues
     if recorded.verdict == "kept":
         head = git.object_id("HEAD")

@@ -56,6 +56,21 @@ def test_a_training_that_was_cut_short_is_no_silent_part_of_an_audit(small: Smal
     assert done.returncode == 0 and warning in done.stderr and "baseline: cut" not in done.stderr
 
 
+def test_git_does_not_remove_a_worktree_with_a_final_checkpoint(small: Small, tmp_path: Path):
+    """Which git ignores, as it does logs: those of an audit the record has too."""
+    tree = small.worktree(tmp_path / "tree", "tree")
+    tree.write("train.py", KEPT)
+    tree.experiment("better")
+    remove = ["git", "worktree", "remove", "--force", tree.path]
+    for words, reason in ((["audit", "2"], ""), (["final"], "the checkpoint in final/0004 would be lost")):
+        done = tree.run(*words, given=NOISY)
+        assert done.returncode == 0, done.stderr
+        locked = small.git("worktree", "list", "--porcelain").partition("\nlocked")[2].strip()
+        assert locked == reason
+    refused = subprocess.run(remove, cwd=small.path, capture_output=True, text=True)
+    assert refused.returncode and reason in refused.stderr and (tree.path / "final/0004").is_dir()
+
+
 def test_an_audit_that_is_killed_goes_on_where_it_was(small: Small):
     small.write("train.py", KEPT)
     small.experiment("better")

@@ -216,6 +216,22 @@ def test_data_lie_in_the_first_worktree_and_all_share_them(small: Small, tmp_pat
     assert not list(git_folder(project).glob("**/data"))
 
 
+def test_git_does_not_remove_the_worktree_that_holds_the_data(small: Small, tmp_path: Path):
+    """Beside a bare repository any can be removed: git would take all that it ignores along."""
+    project = bare(small, tmp_path)
+    project.make_data("prints")
+    assert project.python("print(git.data_folder('prints'))") == str(project.path / "data/prints")
+    other = project.worktree(tmp_path / "other", "other")
+    other.python("git.main_worktree()")
+    remove = ["git", "worktree", "remove", "--force"]
+    refused = subprocess.run([*remove, project.path], cwd=git_folder(other), capture_output=True, text=True)
+    assert refused.returncode and "data/ of all worktrees would be lost" in refused.stderr, refused
+    assert (project.path / "data/prints/info.json").exists()
+    subprocess.run([*remove, other.path], cwd=git_folder(other), check=True)  # which holds none
+    project.git("worktree", "unlock", str(project.path))
+    subprocess.run([*remove, project.path], cwd=git_folder(project), check=True)
+
+
 def git_folder(project: Small) -> Path:
     return Path(project.git("rev-parse", "--path-format=absolute", "--git-common-dir"))
 

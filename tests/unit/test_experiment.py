@@ -104,7 +104,7 @@ def test_the_hypothesis_is_found_under_any_such_heading(monkeypatch, tmp_path, h
     for comment in ("", "<!-- one line -->\n", "<!--\nold idea\n-->\n"):
         text = f"{heading}\n{comment}- an idea\n\n## Notes\n"
         (tmp_path / "scratchpad.md").write_text(text, encoding="utf-8")
-        assert experiment.written_hypothesis() == "an idea"
+        assert experiment.next_experiment() == "an idea"
 
 
 def test_refusals_name_the_next_step(small: Small):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import time
 
 import pytest
@@ -111,6 +112,54 @@ def test_a_block_says_what_train_py_is_where_the_verdict_does_not(small: Small, 
         assert "again" not in shown["commit"]
     else:
         assert small.read("train.py") == (KEPT if verdict == "kept" else INCUMBENT_TEXT)
+
+
+STOP = "GIT_SEQUENCE_EDITOR='sed -i s/^pick/edit/' git rebase -qi HEAD^"
+
+
+@pytest.mark.parametrize(
+    ("leave", "back"),
+    [
+        ("git checkout -q --orphan new", "git checkout -q main"),
+        ("git symbolic-ref HEAD refs/heads/nowhere", "git symbolic-ref HEAD refs/heads/main"),
+        ("git branch -q there; git update-ref -d HEAD", "git update-ref HEAD there"),
+        ("git checkout -q --detach", "git checkout -q main"),
+        ("git stash -q; git checkout -q HEAD^", "git checkout -q main; git stash pop -q"),
+        (f"git stash -q; {STOP}", "git rebase --abort; git stash pop -q"),
+        (f"git stash -q; {STOP}; git stash pop -q", "git stash -q; git rebase --continue; git stash pop -q"),
+    ],
+)
+@pytest.mark.parametrize("verdict", ["kept", "discarded"])
+def test_where_head_is_on_no_branch_meanwhile_its_own_waits(small: Small, verdict: str, leave: str, back: str):
+    """An orphan branch, a rebase, a look at what was: nothing is changed there, and nothing is lost."""
+    small.git("commit", "-qm", "mine")
+    small.write("train.py", train_py(VALUES[verdict]))
+    small.hypothesis("an idea")
+    look = "git symbolic-ref -q HEAD || git rev-parse HEAD; git status --short; cat train.py"
+    script = f"{leave}; ({look}) >runs/there"
+    done = small.run(point=Point("measure", "meanwhile", script))
+    shown = block(done.stdout)
+    assert (done.returncode, shown.get("verdict")) == (0, verdict), done.stdout + done.stderr
+    assert shown["train.py"] == "left as it is, for HEAD has left main: the next run there carries the verdict out"
+    assert small.trailers("refs/experiments/2")["Branch"] == "main" and shown["commit"].endswith("(in the record)")
+    there = subprocess.run(["sh", "-c", look], cwd=small.path, capture_output=True, text=True).stdout
+    assert there == small.read("runs/there")
+    subprocess.run(["bash", "-ec", back], cwd=small.path, check=True, capture_output=True)
+    assert "completed experiment 2" in small.run().stderr
+    assert small.read("train.py") == small.git("show", "main:train.py") + "\n"
+    assert small.read("train.py") == (KEPT if verdict == "kept" else INCUMBENT_TEXT)
+    assert small.git("status", "--short", "train.py") == "" and small.experiments() == [1, 2, 3]
+
+
+def test_a_tag_with_the_branchs_name_is_no_other_branch(small: Small):
+    """Git's short name of the branch is then heads/main."""
+    small.write("train.py", DISCARDED)
+    small.hypothesis("worse")
+    done = small.run(point=Point("update-ref refs/experiments/2", "after"))
+    small.git("tag", "main")
+    assert done.returncode == -signal.SIGKILL and "completed experiment 2" in small.run().stderr
+    assert {small.trailers(f"refs/experiments/{n}")["Branch"] for n in small.experiments()} == {"main"}
+    assert small.read("train.py") == INCUMBENT_TEXT
 
 
 def test_an_incumbent_whose_experiment_is_deleted_meanwhile(small: Small):

@@ -48,7 +48,7 @@ def test_a_failure_has_its_reason_and_no_numbers():
     run = Run("failed", 7, "crash after 3 s: ValueError: x: y")
     attempt = replace(WHOLE, verdict="failed", by_hand=False, runs=[run], reason=run.reason, change="", chain=None)
     found = record.parse("1", "0", attempt.message())
-    assert (found.reason, found.change, found.percent, found.values("mean_rank")) == (run.reason, "", 0.0, [])
+    assert (found.reason, found.change, found.percent, found.runs["mean_rank"]) == (run.reason, "", 0.0, [])
     assert attempt.message().startswith("failed: Verdict: failed: an idea") and found.chain is None
 
 
@@ -69,12 +69,12 @@ def test_what_a_person_garbled_in_a_message_counts_as_not_told():
              "Split": "test", "Test-Look": 2}  # fmt: skip
     text = "final: best\n\n" + "".join(f"{key}: {value}\n" for key, value in lines.items())
     found = record.parse("5", "0", text)
-    assert (found.values("mean_rank"), found.test_evaluation, found.split) == ([80.25, 81.0], 2, "test")
+    assert (found.runs["mean_rank"], found.test_evaluation, found.split) == ([80.25, 81.0], 2, "test")
     for junk in ("x", "inf", "NaN", "-3", "0.0", "1e999", "٣x", "9" * 5000):
         found = record.parse(
             "5", "0", f"{text}Test-Look: {junk}\nMean-Rank-Runs: {junk}\nChain: {junk} of 3 on {'a' * 9}\n"
         )
-        assert (found.values("mean_rank"), found.test_evaluation, found.chain) == ([], 0, None), junk
+        assert (found.runs["mean_rank"], found.test_evaluation, found.chain) == ([], 0, None), junk
 
 
 def test_an_attempt_in_git(small: Small):
@@ -88,7 +88,7 @@ def test_an_attempt_in_git(small: Small):
     assert result["experiment"] == 2 and result["before"] == [100.0, 100.1]
     assert small.git("show", "HEAD", "--format=", "--name-only").split() == ["scratchpad.md", "train.py"]
     assert small.trailers("HEAD") == small.trailers("refs/experiments/2")
-    loaded = small.python("r = record.load_all()[-1]; print(r.number, r.verdict, r.values('mean_rank'), r.train)")
+    loaded = small.python("r = record.load_all()[-1]; print(r.number, r.verdict, r.runs['mean_rank'], r.train)")
     assert loaded == f"2 kept [50.0] {small.git('rev-parse', 'HEAD:train.py')}"
 
 

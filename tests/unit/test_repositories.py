@@ -119,7 +119,7 @@ def one_kept_one_lost(project: Small) -> None:
     assert "\n-VALUE = 50\n+VALUE = 150\n" in diff and '\n """A train.py' in diff and "\n--- a/train.py\n" in diff
     assert "2\tkept\t50.0\t" in project.read("runs/experiments.tsv") and ODD_IDEA in project.run("log").stdout
     told = project.python(
-        "print(*(f'{r.number} {r.hypothesis} {r.values(\"mean_rank\")}' for r in record.load_all()[1:]))"
+        "print(*(f'{r.number} {r.hypothesis} {r.runs[\"mean_rank\"]}' for r in record.load_all()[1:]))"
     )
     assert told == f"2 {ODD_IDEA} [50.0] 3 worse again [150.0]"
     assert "best:     mean_rank 50.0" in project.run("status").stdout
