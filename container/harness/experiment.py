@@ -25,7 +25,7 @@ import notify
 import program
 import record
 from history import History
-from project import ROOT, RUNS, Broken, Refused, say, visible, write_whole
+from project import ROOT, RUNS, Broken, Refused, number, say, visible, write_whole
 from record import Attempt, Record
 from session import Session
 
@@ -60,7 +60,8 @@ def run(incumbent_only: bool = False) -> int:
                 if attempt.verdict in ("unmeasured", "lost"):
                     break
                 if attempt is not last:
-                    say(f"run.sh: experiment {attempt.experiment} measured the incumbent first; yours is the next")
+                    value = f"{attempt.metric} {number(keep_rule.geometric_mean(attempt.values()))}"
+                    say(f"run.sh: experiment {attempt.experiment} measured the incumbent first: {value}; yours is next")
         print(display.block(attempt, commit, history.program, edited))
         with contextlib.suppress(Refused):
             notify.tell_result(attempt, history)
@@ -185,8 +186,8 @@ def new_hypothesis(history: History, train: str) -> str:
 
 def device_for(history: History, train: str = ""):
     """One of the devices; waits while other worktrees use them all. Raises OSError."""
-    number, budget, waiting = history.next_number, history.program.budget, "waits for a device"
-    return locks.device(engine.slots(history.program), lambda: locks.announce(number, waiting, budget, train))
+    n, budget, waiting = history.next_number, history.program.budget, "waits for a device"
+    return locks.device(engine.slots(history.program), lambda: locks.announce(n, waiting, budget, train))
 
 
 def measure_and_decide(attempt: Attempt, planned: History, device: int) -> History:

@@ -285,7 +285,7 @@ def test_a_person_measures_the_incumbent_once_more_and_other_data_is_never_compa
     small.write("train.py", DISCARDED)
     done, shown = small.experiment("worse, under another budget")
     assert shown["verdict"] == "discarded" and "2 runs" in shown["before"]
-    assert "experiment 3 measured the incumbent first; yours is the next" in done.stderr
+    assert "experiment 3 measured the incumbent first: mean_rank 100.0; yours is next" in done.stderr
     assert small.experiments() == [1, 2, 3, 4] and small.trailers("refs/experiments/3")["Verdict"] == "baseline"
     assert "budget 119" in small.read("runs/0004.log")
 
