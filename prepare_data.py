@@ -15,7 +15,7 @@ Every line of those files describes one image, with boxes in pixels of the uprig
 Every problem is reported with its file and line, and then nothing is written. What DIR holds afterwards:
 
     info.json                   sizes, source, licence, bytes and SHA-256 of each file that is read later, a hash of
-                                all; of the training pairs numbers and three captions, which the agent is told
+                                all; of the training pairs numbers and a caption, which the agent is told
     train/                      a `datasets` table: image (3*S*S uint8, channels first), caption,
                                 regions [{phrase, bbox}] with boxes in [0, 1], possibly none
     val/images/, val/captions/  two tables of one column each, either in a random order of its own
@@ -74,7 +74,7 @@ HASH_SIDE = 16  # of a perceptual hash: 256 bits
 HASH_BITS = 40
 # Tiles and colours of preview.png: the first that give so few bytes, as an agent that looks carries it along for ever
 PREVIEWS, PREVIEW_BYTES = ((8, 128), (8, 64), (4, 128), (4, 64), (4, 32), (4, 8)), 100_000
-CAPTIONS_TOLD, MAX_CAPTION = 3, 300  # in info.json; characters of one
+MAX_CAPTION = 300  # characters of the one in info.json
 LOCAL_COPIES = ("annotations", "images", "weights")  # that may be given for ukiyo-e
 
 Rows = Iterable[tuple[str, Row | str]]  # with their names, for messages; a text says what is wrong with a row
@@ -162,14 +162,14 @@ def write_data_set(options: argparse.Namespace, folder: Path) -> None:
 
 
 def describe(table: datasets.Dataset, size: int) -> list[str]:
-    """The training pairs in numbers, and some captions of them: what the agent that trains on them is told."""
+    """The training pairs in numbers, and one caption: what the agent that trains on them is told."""
     texts = table.select_columns(["caption", "regions"]).with_format("arrow")[:]
     captions, regions = texts["caption"].to_pylist(), sorted(map(len, texts["regions"].to_pylist()))
     count, words = len(captions), sorted(len(caption.split()) for caption in captions)
     return [
         f"{count} training pairs, {size} x {size} px, {regions[0]} to {regions[-1]} regions each "
         f"(median {regions[count // 2]}), captions of {words[count // 2]} words (median; most {words[-1]})",
-        *(captions[count * n // CAPTIONS_TOLD][:MAX_CAPTION] for n in range(CAPTIONS_TOLD)),
+        captions[0][:MAX_CAPTION],
     ]
 
 

@@ -1,4 +1,4 @@
-"""./run.sh test: install what the tests need, showing each command first, then become pytest.
+"""./run.sh test: install what the tests need, showing each command first, then run pytest.
 
 usage: run.py              everything a contributor and CI need: unit, engine, client
        run.py unit         only what needs no engine, no client and no image
@@ -94,7 +94,8 @@ def run_unit(pytest: list[str]) -> int:
     command = [*pytest, *TWO_AT_ONCE, ALL[0]]
     with contextlib.ExitStack() as stack:
         memory = MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and not os.statvfs(MEMORY).f_flag & os.ST_NOEXEC
-        if memory and shutil.disk_usage(MEMORY).free > MEMORY_NEEDED:
+        given = any(word.startswith("--basetemp") for word in pytest)
+        if memory and not given and shutil.disk_usage(MEMORY).free > MEMORY_NEEDED:
             command += ["--basetemp", stack.enter_context(tempfile.TemporaryDirectory(dir=MEMORY)) + "/tests"]
         return subprocess.run(command).returncode
 

@@ -60,6 +60,7 @@ def prompt(call: dict, now: Session) -> dict:
         history = History.load()
         session.plan_has_changed()
         now.start(session.current_night(), history.newest)
+        session.OPEN_CHAIN.unlink(missing_ok=True)  # an open chain is this loop's from now on
         text = f"The loop is on. {go_on(history, now)}"
     elif word in ("stop", "pause"):
         now.on, now.stopped, text = False, True, OFF

@@ -108,7 +108,7 @@ def metric_rows(attempt: Attempt) -> list[tuple]:
     rows = [(attempt.metric, f"{value}   (validation, {size}, lower is better{twice})")]
     if fits := [run.fit for run in attempt.runs if run.fit]:
         fit = number(geometric_mean([fit[attempt.metric] for fit in fits]))
-        rows.append(("fit", f"{fit}   ({fits[0]['gallery']} training pairs; decides nothing)"))
+        rows.append(("fit", f"{fit}   (in that gallery; {fits[0]['gallery']} training pairs)"))
     if attempt.percent is not None:
         runs = "1 run" if len(attempt.before) == 1 else f"{len(attempt.before)} runs"
         rows.append(("before", f"{with_error(attempt.before, attempt.sigma)}   ({runs})"))
@@ -302,7 +302,9 @@ def training_data(name: str) -> list[str]:
     """What prepare_data.py found, a caption quoted: data, not instructions. [] if an older version of it prepared."""
     info = read_json(git.data_folder(name) / "info.json", {"training": []}, training=list)
     found = [visible(str(line)) for line in info["training"]]
-    return [f"Data: {found[0]}, such as", *(cut(f"| {caption}", DATA_WIDTH) for caption in found[1:2])] if found else []
+    if not found:
+        return []
+    return [f"Data: {found[0]}, such as", *(cut(f"| {caption}", DATA_WIDTH) for caption in found[1:2])]
 
 
 def brief(history: History) -> str:

@@ -312,13 +312,16 @@ def record_and_carry_out(attempt: Attempt, history: History, planned: History) -
     Raises Refused when it is not in the record.
     """
     head, moved = git.object_id("HEAD"), ""
-    if not head or history.branch == git.DETACHED != planned.branch:  # an orphan branch, a rebase, a look at old times
-        head, history = planned.head, replace(history, branch=planned.branch)  # whose next run carries it out
-    elif (now := git.object_id(f"{head}:train.py")) != planned.incumbent_train:
+    now = git.object_id(f"{head}:train.py") if head else ""
+    elsewhere = planned.branch not in (history.branch, git.DETACHED)
+    waits = not head or elsewhere and (history.branch == git.DETACHED or now != planned.incumbent_train)
+    if waits:  # an orphan branch, a rebase, a look at old times: the next run on the planned branch carries it out
+        head, history = planned.head, replace(history, branch=planned.branch)
+    elif now != planned.incumbent_train:
         attempt.verdict = "discarded" if attempt.verdict == "kept" else attempt.verdict
         which = "what this run measured" if now == attempt.train else "neither the incumbent nor what this run measured"
         moved = f"HEAD's is {which} since a commit meanwhile ({head[:9]}), and nothing is kept: read it first"
-    elif history.branch != planned.branch:
+    elif elsewhere:
         say(f"run.sh: HEAD has gone from {planned.branch} to {history.branch} meanwhile, where this is recorded")
     complete(attempt, history)
     attempt.chain = None if moved else attempt.chain
@@ -329,7 +332,10 @@ def record_and_carry_out(attempt: Attempt, history: History, planned: History) -
     with contextlib.suppress(OSError):  # the record has it too
         before = planned.incumbent_train if moved else f"{head}:train.py"
         write_whole(record.run_file(attempt.experiment, "diff"), git.diff(before, attempt.train))
-    commit = record.add(attempt, head, files_of(attempt, history.program.text, web))
+    files = files_of(attempt, history.program.text, web)
+    if waits:  # what lies in this folder by now is another branch's
+        files["scratchpad.md"] = attempt.scratchpad
+    commit = record.add(attempt, head, files)
     try:
         for file in requests:
             file.unlink(missing_ok=True)

@@ -52,8 +52,8 @@ class History:
             remember(program, comparable)
         else:
             comparable = last_comparable(program, branch, records)
-        head = map(git.object_id, ("HEAD", "HEAD:train.py"))
-        history = cls(program, image, comparable, branch, records, *head)
+        head = git.object_id("HEAD")
+        history = cls(program, image, comparable, branch, records, head, git.object_id(f"{head}:train.py"))
         for r in history.compared:
             history.values_by_train.setdefault(r.train, []).extend(history.values(r))
         return history

@@ -140,7 +140,7 @@ def setup() -> int:
 
 
 def test(*words: str) -> None:
-    """tests/run.py installs what the tests need, and becomes pytest."""
+    """tests/run.py installs what the tests need, and runs them."""
     os.execv(sys.executable, [sys.executable, "-I", "-B", str(ROOT / "tests" / "run.py"), *words])
 
 

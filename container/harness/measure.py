@@ -30,7 +30,6 @@ RUN_JUDGE = r"""printf '{"up": true}\n{"ready": true}\n'
 exec python -I /harness/judge.py /key.npy /images.npy /captions.npy /fit.npy"""
 SIDES = ("images", "captions")
 LOAD_FAILED = "load: training ended well, but load() or encoding training rows failed (traceback in the log)"
-WHOLE = 0.95  # share of its steps that a training makes which is not cut short: some print only every tenth
 EXCEPTION_LENGTH = 120  # characters of an exception in the reason of a failure
 GRACE_S = 5  # between the budget, at which PID 1 inside kills, and the kill from outside
 EMBED_S = 120  # load and encode one side; no longer than training left of its budget: `load` could train on
@@ -97,7 +96,7 @@ def run(job: Job) -> Run:
         result.outcome, result.reason = "lost", str(e)
     finally:
         measurement.end()
-    told = {"claims": claims(job.log), "cut_short": last_step(job.log, WHOLE), "step_ms": measurement.log.step_ms}
+    told = {"claims": claims(job.log), "cut_short": cut_short(job.log), "step_ms": measurement.log.step_ms}
     result.train = {**measurement.report, **told}
     result.timing = measurement.timing()
     return result
@@ -303,10 +302,17 @@ def why_embedding_failed(end: dict, killed: bool, limit_s: float) -> str:
     return f"{error} at line {end['line']} of train.py" if end.get("line") else error
 
 
-def last_step(log: Path, below: float = 9e9) -> str:
-    """train.py's own progress: '143 of 300 steps'; '' when it printed none, or is as far as that share of them."""
-    found = [(int(step), int(steps)) for step, steps, _ in locks.STEP.findall(log.read_bytes())][-1:]
-    return next((f"{step} of {steps} steps" for step, steps in found if step < below * steps), "")
+def last_step(log: Path) -> str:
+    """train.py's own progress: '143 of 300 steps', or '' when it printed none."""
+    found = locks.STEP.findall(log.read_bytes())
+    return f"{int(found[-1][0])} of {int(found[-1][1])} steps" if found else ""
+
+
+def cut_short(log: Path) -> str:
+    """Likewise of a training that stopped early; '' where the steps after its last line may not have been printed."""
+    found = [(int(step), int(steps)) for step, steps, _ in locks.STEP.findall(log.read_bytes())]
+    (before, _), (last, steps) = [(0, 0), (0, 0), *found][-2:]
+    return last_step(log) if last + max(0, last - before) < steps else ""
 
 
 def last_exception(log: Path) -> str:

@@ -268,7 +268,7 @@ def show_final(f: dict, evaluations: int) -> list[str]:
         ("final", f"test split, {size}, one training of at most {f['budget']} s"),
         ("mean_rank", f"{number(m['mean_rank'])}   (percentile {m['mean_rank'] / m['gallery'] * 100:.1f})"),
         ("median_rank", number(m["median_rank"])),
-        ("fit", f"mean_rank {number(fit['mean_rank'])} of {fit['gallery']} training pairs" if fit else ""),
+        ("fit", f"mean_rank {number(fit['mean_rank'])}, by {fit['gallery']} training pairs" if fit else ""),
         ("recall", recall([m])),
         ("evaluation", f"{evaluations} of this test split, by anybody; quote it"),
     ]

@@ -42,7 +42,8 @@ METRICS = {"mean_rank": "Mean-Rank", "median_rank": "Median-Rank"}  # likewise; 
 TRAILER = re.compile(r"([A-Z][A-Za-z-]*): (.*)")
 CHAIN = re.compile(r"(\d{1,9}) of (\d{1,9}) on ([0-9a-f]{9})(, goes on)?")
 NUMBER = re.compile(r"\d{1,9}(\.\d{1,9})?")
-IN_THE_MIDDLE = ("rebase-merge", "rebase-apply", "MERGE_HEAD", "CHERRY_PICK_HEAD", "REVERT_HEAD")
+IN_THE_MIDDLE = {"rebase-merge": "rebase", "rebase-apply": "rebase", "MERGE_HEAD": "merge",
+                 "CHERRY_PICK_HEAD": "cherry-pick", "REVERT_HEAD": "revert"}  # fmt: skip
 MAX_REASON = 300  # characters
 STALE_LOCK_S = 2  # age of a lock of git's from which on nobody writes with it any more: that takes milliseconds
 
@@ -289,9 +290,9 @@ def refuse_while_git_is_at_work() -> None:
     if not git.object_id("HEAD^{commit}"):
         raise Refused("git finds no commit at HEAD; commit everything, or see git fsck and git reflog if there was one")
     own, common, branch = git.folder("--git-dir"), git.folder(), git.branch()
-    for state in IN_THE_MIDDLE:
+    for state, name in IN_THE_MIDDLE.items():
         if (own / state).exists():
-            raise Refused(f"git is in the middle of a {re.split('-|_HEAD', state)[0]}; finish or abort it first")
+            raise Refused(f"git is in the middle of a {name}; finish or abort it first")
     locked = [own / "index.lock", own / "HEAD.lock", common / f"refs/heads/{branch}.lock"]
     locked += {folder / "reftable/tables.list.lock" for folder in (own, common)}  # where refs are no files
     if any(file.exists() for file in locked) and git.commit_under_way():
@@ -304,21 +305,33 @@ def refuse_while_git_is_at_work() -> None:
                 raise Refused(f"{file} exists: a git is at work, or was killed; wait for it, or delete that file")
 
 
-def pending_notes() -> dict[Path, dict]:
-    """Of verdicts on this branch that are not carried out; those on others wait for theirs."""
+def pending_notes(here: bool = True) -> dict[Path, dict]:
+    """Of verdicts that are not carried out: of this branch, or those that wait for another."""
     files = RUNS.glob("*pending*")  # pending.json: an earlier version's
     notes = {file: read_json(file, {}, number=int, commit=str, branch=str) for file in files}
-    return {file: note for file, note in notes.items() if note.get("branch") == git.branch()}
+    return {file: note for file, note in notes.items() if note and (note["branch"] == git.branch()) == here}
+
+
+def look_after_the_waiting() -> None:
+    """Raises Refused where HEAD is on no branch and a verdict waits for one: what is kept here would be left behind."""
+    for file, note in pending_notes(here=False).items():
+        n, branch = note["number"], note["branch"]
+        if branch != git.DETACHED and not git.object_id(f"refs/heads/{branch}"):
+            say(f"run.sh: {branch}, which experiment {n} waited for, is gone; ./run.sh keep {n} would take it over")
+            file.unlink()
+        elif git.branch() == git.DETACHED:
+            raise Refused(f"HEAD has left {branch}, where experiment {n} waits for the next run: git checkout {branch}")
 
 
 def finish_interrupted() -> None:
     """Complete what a killed run had measured but not recorded or carried out. Raises Refused."""
     refuse_while_git_is_at_work()
     restore()
+    look_after_the_waiting()
     for file, note in pending_notes().items():
         edited, n, commit = "", note["number"], note["commit"]
         if message(commit):
-            while not claim(n, commit, note["branch"]):  # as it may be already
+            while not claim(n, commit, git.branch()):  # as it may be already
                 n += 1
             edited = carry_out(n)
             say(f"run.sh: completed experiment {n}, which had been interrupted")
@@ -355,10 +368,12 @@ def carry_out(n: int) -> str:
     if recorded.verdict in REVERTED and not continues and git.blob_of("train.py") == replaced:
         write_whole(ROOT / "train.py", git.content("HEAD:train.py"))
     run_file(n, "pending").unlink(missing_ok=True)
-    expected = recorded.train if continues else git.object_id("HEAD:train.py")
+    expected = recorded.train if continues or recorded.verdict == "kept" else git.object_id("HEAD:train.py")
     if recorded.verdict not in REVERTED or git.blob_of("train.py") == expected:
         return ""
     if recorded.verdict == "kept":
+        if git.object_id("HEAD:train.py") != recorded.train:
+            return f"HEAD's train.py is not what experiment {n} kept, since a commit: ./run.sh keep {n} takes it over"
         return "train.py was edited meanwhile and is not what was kept: read it first"
     diff = run_file(n, "diff").relative_to(ROOT)
     return f"train.py was edited meanwhile and may hold what lost: read it, and undo that change ({diff})"

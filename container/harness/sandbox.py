@@ -223,19 +223,28 @@ class Log:
         self.file = path.open("ab", buffering=0)
         self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self.size, self.tail = 0, b""  # bytes so far; the last of those that went beyond LOG_HEAD
-        self.first, self.step_ms = (), 0.0  # when a step was told of first, and which; milliseconds of one since then
+        self.steps: list[
+            tuple[float, int]
+        ] = []  # of this loop: when its first and its last one were told of, and which
 
     def write(self, data: bytes) -> None:
         text = self.decode(data).replace("\r", "\n")
         data = re.sub(r"[^\n\t -~]+", lambda odd: "".join(filter(str.isprintable, odd[0])), text).encode()
         for step in (int(claim[0]) for claim in locks.STEP.findall(data)):
-            self.first = self.first or (time.monotonic(), step)
-            passed, steps = time.monotonic() - self.first[0], step - self.first[1]
-            self.step_ms = round(1000 * passed / steps, 1) if steps > 0 else 0.0
+            goes_on = self.steps and step > self.steps[-1][1]  # else a second loop begins
+            self.steps = [*(self.steps[:1] if goes_on else []), (time.monotonic(), step)]
         room = max(0, LOG_HEAD - self.size)
         self.size += len(data)
         self.file.write(data[:room])
         self.tail = (self.tail + data[room:])[-LOG_TAIL:]
+
+    @property
+    def step_ms(self) -> float:
+        """Milliseconds of a step, by when train.py told of them; 0.0 when it did not."""
+        if len(self.steps) < 2:
+            return 0.0
+        (began, first), (ended, last) = self.steps
+        return round(1000 * (ended - began) / (last - first), 1)
 
     def close(self) -> None:
         """Write the end; may be called again."""

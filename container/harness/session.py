@@ -207,7 +207,7 @@ def next_time(clock: str, since: float) -> float:
 
 
 def end_chain() -> None:
-    """An open chain ends with the loop. Nothing holds up who calls this: OPEN_CHAIN asks the hooks to try again."""
+    """An open chain ends with the loop, at once or, as OPEN_CHAIN asks, at a later hook. Holds up nobody for long."""
     with contextlib.suppress(subprocess.SubprocessError, OSError, Refused):
         OPEN_CHAIN.touch()
         if History.load().link:

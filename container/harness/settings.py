@@ -26,8 +26,9 @@ CALLS = {"Bash": ("./run.sh",), "Agent": ("planner",), "Task": ("planner",), **F
 MEMORIES = ("CLAUDE.md", ".claude/CLAUDE.md", "CLAUDE.local.md")  # of every folder above the project's
 RULE = re.compile(r"([A-Za-z*]+)(?:\((.*)\))?")
 ADDED_UP = {"$schema", "permissions", "hooks", "env"}  # by the client, over all files
-SWITCHES = ("SIMPLE", "SAFE_MODE", "COORDINATOR_MODE", "SUBPROCESS_ENV_SCRUB")
-EARLY = [f"env CLAUDE_CODE_{switch}" for switch in SWITCHES]  # read before any settings of the project's
+# read before any settings of the project's
+EARLY = ("env CLAUDE_CODE_SIMPLE", "env CLAUDE_CODE_SAFE_MODE", "env CLAUDE_CODE_COORDINATOR_MODE",
+         "env CLAUDE_CODE_SUBPROCESS_ENV_SCRUB")  # fmt: skip
 OFF = ("", "0", "false")  # what such a variable may well be set to
 
 

@@ -91,7 +91,7 @@ def fit(path: str, gallery: int) -> dict:
     mean rank. A train.py may fake this; it never decides.
     """
     try:
-        pairs = min(len(np.load(path, mmap_mode="r", allow_pickle=False)) // 2, gallery)
+        pairs = min(len(np.lib.format.open_memmap(path, mode="r")) // 2, gallery)
         rows = load_embeddings(path, 2 * max(pairs, 2), "fit")  # one would be no gallery
         found, _ = retrieval(rows[:pairs], rows[pairs:], np.arange(pairs))
         scaled = {name: 1 + (found[name] - 1) * (gallery - 1) / (pairs - 1) for name in ("mean_rank", "median_rank")}

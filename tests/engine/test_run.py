@@ -56,7 +56,8 @@ def wait_for(condition, seconds: float = 90) -> None:
 def test_baseline_is_run_twice_and_recorded(measured: Project):
     shown = block(measured.baseline.stdout)
     assert shown["verdict"] == "baseline" and "mean of 2 runs" in shown["mean_rank"]
-    assert "gallery 200, random 100.5" in shown["mean_rank"] and "200 training pairs" in shown["fit"]
+    assert "gallery 200, random 100.5" in shown["mean_rank"] and "in that gallery; 200 training pairs" in shown["fit"]
+    assert re.search(r"\d+ ms a step", shown["train"]) and "note" not in shown
     assert len(measured.baseline.stdout.encode()) <= 2048
     trailers = measured.trailers("refs/experiments/1")
     assert len(trailers["Mean-Rank-Runs"].split()) == 2 and len(set(trailers["Seed"].split())) == 2

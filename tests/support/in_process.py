@@ -276,7 +276,7 @@ def measured(measure, job):
             file.write(f"{array} of {job.work.name}, {float(value[1])}")
     run = made_up_run(float(value[1]) * (1 if job.work.name == "run-1" else 1.001), job.seed, measure.Run)
     run.timing["train"] = float(seconds[1]) if seconds else TIMING["train"]
-    run.train["cut_short"] = measure.last_step(job.log, measure.WHOLE)
+    run.train["cut_short"] = measure.cut_short(job.log)
     return run
 
 

@@ -49,7 +49,7 @@ def test_audits_and_finals_are_recorded_counted_and_change_nothing(small: Small)
 
 
 def test_a_training_that_was_cut_short_is_no_silent_part_of_an_audit(small: Small):
-    small.write("train.py", KEPT + "# prints step 42/60 loss 3.6\n")
+    small.write("train.py", KEPT + "# prints step 35/60 loss 3.7\n# prints step 42/60 loss 3.6\n")
     assert small.experiment("better")[1]["verdict"] == "kept"
     warning = "run.sh: warning: best: cut short at 42 of 60 steps and 42 of 60 steps"
     done = small.run("audit", "2", given=NOISY)

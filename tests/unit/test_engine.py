@@ -476,18 +476,22 @@ def test_what_a_sandbox_sends_is_taken_part_by_part(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("log", "most", "shown"),
+    ("steps", "of", "shown"),
     [
-        ("step 3/60\nstep 42/60 loss 3.6\n", 0.95, "42 of 60 steps"),
-        ("step 42/60\nstep 57/60\n", 0.95, ""),
-        ("step 42/60\nstep 54/60\n", 9, "54 of 60 steps"),
-        ("step 60/60\nstep 20/20\n", 0.95, ""),
-        ("no steps\n", 0.95, ""),
+        ((28, 42), 60, "42 of 60 steps"),
+        ((15, 30, 45, 47), 60, "47 of 60 steps"),  # the last line comes out of turn
+        (range(1, 42), 60, "41 of 60 steps"),
+        (range(0, 300, 30), 300, ""),  # the first of each thirty
+        (range(30, 301, 30), 300, ""),
+        ((42,), 60, ""),  # only one was printed
+        ((), 60, ""),
     ],
 )
-def test_how_far_a_training_came(tmp_path: Path, log: str, most: float, shown: str):
-    (tmp_path / "log").write_text(log)
-    assert measure.last_step(tmp_path / "log", most) == shown
+def test_a_training_that_stopped_early(tmp_path: Path, steps, of: int, shown: str):
+    log = tmp_path / "log"
+    log.write_text("step 20/20\n" + "".join(f"step {step}/{of} loss 3.6\n" for step in steps))
+    assert measure.cut_short(log) == shown
+    assert measure.last_step(log) == (f"{steps[-1]} of {of} steps" if steps else "20 of 20 steps")
 
 
 def test_the_time_of_a_step_is_without_what_comes_before_the_first(tmp_path: Path, monkeypatch):
@@ -499,8 +503,11 @@ def test_the_time_of_a_step_is_without_what_comes_before_the_first(tmp_path: Pat
         now[0] += seconds
         log.write(text.encode())
         found.append(log.step_ms)
-    log.write(b"step 1/9\n")  # another part of the training begins
-    assert (found, log.step_ms) == ([0, 0, 100, 100], 0)
+    for step in range(1, 100):  # another part of the training
+        log.write(b"step %d/99\n" % step)
+        assert log.step_ms == (step > 1) * 2000
+        now[0] += 2
+    assert found == [0, 0, 100, 100]
 
 
 @pytest.mark.parametrize("end", [None, {}, {"status": "limit"}, {"status": "crashed"}, {"status": "ok", "bytes": 7}])

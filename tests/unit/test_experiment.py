@@ -264,7 +264,7 @@ def test_what_is_waited_for_is_recorded(small: Small):
     small.edit("data: prints", "data: prints\ncooldown: 2", "program.md")
     small.write("train.py", DISCARDED)
     small.experiment("an idea")
-    assert json.loads(small.blob("refs/experiments/2:experiment/result.json"))["waited"] == 2
+    assert json.loads(small.blob("refs/experiments/2:experiment/result.json"))["waited"] >= 2
 
 
 def test_a_small_gain_is_run_twice_with_fresh_seeds(small: Small):

@@ -144,11 +144,66 @@ def test_where_head_is_on_no_branch_meanwhile_its_own_waits(small: Small, verdic
     assert small.trailers("refs/experiments/2")["Branch"] == "main" and shown["commit"].endswith("(in the record)")
     there = subprocess.run(["sh", "-c", look], cwd=small.path, capture_output=True, text=True).stdout
     assert there == small.read("runs/there")
+    assert "an idea" in small.git("show", "refs/experiments/2:scratchpad.md")
     subprocess.run(["bash", "-ec", back], cwd=small.path, check=True, capture_output=True)
     assert "completed experiment 2" in small.run().stderr
     assert small.read("train.py") == small.git("show", "main:train.py") + "\n"
     assert small.read("train.py") == (KEPT if verdict == "kept" else INCUMBENT_TEXT)
     assert small.git("status", "--short", "train.py") == "" and small.experiments() == [1, 2, 3]
+
+
+def test_another_line_of_work_meanwhile_takes_nothing_from_the_planned_branch(small: Small):
+    """A branch whose train.py is another one: what gained on its own branch is not lost there."""
+    small.git("commit", "-qm", "mine")
+    small.git("branch", "other")
+    small.write("train.py", KEPT)
+    small.hypothesis("an idea")
+    other = "git stash -q; git switch -q other; echo '# other' >>train.py; git commit -qm other train.py"
+    shown = block(small.run(point=Point("measure", "meanwhile", other)).stdout)
+    assert shown["verdict"] == "kept" and shown["train.py"].startswith("left as it is, for HEAD has left main")
+    assert small.read("train.py") == INCUMBENT_TEXT + "# other\n"
+    small.git("switch", "-q", "main")
+    assert "completed experiment 2" in small.run().stderr
+    assert small.git("show", "main:train.py") + "\n" == small.read("train.py") == KEPT
+
+
+@pytest.fixture
+def waiting(small: Small) -> Small:
+    """A verdict `kept` waits for main, and HEAD is detached."""
+    small.git("commit", "-qm", "mine")
+    small.write("train.py", KEPT)
+    small.hypothesis("an idea")
+    small.run(point=Point("measure", "meanwhile", "git stash -q; git checkout -q --detach"))
+    return small
+
+
+def test_nothing_is_tried_on_no_branch_while_a_verdict_waits(waiting: Small):
+    """It would be kept where nobody finds it again."""
+    waiting.write("train.py", DISCARDED)
+    waiting.hypothesis("another idea")
+    waiting.refused("HEAD has left main, where experiment 2 waits for the next run: git checkout main")
+    waiting.git("checkout", "-q", "train.py", "scratchpad.md")
+    waiting.git("checkout", "-q", "main")
+    assert "completed experiment 2" in waiting.run().stderr and waiting.read("train.py") == KEPT
+
+
+def test_a_verdict_that_came_too_late_is_said_and_can_be_taken_over(waiting: Small):
+    waiting.git("checkout", "-q", "main")
+    waiting.write("train.py", train_py(99))
+    waiting.git("commit", "-qm", "the person's own", "train.py")
+    done = waiting.run()
+    said = "HEAD's train.py is not what experiment 2 kept, since a commit: ./run.sh keep 2 takes it over"
+    assert done.returncode == 2 and said in done.stderr and waiting.experiments() == [1, 2]
+    assert waiting.run("keep", "2").returncode == 0 and waiting.read("train.py") == KEPT
+
+
+def test_a_verdict_whose_branch_is_gone_waits_no_longer(waiting: Small):
+    waiting.git("branch", "-m", "main", "trunk")
+    waiting.git("checkout", "-q", "trunk")
+    said = "run.sh: main, which experiment 2 waited for, is gone; ./run.sh keep 2 would take it over"
+    assert said in waiting.run().stderr
+    assert said not in waiting.run().stderr and not list((waiting.path / "runs").glob("*pending*"))
+    assert waiting.run("keep", "2").returncode == 0 and waiting.read("train.py") == KEPT
 
 
 def test_a_tag_with_the_branchs_name_is_no_other_branch(small: Small):

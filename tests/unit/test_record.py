@@ -265,7 +265,7 @@ def test_in_the_middle_of_something_nothing_runs(small: Small, state: str):
     small.write("train.py", train_py(VALUES["kept"]))
     for verb in ([], ["keep", "1"], ["final"]):
         done = small.run(*verb)
-        text = f"run.sh: git is in the middle of a {state}; finish or abort it first\n"
+        text = f"run.sh: git is in the middle of a {command}; finish or abort it first\n"
         assert (done.returncode, done.stderr) == (2, text)
     small.git(command, "--abort")
     assert small.experiments() == [1] and small.git("rev-parse", "HEAD") == small.git("rev-parse", "other")

@@ -181,6 +181,17 @@ def test_a_chain_is_ended_where_one_is_open(loop, monkeypatch):
     session.end_chain()  # nor does a mistake in program.md, which ends a night
 
 
+def test_no_other_conversation_ends_the_chain_of_a_loop_that_goes_on(loop, monkeypatch):
+    """The mark of a chain that could not be ended says nothing of the loop that began since."""
+    loop.type("start")
+    loop.type("stop")
+    session.OPEN_CHAIN.touch()
+    loop.type("start")
+    ended = loop.chains_ended
+    loop.hook("SessionStart", session_id="another")
+    assert loop.chains_ended == ended and not session.OPEN_CHAIN.exists()
+
+
 @pytest.mark.parametrize("prompt", ["what now?", "start"])
 def test_a_chain_that_could_not_be_ended_is_ended_at_the_next_chance(loop, monkeypatch, prompt: str):
     """A run that was just stopped may still have the lock."""
