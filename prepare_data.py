@@ -309,7 +309,7 @@ def explain(error: OSError, options: argparse.Namespace) -> str:
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Prepares a data set.", allow_abbrev=False)
+    parser = argparse.ArgumentParser("./run.sh data", argparse.SUPPRESS, "Prepares a data set.", allow_abbrev=False)
     parser.add_argument("name", help=f"{' or '.join(SOURCES)}, or the name of your own data set (with --odvg)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist yet, or be empty")
     parser.add_argument("--odvg", type=Path, help="folder with train.jsonl, val.jsonl, test.jsonl and images/")

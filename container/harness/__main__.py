@@ -68,7 +68,9 @@ VERBS = (
     Verb("", "", "one experiment: train, judge, commit or revert (what Claude Code runs)", one_experiment, True),
     Verb("setup", "", "engine, image, built-in data, baseline; only what is missing", install.setup),
     Verb("test", "[unit | --full]", "the tests, with what they need", install.test),
-    Verb("data", "NAME [--odvg DIR]", "draw prints, fetch ukiyo-e, or import your own ODVG lines", dataset.prepare),
+    Verb(
+        "data", "NAME [--odvg DIR]", "draw prints, fetch ukiyo-e, or take your own (--size N: pixels)", dataset.prepare
+    ),
     Verb("status", "", "where things stand", display.status, True),
     Verb("log", "[N]", "the last N experiments", display.log, True),
     Verb("report", "", "report.html for a browser", report.report),
@@ -129,6 +131,8 @@ def main(words: list[str]) -> int:
         return run_verb(verb, words[1:])
     except Refused as error:
         say(f"run.sh: {error}")
+    except BrokenPipeError:  # who read this has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except OSError as error:
         say(f"run.sh: {error}; nothing ran, or what is recorded is completed by the next run")
     except Exception as error:

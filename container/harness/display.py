@@ -225,7 +225,9 @@ def next_step(attempt: Attempt, history: History, why: str) -> str:
     due = history.planner_due() and attempt.verdict != "dropped"
     if attempt.verdict == "failed" and not due:
         diff = run_file(attempt.experiment, "diff").relative_to(ROOT)
-        return f"make your edit ({diff}) work, or write another hypothesis and edit train.py for it; then run ./run.sh"
+        return (
+            f"make your edit ({diff}) again without its fault, or another one for a new hypothesis; then run ./run.sh"
+        )
     taught = attempt.verdict in ("discarded", "control")
     return "note in scratchpad.md what this taught; " * taught + ASK * due + STEP
 
@@ -251,7 +253,8 @@ def write_history(history: History) -> None:
     rows = [("n", "verdict", "metric", "change", "phase", "hypothesis")]
     for r in history.records:
         if r.comparable:
-            verdict = r.verdict + in_chain(r) + ("" if r.comparable == history.comparable else " (not comparable)")
+            verdict = r.verdict + ", cut short" * bool(r.reason and history.values(r)) + in_chain(r)
+            verdict += "" if r.comparable == history.comparable else " (not comparable)"
             value = shown_value(history, r) or r.reason.split(":")[0]
             rows.append((str(r.number), verdict, value, r.change, r.phase, r.hypothesis))
     write_whole(HISTORY_FILE, "".join("\t".join(row) + "\n" for row in rows))
@@ -289,7 +292,7 @@ def status() -> None:
     rows = [
         ("phase", history.phase_line()),
         ("best", f"{history.program.metric} {history.best_line()}"),
-        ("record", f"{len(history.counted)} experiments: {counts}"),
+        ("record", f"{len(history.counted)} experiment{'s' * (len(history.counted) != 1)}: {counts}"),
         ("running", locks.running_line() or "nothing"),
         *spent(history),
         ("elsewhere", history.better_elsewhere()),

@@ -124,6 +124,8 @@ def make_plan(incumbent_only: bool) -> tuple[History, list[Attempt]]:
         raise Refused("the baseline is measured by now; ./run.sh status shows it")
     elif history.incumbent and os.environ.get("CLAUDECODE"):
         raise Refused("train.py is unchanged, so nothing is measured: edit it as you planned, then run ./run.sh")
+    elif history.incumbent and not incumbent_only:
+        say("run.sh: train.py is unchanged: measuring the incumbent once more")
     return history, attempts
 
 
@@ -167,7 +169,7 @@ def new_hypothesis(history: History, train: str) -> str:
         raise Refused("no hypothesis: write one line under '## Next experiment' in scratchpad.md, then run ./run.sh")
     if len(line) > MAX_HYPOTHESIS:
         raise Refused(f"the hypothesis has {len(line)} characters: make it {MAX_HYPOTHESIS} or fewer in scratchpad.md")
-    judged = [r for r in history.counted if r.verdict != "failed"]
+    judged = [r for r in history.counted if not r.reason]  # what failed or was cut short may be tried again
     if same := display.tried_before(history, train, [r for r in judged if r.verdict != "control"]):
         raise Refused(f"this very train.py was already judged: {same}; change something else")
     last = next(reversed(history.own(judged)), None)

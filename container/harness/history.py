@@ -111,7 +111,11 @@ class History:
 
     @property
     def sigma(self) -> float:
-        return keep_rule.pooled_sigma(self.values_by_train.values())
+        """By all that ran twice; a training that was cut short says nothing of the noise of whole ones."""
+        whole: dict[str, list[float]] = {}
+        for r in self.compared:
+            whole.setdefault(r.train, []).extend([] if r.reason else self.values(r))
+        return keep_rule.pooled_sigma(whole.values())
 
     # Phases
 
@@ -127,10 +131,13 @@ class History:
         phase = self.phase
         if not phase:
             return "all phases of program.md are done"
-        of = f" of {phase.until.experiments}" if phase.until.experiments else ""
+        rows, until = self.in_phase(phase.name), phase.until
+        of = f" of {until.experiments}" if until.experiments else ""
+        lost = discards_in_a_row(rows)
+        near = f", {lost} of {until.discards} discards in a row" if until.discards and 2 * lost > until.discards else ""
         chain = f", chain {self.link} of at most {phase.patience}" if self.link else ""
         place = f"{self.program.phases.index(phase) + 1} of {len(self.program.phases)}"
-        return f"{place} ({phase.name}), {len(self.in_phase(phase.name))}{of} experiments{chain}"
+        return f"{place} ({phase.name}), {len(rows)}{of} experiments{near}{chain}"
 
     @property
     def link(self) -> int:

@@ -154,7 +154,7 @@ class Attempt(Outcome):
     def cut_short(self) -> str:
         """How far those came that ended well, but long before the last step that their own log announces."""
         steps = " and ".join(filter(None, (run.train.get("cut_short") for run in self.runs if run.outcome == "ok")))
-        return steps and f"cut short at {steps}: this is not what a whole training gives"
+        return steps and f"cut short at {steps}: not what a whole training gives, and may run again"
 
     @property
     def gain(self) -> str:

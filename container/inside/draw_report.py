@@ -155,7 +155,7 @@ def phases(rows: list) -> list:
     for e in rows:
         if e["incumbent"] and e["phase"]:
             p = found.setdefault(e["phase"], {"before": before or e["incumbent"], "verdicts": []})
-            p["verdicts"].append(e["verdict"])
+            p["verdicts"] += [] if e["by_hand"] else [e["verdict"]]  # which tries nothing
             p |= {"name": e["phase"], "after": e["incumbent"], "percent": (e["incumbent"] / p["before"] - 1) * 100}
         before = e["incumbent"]
     return list(found.values())

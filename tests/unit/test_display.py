@@ -164,9 +164,13 @@ def test_a_training_that_was_cut_short_is_said(small: Small):
     assert "note" not in small.experiment("nearly whole")[1]
     small.write("train.py", printing(88, "step 28/60 loss 3.6", "step 42/60 loss 3.6"))
     done, found = small.experiment("two runs, and a slow machine")
-    note = "cut short at 42 of 60 steps and 42 of 60 steps: this is not what a whole training gives"
+    note = "cut short at 42 of 60 steps and 42 of 60 steps: not what a whole training gives, and may run again"
     assert found["note"] == note and "reason" not in found and "\n| step" not in done.stdout
+    assert "3\tkept, cut short\t" in small.read("runs/experiments.tsv")
     assert note in small.run("log", "1").stdout and small.trailers("refs/experiments/3")["Reason"] == note
+    for again in ("4", "5"):
+        small.write("train.py", printing(150, "step 28/60 loss 3.6", "step 42/60 loss 3.6"))
+        assert small.experiment("a slow machine")[1]["experiment"] == again
     crash = "step 42/60 loss 3.6"
     small.write("train.py", f"# prints {crash}\n{CRASH}")
     found = small.experiment("a crash has a reason of its own")[1]

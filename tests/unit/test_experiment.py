@@ -164,7 +164,7 @@ def test_what_hooks_and_displays_compare_with_is_what_a_run_would(small: Small, 
     small.write("program.md", before)
     small.write("data/prints/info.json", data)
     status = small.run("status").stdout
-    assert done in status and "1 experiments: 1 kept" in status
+    assert done in status and "1 experiment: 1 kept" in status
 
 
 def test_data_that_are_not_there_are_compared_with_nothing(small: Small):

@@ -125,7 +125,7 @@ def test_a_control_counts_as_an_experiment_but_not_as_a_discard(plan):
     assert plan.history.planner_due() and phase(plan) == "optimiser"
     plan.add("control", **control)
     assert not plan.history.planner_due() and phase(plan) == "optimiser"
-    assert line(plan) == "1 of 3 (optimiser), 8 of 9 experiments"
+    assert line(plan) == "1 of 3 (optimiser), 8 of 9 experiments, 5 of 6 discards in a row"
     plan.add("control", **control)
     assert phase(plan) == "expert views"
 
@@ -195,6 +195,8 @@ def test_the_incumbent_is_what_was_measured_for_heads_train_py(plan):
     history = plan.history
     assert history.incumbent == [100.0, 110.0, 90.0]
     assert history.sigma == pooled_sigma([[100.0, 110.0, 90.0], [150.0]]) > 0.04
+    plan.add("discarded", ranks=(100.0, 250.0), reason="cut short at 42 of 60 steps")  # says nothing of whole ones
+    assert plan.history.sigma == history.sigma
     assert history.best_line().startswith("99.7 ± 4.5 (-5.0 % since the baseline 104.9; noise ")
     plan.incumbent = f"{3:040d}"
     assert plan.history.incumbent == [150.0]

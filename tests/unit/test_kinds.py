@@ -68,6 +68,6 @@ def test_a_control_is_measured_and_never_kept(small: Small):
     assert (done.returncode, shown["verdict"]) == (0, "control") and "sigma better" in shown["change"]
     assert small.read("train.py") == INCUMBENT_TEXT and "the incumbent again)" in shown["commit"]
     assert "2\tcontrol\t50.0\t-50.0 %" in small.read("runs/experiments.tsv") and " control " in small.run("log").stdout
-    assert "1 experiments: 0 kept, 0 discarded, 0 failed, 1 control" in small.run("status").stdout
+    assert "1 experiment: 0 kept, 0 discarded, 0 failed, 1 control" in small.run("status").stdout
     small.write("train.py", KEPT)  # what it taught may be used
     assert small.experiment("without the expert")[1]["verdict"] == "kept"
