@@ -33,6 +33,7 @@ FIRST_WAIT = 10  # s until the client is started again; doubled after each conve
 LONGEST_WAIT = 15 * 60  # s
 BARREN = 45 * 60  # s without an experiment, after which the client is ended
 FRUITLESS = 10  # conversations in a row that ended in order but brought no experiment: then the night gives up
+SIGN_IN = "/login"  # in what the client says where nobody is signed in
 DYING = 60  # s that an experiment gets to clean up, and then the client
 POLL = 3  # s
 CLIENT = ("setpriv", "--pdeathsig", "TERM", "claude", "-p", "start", "--output-format", "json", "--session-id")
@@ -98,15 +99,19 @@ class Keeper:
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stops", self.stops + 1))
         self.night.pid = os.getpid()
         log_line(f"A night, until {self.night.clock or 'the plan ends'}; phase {self.history.phase_line()}")
-        fruitless, wait = 0, FIRST_WAIT
-        while not (why := self.check()) and fruitless < FRUITLESS:
+        fruitless, wait, in_vain = 0, FIRST_WAIT, ""
+        while not (why := self.check()) and not in_vain:
             before, fault = self.logged, self.run_client()
             ended = self.check()
             if progressed(self.history, before):
                 fruitless, wait = 0, FIRST_WAIT
             elif not fault:
                 fruitless += 1
-            if not ended and fruitless < FRUITLESS:
+            if fruitless == FRUITLESS:
+                in_vain = f"{fruitless} conversations in a row brought no experiment; the last said: {self.message}"
+            elif SIGN_IN in fault and self.night.conversations == 1:
+                in_vain = f"{fault}: start claude once and sign in"
+            elif not ended:
                 log_line(f"{fault or f'the conversation has ended: {self.message}'}; again in {wait} s")
                 if wait == LONGEST_WAIT:
                     notify.tell(f"{notify.NOTHING_RUNS}: {fault or self.message}")
@@ -118,7 +123,6 @@ class Keeper:
         self.end_experiment()
         end_chain()
         self.check()
-        in_vain = f"{fruitless} conversations in a row brought no experiment; the last said: {self.message}"
         self.log_summary(why or in_vain)
         self.night.status = 0 if why else 1
         self.save()

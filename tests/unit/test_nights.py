@@ -113,6 +113,20 @@ def test_the_log_names_the_client_which_does_not_update_itself(keeper, capsys, v
     assert f"Claude Code starts, conversation 1, version {version or 'unknown'}\n" in capsys.readouterr().out
 
 
+def test_a_night_with_nobody_signed_in_ends_at_once(keeper, monkeypatch, capsys):
+    """And not in the small hours, when a token may come back."""
+    answer = '{"is_error": true, "result": "Not logged in · Please run /login"}'
+    one = keeper(f"echo '{answer}'; exit 1")
+    monkeypatch.setattr(night.Keeper, "log_summary", lambda self, why: night.log_line(why))
+    monkeypatch.setattr(night.Keeper, "check", lambda self: "enough" if self.night.conversations > 2 else "")
+    monkeypatch.setattr(night, "FIRST_WAIT", 0)
+    monkeypatch.setattr(night.signal, "signal", lambda *_: None)
+    assert one.keep() == 1 and one.night.conversations == 1
+    assert "ended with status 1: Not logged in · Please run /login: start claude once" in capsys.readouterr().out
+    one.night.conversations = 1
+    assert one.keep() == 0 and one.night.conversations == 3
+
+
 def test_words_that_mean_nothing_to_a_night(loop, monkeypatch):
     monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("nothing is to be killed"))
     for words in (("keep",), ("7.30",), ("24:00",), ("stop", "now")):
