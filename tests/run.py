@@ -32,6 +32,7 @@ ALL = [str(TESTS / tier) for tier in ("unit", "engine", "client")]
 # Two processes share the files between them: much of a test is waiting for an engine or a client. What measures time
 # or kills at a moment (--full) has the machine for itself.
 TWO_AT_ONCE = ["-n", "2", "--dist", "loadfile"]
+THREE_AT_ONCE = ["-n", "3", "--dist", "loadfile"]  # the unit tier, where a few tests wait for a second or two
 ALONE = str(TESTS / "engine" / "test_slurm.py")  # five trainings at a time, ended by others
 # Where the unit tests' repositories lie if there is room: git flushes every object that it writes there
 MEMORY, MEMORY_NEEDED = Path("/dev/shm"), 1 << 30  # bytes; they need a third of it
@@ -91,7 +92,7 @@ def main(words: list[str]) -> None:
 
 def run_unit(pytest: list[str]) -> int:
     """The exit status of pytest for the unit tier."""
-    command = [*pytest, *TWO_AT_ONCE, ALL[0]]
+    command = [*pytest, *THREE_AT_ONCE, ALL[0]]
     with contextlib.ExitStack() as stack:
         memory = MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and not os.statvfs(MEMORY).f_flag & os.ST_NOEXEC
         given = any(word.startswith("--basetemp") for word in pytest)
