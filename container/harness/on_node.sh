@@ -26,7 +26,7 @@ if [ "$gpu" = gpu ] && command -v nvidia-smi >/dev/null; then
   esac
 fi
 cpus=$(nproc)
-pids=$((cpus > 128 ? 4 * cpus : 512)) # threads of data loaders on a large machine: engine.py's PIDS
+pids=$((cpus > 64 ? 8 * cpus : 512)) # threads of data loaders on a large machine: engine.py's PIDS
 # shellcheck disable=SC2086  # words on purpose
 $client run --cpus "$cpus" --pids-limit "$pids" "$@" && exit
 status=$?

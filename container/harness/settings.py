@@ -79,7 +79,10 @@ def bent(settings: dict, wins: bool) -> Iterator[str]:
     for pattern in part(settings, "claudeMdExcludes", list):
         if fnmatchcase(str(ROOT / "CLAUDE.md"), str(pattern)):
             yield f"claudeMdExcludes {pattern} keeps CLAUDE.md from the agent"
-    ours = values(read_json(PROJECT, {}))
+    project = read_json(PROJECT, {})
+    mode, ours = part(settings, "permissions", dict).get("defaultMode"), values(project)
+    if wins and mode not in (None, part(project, "permissions", dict).get("defaultMode")):
+        yield f"permissions.defaultMode {mode} overrides the project's"
     for key, value in values(settings).items():
         if key in EARLY and value.lower() not in OFF:
             yield f"{key} takes the guard, or what it needs, from the agent"

@@ -113,6 +113,7 @@ def test_rules_that_deny_what_the_agent_needs(written, where, kind):
         ({"allowManagedHooksOnly": True}, "allowManagedHooksOnly switches the guard and the loop off"),
         ({"sandbox": {"enabled": True}}, "sandbox overrides"),
         ({"agent": "other"}, "agent overrides"),
+        ({"permissions": {"defaultMode": "plan"}}, "permissions.defaultMode plan overrides"),
         ({"statusLine": {"type": "command", "command": "date"}}, "statusLine overrides"),
         ({"env": {"BASH_DEFAULT_TIMEOUT_MS": "1000"}}, "env BASH_DEFAULT_TIMEOUT_MS overrides"),
     ],

@@ -294,7 +294,7 @@ def test_any_path_can_be_mounted(tmp_path: Path, name: str):
 
 def test_a_large_machine_has_room_for_its_threads(machine, monkeypatch):
     machine(podman="exit 0")
-    for cpus, pids in ((2, 512), (128, 512), (256, 1024)):
+    for cpus, pids in ((2, 512), (64, 512), (128, 1024), (256, 2048)):
         monkeypatch.setattr(os, "cpu_count", lambda cpus=cpus: cpus)
         argv = engine.arguments(engine.Container("name", "image", ["true"], "1g", {}))
         assert argv[argv.index("--pids-limit") + 1] == str(pids)
