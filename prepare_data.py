@@ -252,7 +252,10 @@ def add_trainval(folder: Path, staging: Path, info: dict) -> None:
     images, captions = (datasets.load_from_disk(folder / "val" / side) for side in ("images", "captions"))
     train, regions = datasets.load_from_disk(folder / "train"), json.loads((folder / "val.regions.json").read_text())
     pairs = images.add_column("caption", list(captions.select(np.load(folder / "val.key.npy"))["caption"]))
-    pairs = pairs.add_column("regions", regions, feature=train.features["regions"]).cast(train.features)
+    pairs = pairs.add_column("regions", regions, feature=train.features["regions"])
+    pairs = pairs.cast(
+        train.features, keep_in_memory=True
+    )  # else what is cast lies beside val/images, for train.py to see
     if "validation_like_test" in info:
         pairs = pairs.select(rows_unlike(images, [datasets.load_from_disk(folder / "test" / "images")]))
     datasets.concatenate_datasets([train, pairs]).save_to_disk(staging / "trainval", num_shards=1)
@@ -341,6 +344,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     datasets.disable_progress_bars()
+    datasets.disable_caching()  # whose files lie in the folder of the table that was read
     os.umask(0o022)  # everybody may read what is written
     warnings.simplefilter("ignore")  # of Pillow, about what it can read all the same
     try:

@@ -43,7 +43,7 @@ TRAILER = re.compile(r"([A-Z][A-Za-z-]*): (.*)")
 CHAIN = re.compile(r"(\d{1,9}) of (\d{1,9}) on ([0-9a-f]{9})(, goes on)?")
 NUMBER = re.compile(r"\d{1,9}(\.\d{1,9})?")
 IN_THE_MIDDLE = {"rebase-merge": "rebase", "rebase-apply": "rebase", "MERGE_HEAD": "merge",
-                 "CHERRY_PICK_HEAD": "cherry-pick", "REVERT_HEAD": "revert"}  # fmt: skip
+                 "CHERRY_PICK_HEAD": "cherry-pick", "REVERT_HEAD": "revert", "BISECT_LOG": "bisect"}  # fmt: skip
 MAX_REASON = 300  # characters
 STALE_LOCK_S = 2  # age of a lock of git's from which on nobody writes with it any more: that takes milliseconds
 

@@ -35,7 +35,10 @@ def drawn(first: int, count: int) -> list[tuple[bytes, str]]:
 
 
 def test_trainval_holds_the_pairs_of_both_splits(made: Path):
+    before = {file for file in made.rglob("*") if "trainval" not in file.parts}
     add(made, "trainval")
+    after = {file for file in made.rglob("*") if "trainval" not in file.parts}
+    assert after == before  # nothing of validation pairs beside what a train.py sees
     table = datasets.load_from_disk(made / "trainval")
     assert sorted(rows(table)) == sorted(drawn(0, COUNTS["train"] + COUNTS["val"]))
     regions = dict(zip(table["caption"], table["regions"], strict=True))

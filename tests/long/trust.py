@@ -59,7 +59,7 @@ def main(figures: str, *arguments: str) -> int:
     status = 0
     if arguments != ("--table",):
         tests = [f"tests/{name}.py" for name in TESTS]
-        command = [sys.executable, "-m", "pytest", "--full", "--figures", figures, *(arguments or tests)]
+        command = [sys.executable, "-m", "pytest", "--full", f"--figures={figures}", *(arguments or tests)]
         status = subprocess.run(command, cwd=ROOT).returncode
     (ROOT / "tests/long/trust.md").write_text(table(Path(figures)))
     return status

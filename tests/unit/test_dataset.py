@@ -340,6 +340,7 @@ DAMAGE = [
     (ARROW, flip_in_the_dark, "is not what prepare_data.py wrote"),
     (ARROW, cut, "bytes instead of"),
     ("val/captions", shutil.rmtree, "cannot be read (No such file or directory): move it away"),
+    ("val/captions/cache-1.arrow", lambda file: file.write_text("x"), "is no part of the data set, and train.py would"),
     ("val.key.npy", flip, "is not what prepare_data.py wrote"),
     ("val.key.npy", lambda file: shutil.copy(file.with_name("test.key.npy"), file), "bytes instead of"),
 ]

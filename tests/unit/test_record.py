@@ -248,6 +248,15 @@ def test_a_lock_that_is_not_ours_is_reported_and_left_alone(small: Small, name: 
     assert done.returncode == 2 and f"{lock} exists: a git is at work, or was killed" in done.stderr and lock.exists()
 
 
+def test_nothing_is_kept_amid_a_bisect(small: Small):
+    """Which leaves the commit behind when it ends."""
+    small.git("commit", "-qm", "what is staged")
+    small.git("bisect", "start", "HEAD", "HEAD^")
+    small.write("train.py", train_py(VALUES["kept"]))
+    small.hypothesis("an idea")
+    small.refused("git is in the middle of a bisect; finish or abort it first")
+
+
 @pytest.mark.parametrize("state", ["MERGE", "rebase", "CHERRY_PICK", "REVERT"])
 def test_in_the_middle_of_something_nothing_runs(small: Small, state: str):
     small.git("commit", "-qm", "what is staged")
