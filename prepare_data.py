@@ -253,9 +253,8 @@ def add_trainval(folder: Path, staging: Path, info: dict) -> None:
     train, regions = datasets.load_from_disk(folder / "train"), json.loads((folder / "val.regions.json").read_text())
     pairs = images.add_column("caption", list(captions.select(np.load(folder / "val.key.npy"))["caption"]))
     pairs = pairs.add_column("regions", regions, feature=train.features["regions"])
-    pairs = pairs.cast(
-        train.features, keep_in_memory=True
-    )  # else what is cast lies beside val/images, for train.py to see
+    # in memory: else what is cast would stay beside val/images, where train.py sees it
+    pairs = pairs.cast(train.features, keep_in_memory=True)
     if "validation_like_test" in info:
         pairs = pairs.select(rows_unlike(images, [datasets.load_from_disk(folder / "test" / "images")]))
     datasets.concatenate_datasets([train, pairs]).save_to_disk(staging / "trainval", num_shards=1)

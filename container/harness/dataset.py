@@ -20,7 +20,6 @@ from project import DATA_FORMAT, DATA_NAME, DATA_NAME_HINT, MEASURES, ROOT, RUNS
 VERIFIED = RUNS / "data.json"  # the data files whose content was found to be right
 MEMORY = "8g"  # for preparing a data set
 PREPARE = ROOT / "prepare_data.py"
-SPLITS = ("train", "val", "test")
 ODVG_PARTS = ("train.jsonl", "val.jsonl", "test.jsonl", "images")
 FETCHED = {"--annotations", "--images", "--weights"}  # what Ukiyo-eVG is made of, fetched unless all of it is given
 PASSED_ON = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "HF_ENDPOINT")
@@ -55,8 +54,9 @@ def verified_hash(name: str) -> str:
                 raise Refused(f"data/{name}/{f} is not what prepare_data.py wrote: {remedy}")
         except OSError as e:
             raise Refused(f"data/{name}/{f} cannot be read ({e.strerror}): {remedy}") from None
-    mounted = (file for part in SPLITS for file in (data / part).rglob("*") if file.is_file())
-    if strays := {str(file.relative_to(data)) for file in mounted} - now.keys():
+    folders = {data / f.partition("/")[0] for f in now if "/" in f}
+    there = {str(file.relative_to(data)) for folder in folders for file in folder.rglob("*") if file.is_file()}
+    if strays := there - now.keys():
         raise Refused(f"data/{name}/{min(strays)} is no part of the data set, and train.py would see it: delete it")
     if now != before:
         with contextlib.suppress(OSError):  # a full disk: then they are read again the next time

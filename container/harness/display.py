@@ -224,10 +224,9 @@ def next_step(attempt: Attempt, history: History, why: str) -> str:
         return "nothing is held against this idea: run ./run.sh again, as it is"
     due = history.planner_due() and attempt.verdict != "dropped"
     if attempt.verdict == "failed" and not due:
-        diff = run_file(attempt.experiment, "diff").relative_to(ROOT)
-        return (
-            f"make your edit ({diff}) again without its fault, or another one for a new hypothesis; then run ./run.sh"
-        )
+        diff, chain = run_file(attempt.experiment, "diff").relative_to(ROOT), attempt.chain
+        again = "mend it where it stands" if chain and chain.continues else f"make it again ({diff}) without its fault"
+        return f"your edit failed: {again}, or another one for a new hypothesis; then run ./run.sh"
     taught = attempt.verdict in ("discarded", "control")
     return "note in scratchpad.md what this taught; " * taught + ASK * due + STEP
 

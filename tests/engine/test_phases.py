@@ -49,7 +49,9 @@ def test_a_chain_whose_plan_is_edited_meanwhile(fast: Project):
     fast.edit("patience: 2", "patience: 3", "program.md")
     fast.write("train.py", CRASH)
     done, second = fast.experiment("a crash on top")
-    assert second["verdict"] == "failed" and second["next"].startswith("make your edit ("), done.stderr
+    assert second["verdict"] == "failed" and second["next"].startswith("your edit failed: mend it where it stands"), (
+        done.stderr
+    )
     assert fast.read("train.py") == CRASH and "chain 2 of at most 3" in fast.run("status").stdout
 
     fast.write("train.py", CANDIDATES["kept"])

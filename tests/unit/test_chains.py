@@ -29,9 +29,7 @@ def test_a_chain_is_kept_whole(bold: Small):
     bold.refused("already judged")
     bold.write("train.py", CRASH)
     _, second = bold.experiment("a crash on top")
-    assert second["verdict"] == "failed" and second["next"].startswith(
-        "make your edit (runs/0003.diff) again without its fault, or"
-    )
+    assert second["verdict"] == "failed" and second["next"].startswith("your edit failed: mend it where it stands, or")
     assert bold.read("train.py") == CRASH
     bold.write("train.py", variant(KEPT, 3))
     _, third = bold.experiment("what both were for")

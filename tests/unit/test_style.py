@@ -14,7 +14,7 @@ import pytest
 
 from repository import ROOT, product_code, tracked
 
-PRODUCT_LINES = 7572
+PRODUCT_LINES = 7570
 LINES = {"run.sh": 40, "train.py": 300, ".claude/hooks/guard.py": 200}  # of these files
 FUNCTION_LINES, EXPERIMENT_LINES = 50, 40  # of any function of product code, of experiment.run
 ONE_PATH_EDIT = (".claude/hooks/guard.py", ".claude/hooks/loop.py", "prepare_data.py")  # started from elsewhere
